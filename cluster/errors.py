@@ -1,0 +1,663 @@
+"""Every error the farm raises, as one tree.
+
+Errors cross actor boundaries and processes: each class keeps ``args == signature``, so that it
+survives pickling and :mod:`cluster.wire`. Each says what was being done to what; :attr:`ClusterError.hint`
+says what to do next.
+
+    ClusterError
+    ├─ ConfigError                 every fault at once, each with its key and file
+    ├─ InputError                  what the caller gave can't be meant: reference, digest, descriptor
+    ├─ ContentError                bytes: absent, damaged, of another digest or size, not unpackable
+    ├─ RefError                    refs: unknown, ambiguous, without a usable provider
+    ├─ LeaseError                  leases and fences: lost, stale
+    ├─ RegistryError               what a registry answered and meant
+    ├─ WireError                   a payload of an unknown version, truncated or malformed
+    ├─ FarmError                   the farm itself: not running, no such node
+    ├─ UnavailableError            no answer, outcome unknown; may be tried again
+    └─ InternalError               our bug
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ClusterError(Exception):
+    """Root of the tree: catch this to catch everything the farm raises on purpose."""
+
+    #: True where the same call may succeed if it is simply made again.
+    retryable: ClassVar[bool] = False
+
+    @property
+    def hint(self) -> str:
+        """Return what the user can do next, as one sentence; empty where there is nothing."""
+        return ""
+
+
+# -- configuration ---------------------------------------------------------------------------
+
+
+class ConfigError(ClusterError):
+    """The configuration can't be used; all faults are listed, each as ``key: what is wrong``."""
+
+    def __init__(self, source: str, faults: tuple[str, ...]) -> None:
+        super().__init__(source, tuple(faults))
+        self.source = source
+        self.faults = tuple(faults)
+
+    def __str__(self) -> str:
+        return f"configuration {self.source} has {len(self.faults)} fault(s): {'; '.join(self.faults)}"
+
+    @property
+    def hint(self) -> str:
+        return "see configs/default.toml for every key, its unit and its default"
+
+
+# -- what the caller gave ---------------------------------------------------------------------
+
+
+class InputError(ClusterError):
+    """What the caller gave can't be meant; nothing was done."""
+
+
+class InvalidReferenceError(InputError):
+    """An image reference doesn't parse."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(text, reason)
+        self.text = text
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"invalid image reference {self.text!r}: {self.reason}"
+
+    @property
+    def hint(self) -> str:
+        return "write it as [HOST[:PORT]/]REPOSITORY[:TAG][@sha256:HEX]"
+
+
+class InvalidDigestError(InputError):
+    """A digest is not ``algorithm:hex`` of an algorithm we compute."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"invalid digest {self.text!r}"
+
+    @property
+    def hint(self) -> str:
+        return "a digest is sha256: and 64 lower-case hexadecimal digits"
+
+
+class InvalidDescriptorError(InputError):
+    """A descriptor lacks something or contradicts itself."""
+
+    def __init__(self, digest: str, reason: str) -> None:
+        super().__init__(digest, reason)
+        self.digest = digest
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"invalid descriptor {self.digest}: {self.reason}"
+
+
+class InvalidPlatformError(InputError):
+    """A platform is not ``os/architecture[/variant]``."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"invalid platform {self.text!r}"
+
+    @property
+    def hint(self) -> str:
+        return "write it as os/architecture[/variant], for example linux/amd64"
+
+
+# -- bytes --------------------------------------------------------------------------------------
+
+
+class ContentError(ClusterError):
+    """Something is wrong with the bytes of a blob or a layer."""
+
+
+class BlobNotFoundError(ContentError):
+    """*where* (a registry repository, the content store) has no such blob."""
+
+    def __init__(self, digest: str, where: str) -> None:
+        super().__init__(digest, where)
+        self.digest = digest
+        self.where = where
+
+    def __str__(self) -> str:
+        return f"blob {self.digest} is not in {self.where}"
+
+
+class DigestMismatchError(ContentError):
+    """Bytes arrived whole but hash to another digest: their source is wrong."""
+
+    def __init__(self, expected: str, actual: str, source: str) -> None:
+        super().__init__(expected, actual, source)
+        self.expected = expected
+        self.actual = actual
+        self.source = source
+
+    def __str__(self) -> str:
+        return f"{self.source} served {self.actual} for {self.expected}"
+
+    @property
+    def hint(self) -> str:
+        return "the source serves wrong bytes; try another mirror, or push the image again"
+
+
+class SizeMismatchError(ContentError):
+    """A source has a blob of another size than its descriptor says."""
+
+    def __init__(self, digest: str, expected_bytes: int, actual_bytes: int, source: str) -> None:
+        super().__init__(digest, expected_bytes, actual_bytes, source)
+        self.digest = digest
+        self.expected_bytes = expected_bytes
+        self.actual_bytes = actual_bytes
+        self.source = source
+
+    def __str__(self) -> str:
+        return f"{self.source} has {self.actual_bytes} bytes for {self.digest}, its descriptor says {self.expected_bytes}"
+
+
+class BlobDamagedError(ContentError):
+    """A blob that was present is gone from the content store or damaged, and no provider is known."""
+
+    def __init__(self, digest: str, reason: str) -> None:
+        super().__init__(digest, reason)
+        self.digest = digest
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"blob {self.digest} in the content store is lost: {self.reason}"
+
+    @property
+    def hint(self) -> str:
+        return "pull the image again, so that a provider is known and the blob can be fetched anew"
+
+
+class LayerError(ContentError):
+    """A layer can't be unpacked as it is: *entry* names the tar entry, or is empty for the whole."""
+
+    def __init__(self, digest: str, entry: str, reason: str) -> None:
+        super().__init__(digest, entry, reason)
+        self.digest = digest
+        self.entry = entry
+        self.reason = reason
+
+    def __str__(self) -> str:
+        at = f" at entry {self.entry!r}" if self.entry else ""
+        return f"layer {self.digest} can't be unpacked{at}: {self.reason}"
+
+
+class UnsafeEntryError(LayerError):
+    """A tar entry would leave the root it is unpacked under."""
+
+
+class UnprivilegedEntryError(LayerError):
+    """A tar entry needs a privilege that this node lacks, and leaving it out would change the result."""
+
+    @property
+    def hint(self) -> str:
+        return "run the farm as root, or extract on a node where it runs as root"
+
+
+class DiffIdMismatchError(ContentError):
+    """A layer unpacks to another diff ID than the image's config promises."""
+
+    def __init__(self, digest: str, expected: str, actual: str) -> None:
+        super().__init__(digest, expected, actual)
+        self.digest = digest
+        self.expected = expected
+        self.actual = actual
+
+    def __str__(self) -> str:
+        return f"layer {self.digest} unpacks to diff ID {self.actual}, its image says {self.expected}"
+
+    @property
+    def hint(self) -> str:
+        return "the image's config and layers don't belong together; push the image again"
+
+
+class SnapshotError(ContentError):
+    """A snapshot can't be prepared, published or mounted on a node."""
+
+    def __init__(self, snapshot: str, doing: str, reason: str) -> None:
+        super().__init__(snapshot, doing, reason)
+        self.snapshot = snapshot
+        self.doing = doing
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.doing} snapshot {self.snapshot}: {self.reason}"
+
+
+# -- refs -----------------------------------------------------------------------------------------
+
+
+class RefError(ClusterError):
+    """Something is wrong with a ref or what it needs."""
+
+
+class RefNotFoundError(RefError):
+    """No ref or image is known by that name."""
+
+    def __init__(self, ref: str) -> None:
+        super().__init__(ref)
+        self.ref = ref
+
+    def __str__(self) -> str:
+        return f"no ref or image {self.ref!r} is known to this farm"
+
+    @property
+    def hint(self) -> str:
+        return "`lazyfarm refs ls` lists what is known; `lazyfarm pull IMAGE` makes a ref"
+
+
+class AmbiguousRefError(RefError):
+    """A shortened ref ID names several refs."""
+
+    def __init__(self, ref: str, matches: int) -> None:
+        super().__init__(ref, matches)
+        self.ref = ref
+        self.matches = matches
+
+    def __str__(self) -> str:
+        return f"{self.ref!r} names {self.matches} refs"
+
+    @property
+    def hint(self) -> str:
+        return "give more digits of the ref ID"
+
+
+class RefReleasedError(RefError):
+    """A ref object is used after its lease was released."""
+
+    def __init__(self, ref: str) -> None:
+        super().__init__(ref)
+        self.ref = ref
+
+    def __str__(self) -> str:
+        return f"ref {self.ref} was released"
+
+
+class NonAddressableParentError(RefError):
+    """A parent ref has no chain ID, or is unknown, so nothing can be put on top of it."""
+
+    def __init__(self, parent: str) -> None:
+        super().__init__(parent)
+        self.parent = parent
+
+    def __str__(self) -> str:
+        return f"parent ref {self.parent} is unknown or can't be addressed"
+
+
+class NeedsRemoteProvidersError(RefError):
+    """Lazy blobs are needed and none of their providers can be used by this caller.
+
+    Lists *every* such digest, so that a caller can come back once with handlers for all of them.
+    """
+
+    def __init__(self, digests: tuple[str, ...]) -> None:
+        super().__init__(tuple(digests))
+        self.digests = tuple(digests)
+
+    def __str__(self) -> str:
+        return f"no usable provider for {len(self.digests)} lazy blob(s): {', '.join(self.digests)}"
+
+    @property
+    def hint(self) -> str:
+        return "pull the image again with credentials that may read it"
+
+
+# -- leases and fences ------------------------------------------------------------------------------
+
+
+class LeaseError(ClusterError):
+    """Something is wrong with a lease or a fence."""
+
+
+class LeaseRequiredError(LeaseError):
+    """A call that makes or uses a ref came without a live lease."""
+
+    def __init__(self, doing: str) -> None:
+        super().__init__(doing)
+        self.doing = doing
+
+    def __str__(self) -> str:
+        return f"{self.doing} needs a live lease"
+
+
+class LeaseLostError(LeaseError):
+    """A lease has expired or was deleted: what it held may be collected."""
+
+    def __init__(self, lease_id: str) -> None:
+        super().__init__(lease_id)
+        self.lease_id = lease_id
+
+    def __str__(self) -> str:
+        return f"lease {self.lease_id} is lost: it expired or was deleted"
+
+    @property
+    def hint(self) -> str:
+        return "take a new lease and look the refs up again"
+
+
+class StaleFenceError(LeaseError):
+    """A write came from an owner that is no longer the owner; nothing was changed."""
+
+    def __init__(self, key: str, fence: int) -> None:
+        super().__init__(key, fence)
+        self.key = key
+        self.fence = fence
+
+    def __str__(self) -> str:
+        return f"fence {self.fence} no longer owns {self.key}"
+
+
+# -- registries ---------------------------------------------------------------------------------------
+
+
+class RegistryError(ClusterError):
+    """A registry answered, and the answer is no."""
+
+
+class ManifestNotFoundError(RegistryError):
+    """A registry has no such tag or manifest."""
+
+    def __init__(self, reference: str) -> None:
+        super().__init__(reference)
+        self.reference = reference
+
+    def __str__(self) -> str:
+        return f"{self.reference} is not in its registry"
+
+    @property
+    def hint(self) -> str:
+        return "check the repository and the tag"
+
+
+class AccessDeniedError(RegistryError):
+    """The caller's credentials don't allow it (401 after a refresh, or 403)."""
+
+    def __init__(self, what: str, registry: str, reason: str) -> None:
+        super().__init__(what, registry, reason)
+        self.what = what
+        self.registry = registry
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.registry} refuses access to {self.what}: {self.reason}"
+
+    @property
+    def hint(self) -> str:
+        return f"log in to {self.registry} (docker login, or an entry in config.json) with an account that may"
+
+
+class UnsupportedManifestError(RegistryError):
+    """A manifest is of a kind that is not supported."""
+
+    def __init__(self, reference: str, media_type: str, reason: str) -> None:
+        super().__init__(reference, media_type, reason)
+        self.reference = reference
+        self.media_type = media_type
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"manifest of {self.reference} ({self.media_type}): {self.reason}"
+
+    @property
+    def hint(self) -> str:
+        return "push the image again with a current client (OCI or Docker schema 2)"
+
+
+class PlatformNotFoundError(RegistryError):
+    """An image index has no manifest for the platform."""
+
+    def __init__(self, reference: str, platform: str, available: tuple[str, ...]) -> None:
+        super().__init__(reference, platform, tuple(available))
+        self.reference = reference
+        self.platform = platform
+        self.available = tuple(available)
+
+    def __str__(self) -> str:
+        return f"{self.reference} has no manifest for {self.platform} (it has {', '.join(self.available) or 'none'})"
+
+    @property
+    def hint(self) -> str:
+        return "choose one of them with --platform"
+
+
+class InsecureRegistryError(RegistryError):
+    """Plain HTTP to a registry that is neither on loopback nor configured for it."""
+
+    def __init__(self, registry: str) -> None:
+        super().__init__(registry)
+        self.registry = registry
+
+    def __str__(self) -> str:
+        return f"{self.registry} would be reached over plain HTTP"
+
+    @property
+    def hint(self) -> str:
+        return "set registries.\"HOST\".plain_http = true in the configuration, or pass --plain-http for this call"
+
+
+class RegistryProtocolError(RegistryError):
+    """A registry's answer breaks the distribution specification, or is an error it calls final."""
+
+    def __init__(self, doing: str, status: int, detail: str) -> None:
+        super().__init__(doing, status, detail)
+        self.doing = doing
+        self.status = status
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{doing_status(self.doing, self.status)}: {self.detail}"
+
+
+def doing_status(doing: str, status: int) -> str:
+    """Join what was done and the HTTP status it got (0: none)."""
+    return f"{doing}: HTTP {status}" if status else doing
+
+
+class CredentialHelperError(RegistryError):
+    """A credential helper could not be run or answered with an error; its output is never repeated."""
+
+    def __init__(self, helper: str, registry: str, reason: str) -> None:
+        super().__init__(helper, registry, reason)
+        self.helper = helper
+        self.registry = registry
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"credential helper {self.helper} for {self.registry}: {self.reason}"
+
+
+# -- payloads ---------------------------------------------------------------------------------------
+
+
+class WireError(ClusterError):
+    """A payload from another process can't be read."""
+
+
+class UnknownVersionError(WireError):
+    """A payload is of a version or kind that this process doesn't know."""
+
+    def __init__(self, kind: str, version: int) -> None:
+        super().__init__(kind, version)
+        self.kind = kind
+        self.version = version
+
+    def __str__(self) -> str:
+        return f"payload {self.kind!r} of version {self.version} is unknown here"
+
+    @property
+    def hint(self) -> str:
+        return "the two ends run different releases: upgrade the older one"
+
+
+class MalformedPayloadError(WireError):
+    """A payload is truncated or doesn't have the shape its kind promises."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(kind, reason)
+        self.kind = kind
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"payload {self.kind!r} can't be read: {self.reason}"
+
+
+# -- the farm itself ----------------------------------------------------------------------------------
+
+
+class FarmError(ClusterError):
+    """The farm itself is not there, or not as it must be."""
+
+
+class FarmNotRunningError(FarmError):
+    """No farm runs under that state directory."""
+
+    def __init__(self, state_dir: str, reason: str) -> None:
+        super().__init__(state_dir, reason)
+        self.state_dir = state_dir
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"no farm is running in {self.state_dir}: {self.reason}"
+
+    @property
+    def hint(self) -> str:
+        return "start it with `lazyfarm up`, or name another with --state-dir or LAZYFARM_STATE_DIR"
+
+
+class StartError(FarmError):
+    """A part of the farm did not start; *log* is the file that says why."""
+
+    def __init__(self, part: str, reason: str, log: str) -> None:
+        super().__init__(part, reason, log)
+        self.part = part
+        self.reason = reason
+        self.log = log
+
+    def __str__(self) -> str:
+        return f"{self.part} did not start: {self.reason}" + (f" (see {self.log})" if self.log else "")
+
+    @property
+    def hint(self) -> str:
+        return "`lazyfarm doctor` says what is missing on this machine"
+
+
+class UnsafeStoreError(FarmError):
+    """Redis or S3 is set up so that the farm's promises would not hold."""
+
+    def __init__(self, store: str, setting: str, advice: str) -> None:
+        super().__init__(store, setting, advice)
+        self.store = store
+        self.setting = setting
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return f"{self.store} has {self.setting}"
+
+    @property
+    def hint(self) -> str:
+        return self.advice
+
+
+class NodeNotFoundError(FarmError):
+    """No live node has that ID."""
+
+    def __init__(self, node: str) -> None:
+        super().__init__(node)
+        self.node = node
+
+    def __str__(self) -> str:
+        return f"no live node {self.node!r}"
+
+    @property
+    def hint(self) -> str:
+        return "`lazyfarm status` lists the nodes"
+
+
+class SessionGoneError(FarmError):
+    """The session that was to answer for credentials is gone."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(session_id)
+        self.session_id = session_id
+
+    def __str__(self) -> str:
+        return f"session {self.session_id} is gone"
+
+
+# -- no answer ---------------------------------------------------------------------------------------
+
+
+class UnavailableError(ClusterError):
+    """*what* did not answer, or answered that it can't just now; the outcome is unknown."""
+
+    retryable = True
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(what, reason)
+        self.what = what
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.what} is unavailable: {self.reason}"
+
+    @property
+    def hint(self) -> str:
+        return "try again; `lazyfarm doctor` says what is wrong if it stays so"
+
+
+class RateLimitedError(UnavailableError):
+    """A registry answers 429; *retry_after_s* is what it asks for (0: it did not say)."""
+
+    def __init__(self, what: str, reason: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(what, reason)
+        self.args = (what, reason, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceededError(UnavailableError):
+    """Something took longer than its deadline; the outcome is unknown."""
+
+
+# -- our bugs -----------------------------------------------------------------------------------------
+
+
+class InternalError(ClusterError):
+    """Our bug: please report it with the story."""
+
+    def __init__(self, story: str) -> None:
+        super().__init__(story)
+        self.story = story
+
+    def __str__(self) -> str:
+        return f"internal error: {self.story}"
+
+    @property
+    def hint(self) -> str:
+        return "this is a bug in lazyfarm: please report it with the logs of the state directory"
+
+
+class InvalidTransitionError(InternalError):
+    """A state got an event that it can't have in that state."""
+
+    def __init__(self, subject: str, state: str, event: str) -> None:
+        super().__init__(f"{subject} in state {state} got {event}")
+        self.args = (subject, state, event)
+        self.subject = subject
+        self.state = state
+        self.event = event
