@@ -10,13 +10,27 @@ process at a third of what four threads reach).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
+from cluster.flight.values import (
+    Committed,
+    Failed,
+    Fence,
+    FlightEvent,
+    JoinOutcome,
+    UploadState,
+    Vacated,
+)
+from cluster.lease import Lease, LeaseId
+from cluster.progress import ProgressItem
+from cluster.provider import ProviderHandle
+from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefState, RefUsage
 
 # -- bytes ------------------------------------------------------------------------------------------
 
@@ -138,4 +152,441 @@ class Snapshotter(Protocol):
 
     def recover(self) -> list[str]:
         """Remove what a killed process left (staging directories, stale mounts); return what it removed."""
+        ...
+
+
+# -- the content store -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo:
+    """An object as the content store has it."""
+
+    key: str
+    size_bytes: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One uploaded part of a multi-part upload."""
+
+    number: int
+    size_bytes: int
+    etag: str
+
+
+class ContentStore(Protocol):
+    """Objects by key in the S3 bucket. Synchronous and thread-safe; knows keys, not digests.
+
+    What is "present" is decided in Redis (:class:`BlobStore`), never by asking here.
+    """
+
+    def put(self, key: str, data: bytes | memoryview) -> ObjectInfo:
+        """Write an object whole, in one request.
+
+        Raises:
+            UnavailableError: no answer after retries; it may or may not be there.
+        """
+        ...
+
+    def begin_upload(self, key: str) -> str:
+        """Start a multi-part upload and return its ID."""
+        ...
+
+    def upload_part(self, key: str, upload_id: str, number: int, data: memoryview) -> Part:
+        """Upload part *number* (from 1). *data* may be reused after the call returns.
+
+        Raises:
+            BlobNotFoundError: there is no such upload (aborted or completed meanwhile).
+            UnavailableError: no answer after retries.
+        """
+        ...
+
+    def list_parts(self, key: str, upload_id: str) -> list[Part]:
+        """Return the parts that the store has, by number; raises BlobNotFoundError as above."""
+        ...
+
+    def complete_upload(self, key: str, upload_id: str, parts: Sequence[Part]) -> ObjectInfo:
+        """Make the object of *parts*; idempotent where the object is there already with that size."""
+        ...
+
+    def abort_upload(self, key: str, upload_id: str) -> None:
+        """Drop an upload; does nothing where there is none."""
+        ...
+
+    def list_uploads(self, prefix: str) -> list[tuple[str, str]]:
+        """Return (key, upload ID) of the unfinished uploads under *prefix*."""
+        ...
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """Return what is known of an object, or None where there is none."""
+        ...
+
+    def open(self, key: str, offset: int = 0, length: int | None = None) -> ByteStream:
+        """Open an object (or a range of it) for reading; a context manager too, which closes it.
+
+        The stream resumes by itself after a reset, within the retry budget.
+
+        Raises:
+            BlobNotFoundError: no such object.
+            UnavailableError: no answer after retries.
+        """
+        ...
+
+    def delete(self, key: str) -> None:
+        """Delete an object; does nothing where there is none."""
+        ...
+
+    def list(self, prefix: str) -> Iterable[ObjectInfo]:
+        """List the objects under *prefix*."""
+        ...
+
+
+# -- records, leases, flights ----------------------------------------------------------------------------
+
+
+class RefStore(Protocol):
+    """Ref and image records, and what is known of blobs and their providers. Each method is one atomic step.
+
+    Every method may raise UnavailableError: no answer, the write may or may not have happened.
+    """
+
+    async def get_or_create(
+        self,
+        records: Sequence[RefRecord],
+        providers: Mapping[Digest, Sequence[ProviderHandle]],
+        *,
+        lease_id: LeaseId,
+    ) -> list[RefState]:
+        """Make or find the record of each of *records*, in order, parents first, in one script.
+
+        Where a record with that ID exists it is that one; image refs are merged in. Providers are
+        added to what is known for each digest, never overwritten. Each ref is attached to the lease in
+        the same step, and marked used.
+
+        Raises:
+            LeaseLostError: no such live lease; nothing has changed.
+            NonAddressableParentError: a parent is neither stored nor earlier in *records*; nothing has changed.
+        """
+        ...
+
+    async def get(self, ref_ids: Sequence[RefId]) -> list[RefState | None]:
+        """Look refs up in bulk (pipelined); None where there is none. Does not mark them used."""
+        ...
+
+    async def records(self, ref_ids: Sequence[RefId]) -> list[RefRecord | None]:
+        """Look up the bare records in bulk: one MGET."""
+        ...
+
+    async def chain(self, ref_id: RefId) -> list[RefState]:
+        """Return the ref and all below it, lowest first, in one round trip.
+
+        Raises:
+            RefNotFoundError: it, or one below it, is unknown.
+        """
+        ...
+
+    async def use(self, ref_ids: Sequence[RefId], *, lease_id: LeaseId) -> None:
+        """Attach refs to the lease and mark them used, in one step.
+
+        Raises:
+            LeaseLostError: no such live lease.
+            RefNotFoundError: one of them is unknown; nothing has changed.
+        """
+        ...
+
+    async def usage(self, ref_id: RefId) -> RefUsage:
+        """Return when and how often a ref was used."""
+        ...
+
+    async def find(self, prefix: str) -> list[RefId]:
+        """Return the refs whose ID starts with *prefix* (with or without ``sha256:``), at most 20."""
+        ...
+
+    async def list_refs(self) -> list[RefId]:
+        """Return every ref, most recently used first."""
+        ...
+
+    async def refs_of_chain(self, chain: Digest) -> list[RefId]:
+        """Return the refs with that chain ID: they share one snapshot a node."""
+        ...
+
+    async def describe(self, ref_id: RefId, description: str) -> None:
+        """Set a description where there is none yet."""
+        ...
+
+    async def put_image(self, image: ImageRecord, *, lease_id: LeaseId) -> ImageRecord:
+        """Record an image under its name and manifest digest, and attach it to the lease.
+
+        Raises:
+            LeaseLostError: no such live lease.
+        """
+        ...
+
+    async def image(self, name_or_digest: str) -> ImageRecord | None:
+        """Return the image by normalised name or manifest digest."""
+        ...
+
+    async def images(self) -> list[ImageRecord]:
+        """Return every image by name."""
+        ...
+
+    async def image_of_ref(self, ref_id: RefId) -> ImageRecord | None:
+        """Return the image most recently resolved whose top is that ref."""
+        ...
+
+    async def blobs(self, digests: Sequence[Digest]) -> list[BlobRecord | None]:
+        """Tell which blobs are present."""
+        ...
+
+    async def providers(self, digests: Sequence[Digest]) -> list[tuple[ProviderHandle, ...]]:
+        """Return every provider known for each digest."""
+        ...
+
+    async def add_providers(self, digest: Digest, providers: Sequence[ProviderHandle]) -> None:
+        """Add providers for a digest (after a push, say)."""
+        ...
+
+    async def mark_absent(self, blob: BlobRecord, reason: str) -> bool:
+        """Turn a blob that was found gone or damaged lazy again, if it is still that very upload.
+
+        Returns:
+            True if this call changed it.
+        """
+        ...
+
+
+class LeaseStore(Protocol):
+    """Leases by the store's clock. What a lease holds is written with it in one step."""
+
+    async def create(
+        self, lease_id: LeaseId, *, ttl_s: float | None, labels: Mapping[str, str] | None = None
+    ) -> Lease:
+        """Make a lease (ttl_s None: pinned). An existing live one of that ID is renewed instead."""
+        ...
+
+    async def renew(self, lease_id: LeaseId, *, ttl_s: float) -> None:
+        """Move the expiry to *ttl_s* from now.
+
+        Raises:
+            LeaseLostError: it expired or was deleted.
+        """
+        ...
+
+    async def attach(self, lease_id: LeaseId, resources: Sequence[str]) -> None:
+        """Hold *resources* by the lease; LeaseLostError as above."""
+        ...
+
+    async def get(self, lease_id: LeaseId) -> Lease | None:
+        """Return a live lease with its resources."""
+        ...
+
+    async def delete(self, lease_id: LeaseId) -> bool:
+        """Delete a lease; tell whether there was one."""
+        ...
+
+    async def list(self) -> list[Lease]:
+        """Return the live leases, soonest expiry first, pinned last."""
+        ...
+
+    async def holders(self, resource: str) -> list[LeaseId]:
+        """Return the live leases that hold *resource*."""
+        ...
+
+
+class FlightStore(Protocol):
+    """The distributed single-flight lock: for each key at most one live owner, cluster-wide.
+
+    All time is the store's. A flight's owner and its waiters each renew; who stops renewing is gone.
+    Keys are ``blob:DIGEST``; when the blob of that digest is present there is nothing to own.
+    """
+
+    async def join(self, key: str, *, worker: str, token: str, ttl_s: float) -> JoinOutcome:
+        """Join or own the flight of *key*, in one script.
+
+        Present if the blob is there. Owned, with a new fence, if nobody owns it or the owner's lease has
+        lapsed (then with what upload it left). Else Joined, and *worker* is recorded as waiting until
+        *ttl_s* from now (it renews). Aborting if the owner is stopping for want of waiters.
+
+        Args:
+            key: ``blob:sha256:…``.
+            worker: Who asks: one name a process; a process coalesces its own callers first.
+            token: Unique to this attempt; becomes the fence's token if it owns.
+            ttl_s: Seconds an owner or waiter lives without renewing.
+        """
+        ...
+
+    async def leave(self, key: str, *, worker: str) -> bool:
+        """Stop waiting; tell whether nobody is left waiting. The owner is woken and finds out."""
+        ...
+
+    async def begin_upload(self, fence: Fence, upload: UploadState) -> None:
+        """Record the multi-part upload this owner has begun; StaleFenceError if it owns no more."""
+        ...
+
+    async def record_part(self, fence: Fence, number: int, etag: str) -> None:
+        """Record one uploaded part; StaleFenceError as above."""
+        ...
+
+    async def drop_upload(self, fence: Fence) -> None:
+        """Forget the recorded upload (it could not be resumed); StaleFenceError as above."""
+        ...
+
+    async def report(self, fence: Fence, current_bytes: int, total_bytes: int) -> None:
+        """Tell waiters and late joiners how far the fetch is; StaleFenceError as above."""
+        ...
+
+    async def commit(self, fence: Fence, blob: BlobRecord) -> None:
+        """Make *blob* present and end the flight, in one script, if the fence is valid.
+
+        The blob is also held by a lease of the flight's own (``flight:…``, 120 s), so that every waiter
+        has time to pin it in its own.
+
+        Raises:
+            StaleFenceError: another owns it now, or the lease lapsed; nothing has changed.
+        """
+        ...
+
+    async def fail(self, fence: Fence, error: bytes) -> None:
+        """End the flight with an error for those who wait now; late arrivals start afresh.
+
+        The recorded upload is kept for the next owner to resume. StaleFenceError as above.
+        """
+        ...
+
+    async def vacate(self, fence: Fence) -> None:
+        """Give the ownership up without an outcome; a waiter takes over and resumes. StaleFenceError as above."""
+        ...
+
+    async def abort_if_unwanted(self, fence: Fence) -> bool:
+        """Start aborting if no live waiter is recorded; from then on :meth:`join` says Aborting.
+
+        The owner then stops its work and calls :meth:`vacate`. StaleFenceError as above.
+        """
+        ...
+
+    async def outcome(self, key: str, fence_number: int) -> Committed | Failed | Vacated | None:
+        """Return how the flight under that fence ended (kept for 60 s); None while it runs or is not known."""
+        ...
+
+    async def state(self, key: str) -> dict[str, str | int | float] | None:
+        """Return a summary for people: owner, fence, waiters, bytes; None where there is no flight."""
+        ...
+
+    def events(self, key: str) -> AbstractAsyncContextManager[AsyncIterator[FlightEvent]]:
+        """Subscribe to a flight's events; entered means subscribed. Messages may be lost: poll outcome too."""
+        ...
+
+
+class FlightRenewer(Protocol):
+    """Renews ownership and waiting from a thread of its own, which the process's own I/O can't starve."""
+
+    def keep(self, fence: Fence, *, ttl_s: float, on_lost: Callable[[], None]) -> None:
+        """Renew the ownership every ``ttl_s / 3`` until dropped; call *on_lost* (in the thread) once it is lost."""
+        ...
+
+    def keep_waiting(self, key: str, *, worker: str, ttl_s: float) -> None:
+        """Renew the waiter record likewise."""
+        ...
+
+    def drop(self, fence: Fence) -> None:
+        """Stop renewing an ownership."""
+        ...
+
+    def drop_waiting(self, key: str) -> None:
+        """Stop renewing a waiter record."""
+        ...
+
+    def close(self) -> None:
+        """Stop the thread."""
+        ...
+
+
+class ProofStore(Protocol):
+    """Proofs of access: (credential identity, registry/repository, digest), each with an expiry."""
+
+    async def record(self, identity: str, source: str, digests: Sequence[Digest], *, ttl_s: float) -> None:
+        """Record that *identity* has read, in *source*, a manifest that names *digests*, or the blob itself."""
+        ...
+
+    async def proven(self, pairs: Sequence[tuple[str, str]], digests: Sequence[Digest]) -> list[bool]:
+        """Tell for each digest whether any (identity, source) of *pairs* has a live proof of it."""
+        ...
+
+
+class HostLimiter(Protocol):
+    """One cluster-wide limit a registry host, on concurrent requests and on the request rate."""
+
+    def slot(self, host: str, *, deadline_s: float) -> AbstractAsyncContextManager[None]:
+        """Hold one of the host's slots; waits its turn, and for the end of a Retry-After.
+
+        Raises:
+            DeadlineExceededError: none came free in *deadline_s* seconds.
+        """
+        ...
+
+    async def throttled(self, host: str, retry_after_s: float) -> None:
+        """Record a 429: nobody in the cluster asks before that, and the limit is halved (not below 1)."""
+        ...
+
+    async def succeeded(self, host: str) -> None:
+        """Record a success: the limit creeps back up to what is configured."""
+        ...
+
+
+class ProgressStore(Protocol):
+    """Progress streams: capped, replayable from the start by anyone who comes late."""
+
+    async def publish(self, streams: Sequence[str], item: ProgressItem) -> None:
+        """Append *item* to each of *streams*; best effort, never raises."""
+        ...
+
+    def follow(self, stream: str) -> AsyncIterator[ProgressItem]:
+        """Yield the stream's items from its start, then live, until the item named "" ends it."""
+        ...
+
+
+# -- registries ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Authorization:
+    """What to send as ``Authorization``; the value is never shown, stored or logged."""
+
+    header: str = field(repr=False)
+    #: Seconds for which it may be used, counted from its receipt; None: for as long as it works.
+    expires_in_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuthRequest:
+    """What a registry client asks of a session."""
+
+    #: Host and port, as in provider handles.
+    registry: str
+    plain_http: bool = False
+    #: ``repository:NAME:pull`` or ``repository:NAME:pull,push``; several where a mount needs them.
+    scopes: tuple[str, ...]
+    #: The ``WWW-Authenticate`` header of the 401, or None to ask for what is cached already.
+    challenge: str | None = None
+    #: True where what was sent before was refused: it must not be answered from the cache.
+    was_refused: bool = False
+
+
+class Authorizer(Protocol):
+    """Answers for credentials, as one caller. Implemented on the driver, and by the session that asks it."""
+
+    def identity(self, registry: str) -> str:
+        """Return an opaque name for who this caller is at *registry* (a keyed hash), or ``anonymous``."""
+        ...
+
+    async def authorize(self, request: AuthRequest) -> Authorization | None:
+        """Return what to send, or None to send nothing.
+
+        Raises:
+            AccessDeniedError: the token server refuses.
+            SessionGoneError: the caller is not there any more.
+            UnavailableError: the token server or the session did not answer.
+        """
         ...

@@ -1,0 +1,41 @@
+"""Provider handles: how a blob can be fetched, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.digest import Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class ProviderHandle:
+    """One repository of one registry that holds a blob. Never a credential, a session or a live object.
+
+    A handle only says where; the caller's session says as whom, when it is used.
+    """
+
+    #: ``registry`` (OCI distribution), or ``urls`` (a foreign layer's own addresses).
+    kind: str = "registry"
+    #: Host and, unless it is the scheme's own, port: ``registry-1.docker.io``, ``127.0.0.1:5000``.
+    registry: str
+    #: Repository within it, e.g. ``library/debian``.
+    repository: str
+    #: True where the caller asked for plain HTTP (``--plain-http``); loopback and configuration allow it anyway.
+    plain_http: bool = False
+    #: Absolute addresses, for kind ``urls``.
+    urls: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """Return ``registry/repository``, the form used in messages and records."""
+        return f"{self.registry}/{self.repository}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DescHandler:
+    """What a caller passes for one digest: its provider, and where to tell of progress."""
+
+    digest: Digest
+    provider: ProviderHandle
+    #: Opaque progress stream ID; None where nobody looks.
+    progress: str | None = None
