@@ -238,7 +238,7 @@ class ContentStore(Protocol):
         """Delete an object; does nothing where there is none."""
         ...
 
-    def list(self, prefix: str) -> Iterable[ObjectInfo]:
+    def objects(self, prefix: str) -> Iterable[ObjectInfo]:
         """List the objects under *prefix*."""
         ...
 
@@ -386,7 +386,7 @@ class LeaseStore(Protocol):
         """Delete a lease; tell whether there was one."""
         ...
 
-    async def list(self) -> list[Lease]:
+    async def leases(self) -> list[Lease]:
         """Return the live leases, soonest expiry first, pinned last."""
         ...
 

@@ -1,0 +1,176 @@
+"""The configuration: every key as a typed value, checked as a whole.
+
+``configs/default.toml`` holds every key with its unit, default and reason; :mod:`lazyfarm.settings`
+reads files and the environment and hands plain mappings to :func:`check`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FarmConfig:
+    """Who the farm is."""
+
+    #: Name: part of every Redis key, the Ray namespace and the bucket's prefix. [a-z0-9-]{1,32}.
+    name: str = "lazyfarm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedisConfig:
+    """Where records, leases and flights are kept."""
+
+    #: ``redis://HOST:PORT/DB``, ``rediss://…`` or ``unix://…``; "" starts one.
+    url: str = ""
+    #: File that holds the password; "" for none.
+    password_file: str = ""
+    #: Seconds that one command may take.
+    timeout_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class S3Config:
+    """Where blobs are kept."""
+
+    #: ``http://HOST:PORT``; "" starts one.
+    endpoint: str = ""
+    region: str = "us-east-1"
+    bucket: str = "lazyfarm"
+    #: File with ``access_key_id = …`` and ``secret_access_key = …`` lines; "" uses boto3's own chain.
+    credentials_file: str = ""
+    #: File with PEM certificates to trust; "" for the system's.
+    ca_file: str = ""
+    #: Seconds without a byte until a request is given up.
+    timeout_s: float = 60.0
+    #: Tries of one request, the first included.
+    attempts: int = 5
+    #: Connections at most, a process.
+    connections: int = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayConfig:
+    """The Ray cluster."""
+
+    #: ``HOST:PORT`` of an existing cluster's GCS; "" starts one.
+    address: str = ""
+    #: File with the cluster's auth token; "" for none.
+    token_file: str = ""
+    #: Nodes to start on this machine.
+    nodes: int = 1
+    #: CPUs that each started node offers to jobs.
+    node_cpus: int = 2
+    #: Memory that each started node offers, in bytes.
+    node_memory_bytes: int = 2 * 1024**3
+    #: Object store of each started node, in bytes: control traffic only.
+    object_store_bytes: int = 96 * 1024**2
+    #: Seconds a call to an actor may take before it is given up, where nothing else bounds it.
+    call_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Cache shards and leases."""
+
+    #: Cache-manager shards.
+    shards: int = 2
+    #: Seconds a driver's lease lives without being renewed.
+    lease_ttl_s: float = 60.0
+    #: Seconds that what a command line made stays held after the command has ended.
+    keep_s: float = 7 * 24 * 3600.0
+    #: Seconds a proof of access holds.
+    proof_ttl_s: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlightConfig:
+    """Flights."""
+
+    #: Seconds an owner or waiter lives without renewing (it renews every third of it).
+    lease_ttl_s: float = 6.0
+    #: Seconds between looks at a flight for a message that was lost.
+    poll_s: float = 2.0
+    #: Seconds that one unlazy may take in all.
+    deadline_s: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchConfig:
+    """The byte path: registry to S3."""
+
+    #: Bytes of a range and of a multi-part part, 5 MiB to 5 GiB; grows where 10,000 parts would not do.
+    part_bytes: int = 8 * 1024**2
+    #: Layers from this size on are fetched in parallel ranges.
+    parallel_from_bytes: int = 32 * 1024**2
+    #: Ranges of one layer under way at once.
+    ranges_per_layer: int = 3
+    #: Layers under way at once, a node.
+    layers_per_node: int = 4
+    #: Seconds without a byte until a source is given up.
+    stall_timeout_s: float = 30.0
+    #: Tries of one range at one source, the first included.
+    attempts: int = 5
+    #: Seconds that retries may add up to, a layer.
+    retry_budget_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """Each node's disk."""
+
+    #: Directory for the node's blob cache, snapshots and mounts; "" is under the state directory.
+    root: str = ""
+    #: Bytes of compressed blobs kept on the node at most.
+    cache_bytes: int = 10 * 1024**3
+    #: ``auto``, ``overlay`` or ``copying``.
+    snapshotter: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistryConfig:
+    """One registry host; the entry named ``default`` holds for all others."""
+
+    #: Hosts tried in this order before the registry itself, as ``HOST[:PORT]``.
+    mirrors: tuple[str, ...] = ()
+    #: Allow plain HTTP (loopback is always allowed).
+    plain_http: bool = False
+    #: File with PEM certificates to trust, beside the system's.
+    ca_file: str = ""
+    #: Concurrent requests of the whole cluster at most.
+    max_concurrency: int = 12
+    #: Seconds until a connection or an answer is given up.
+    timeout_s: float = 30.0
+    #: Tries of one control request, the first included.
+    attempts: int = 5
+    #: Seconds that the retries of one control request may add up to.
+    retry_budget_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """Logs."""
+
+    #: ``debug``, ``info``, ``warning`` or ``error``.
+    level: str = "info"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything that can be set."""
+
+    farm: FarmConfig = field(default_factory=FarmConfig)
+    redis: RedisConfig = field(default_factory=RedisConfig)
+    s3: S3Config = field(default_factory=S3Config)
+    ray: RayConfig = field(default_factory=RayConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    flight: FlightConfig = field(default_factory=FlightConfig)
+    fetch: FetchConfig = field(default_factory=FetchConfig)
+    node: NodeConfig = field(default_factory=NodeConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    #: By registry host; ``default`` for the rest.
+    registries: dict[str, RegistryConfig] = field(default_factory=dict)
+
+    def registry(self, host: str) -> RegistryConfig:
+        """Return what holds for a registry host."""
+        return self.registries.get(host) or self.registries.get("default") or RegistryConfig()
