@@ -1,0 +1,232 @@
+"""What crosses actor boundaries: requests and results, as plain values in :mod:`cluster.wire` payloads.
+
+Small on purpose: digests, handles and figures. No layer bytes, and no credential but in
+:class:`SessionAnswer`, which travels in a method call from the driver and is never kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.descriptor import Descriptor
+from cluster.digest import Digest
+from cluster.lease import LeaseId
+from cluster.provider import DescHandler
+from cluster.ref import ImageRecord, RefId, RefState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionInfo:
+    """Who calls: a driver's session, as whom it goes to registries, and where it looks for progress."""
+
+    session_id: str
+    #: Registry host to opaque identity (:meth:`cluster.ports.Authorizer.identity`).
+    identities: dict[str, str] = field(default_factory=dict)
+    #: Progress stream ID of this call; None where nobody looks.
+    progress: str | None = None
+    #: Seconds after which the caller has given up.
+    deadline_s: float = 3600.0
+    #: Ties the log lines of one call together.
+    trace: str = ""
+
+
+# -- pull ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullRequest:
+    """Resolve an image: manifest and config are read, refs are made, no layer moves."""
+
+    session: SessionInfo
+    image: str
+    platform: str | None
+    plain_http: bool
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullResult:
+    """A resolved image and its refs, lowest layer first."""
+
+    image: ImageRecord
+    layers: tuple[RefState, ...]
+
+
+# -- refs ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetByBlobRequest:
+    """Make or find refs, lowest first: see DESIGN §3."""
+
+    session: SessionInfo
+    descriptors: tuple[Descriptor, ...]
+    parent: RefId | None
+    handlers: tuple[DescHandler, ...]
+    lease_id: LeaseId
+    image_ref: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetRequest:
+    """Look a ref up by ID, with access proven for every blob of its chain."""
+
+    session: SessionInfo
+    ref_id: RefId
+    handlers: tuple[DescHandler, ...]
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefsResult:
+    """Refs, lowest layer first."""
+
+    layers: tuple[RefState, ...]
+
+
+# -- unlazy, extract, push ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnlazyRequest:
+    """Make sure that every blob of a ref's chain is in the content store."""
+
+    session: SessionInfo
+    ref_id: RefId
+    handlers: tuple[DescHandler, ...]
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFetch:
+    """How one layer got into the content store."""
+
+    digest: Digest
+    #: ``present``, or the registry/repository it was fetched from, by whoever fetched it.
+    source: str
+    #: Bytes that this call's own flight read from registries; 0 where it joined or nothing was to do.
+    bytes_fetched: int
+    seconds: float
+    #: True where another caller's flight did the work.
+    joined: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnlazyResult:
+    """What an unlazy came to, lowest layer first."""
+
+    ref_id: RefId
+    layers: tuple[LayerFetch, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractRequest:
+    """Unlazy, bring to the called node, unpack and mount."""
+
+    session: SessionInfo
+    ref_id: RefId
+    handlers: tuple[DescHandler, ...]
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractResult:
+    """Where a ref's filesystem is mounted on one node."""
+
+    ref_id: RefId
+    node: str
+    path: str
+    seconds: float
+    layers: tuple[LayerFetch, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushRequest:
+    """Push an image to a repository; layers are mounted where they can be."""
+
+    session: SessionInfo
+    #: The image's record: its manifest and config are pushed as they are.
+    image: ImageRecord
+    target: str
+    plain_http: bool
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPush:
+    """How one layer got to the target."""
+
+    digest: Digest
+    #: ``exists``, ``mounted``, ``uploaded`` or ``foreign`` (never pushed: the layer is non-distributable).
+    how: str
+    #: Bytes uploaded to the target.
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushResult:
+    """What a push came to."""
+
+    #: Normalised target reference.
+    target: str
+    #: Digest of the manifest there.
+    digest: Digest
+    layers: tuple[LayerPush, ...]
+
+
+# -- sessions ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionQuestion:
+    """What a worker asks the driver whose session it serves."""
+
+    question_id: str
+    registry: str
+    plain_http: bool
+    scopes: tuple[str, ...]
+    challenge: str | None
+    was_refused: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionAnswer:
+    """The driver's answer. Never stored, logged or shown."""
+
+    question_id: str
+    header: str | None = field(default=None, repr=False)
+    expires_in_s: float | None = None
+    #: Wire form of an error instead of an answer.
+    error: bytes | None = None
+
+
+# -- who is there ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorRecord:
+    """What an actor says of itself in Redis every few seconds; gone when it stops saying so."""
+
+    #: Ray actor name.
+    name: str
+    #: ``supervisor``, ``cache-shard`` or ``fetch-worker``.
+    kind: str
+    #: Node name (``n0``).
+    node: str
+    pid: int
+    #: ``ready``; readers add ``lost`` where the record has expired but the actor is wanted.
+    state: str
+    #: Release of the code it runs.
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeRecord:
+    """A node of the cluster as the supervisor sees it."""
+
+    #: Node name: ``n0``, or the host's own where the farm did not start it.
+    id: str
+    #: Ray's node ID.
+    ray_id: str
+    address: str
+    alive: bool
