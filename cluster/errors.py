@@ -469,6 +469,65 @@ def doing_status(doing: str, status: int) -> str:
     return f"{doing}: HTTP {status}" if status else doing
 
 
+class MalformedManifestError(RegistryError):
+    """A manifest, index or image config doesn't parse or contradicts itself."""
+
+    def __init__(self, reference: str, reason: str) -> None:
+        super().__init__(reference, reason)
+        self.reference = reference
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.reference} is malformed: {self.reason}"
+
+    @property
+    def hint(self) -> str:
+        return "the image was damaged or made by a broken tool; push it again"
+
+
+class ChallengedError(RegistryError):
+    """A registry wants (other) credentials: HTTP 401. Internal: who has the session answers it and tries again."""
+
+    def __init__(self, what: str, registry: str, challenge: str) -> None:
+        super().__init__(what, registry, challenge)
+        self.what = what
+        self.registry = registry
+        #: The ``WWW-Authenticate`` header; empty where there was none.
+        self.challenge = challenge
+
+    def __str__(self) -> str:
+        return f"{self.registry} asks for authorization for {self.what}"
+
+
+class RangeRefusedError(RegistryError):
+    """A registry refuses a byte range (HTTP 416); the whole blob may still be had."""
+
+    def __init__(self, what: str, source: str, offset: int) -> None:
+        super().__init__(what, source, offset)
+        self.what = what
+        self.source = source
+        self.offset = offset
+
+    def __str__(self) -> str:
+        return f"{self.source} refuses {self.what} from byte {self.offset}"
+
+
+class UntrustedCertificateError(RegistryError):
+    """A registry's TLS certificate can't be verified."""
+
+    def __init__(self, registry: str, reason: str) -> None:
+        super().__init__(registry, reason)
+        self.registry = registry
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the certificate of {self.registry} is not trusted: {self.reason}"
+
+    @property
+    def hint(self) -> str:
+        return 'set registries."HOST".ca_file in the configuration to the PEM file of the authority that signed it'
+
+
 class CredentialHelperError(RegistryError):
     """A credential helper could not be run or answered with an error; its output is never repeated."""
 
