@@ -1,0 +1,479 @@
+"""A real image for the demo, the benchmarks and the tests: Debian, from its packages, with every kind of entry.
+
+Seven layers, some 90 MB as gzip: a minimal Debian; Python; git; tools; a layer made by hand with what
+layers can say (whiteouts, an opaque directory, hard links, one into a lower layer, setuid, a capability,
+an xattr, a FIFO, a sparse file, a long name); an empty one; and a last small one. It is kept as an OCI
+layout under the user's cache directory, so that it is built once a machine.
+
+Run as a program it builds the image and can push it::
+
+    python -m tests.doubles.image --push 127.0.0.1:5000/demo:1 --format docker
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import zstandard
+
+SUITE = "bookworm"
+#: Packages of the layers above the minimal system, lowest first.
+PACKAGES: tuple[tuple[str, ...], ...] = (("python3",), ("git",), ("binutils", "make"))
+#: A program of the image, run from an extracted root: it reads what several layers brought and prints JSON.
+PROGRAM = "/srv/app/hello"
+
+ImageFormat = Literal["oci", "docker", "zstd"]
+
+_OCI = "application/vnd.oci.image"
+_CHUNK_BYTES = 1 << 20
+_BUILD_TIMEOUT_S = 600
+_PUSH_TIMEOUT_S = 300
+#: Images of older recipes go once nobody has asked for them for so long.
+_UNUSED_S = 7 * 24 * 3600
+
+_PROGRAM_TEXT = """\
+#!/usr/bin/python3
+import json, os, platform, subprocess
+print(json.dumps({
+    "python": platform.python_version(),
+    "git": subprocess.run(["/usr/bin/git", "--version"], check=True, capture_output=True, text=True).stdout.strip(),
+    "greeting": open("/srv/app/greeting").read().strip(),
+    "docs": os.path.exists("/usr/share/doc/git"),
+    "opaque": sorted(os.listdir("/usr/share/bash-completion")) if os.path.isdir("/usr/share/bash-completion") else [],
+}))
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageLayer:
+    """One layer as it is stored."""
+
+    digest: str
+    size_bytes: int
+    diff_id: str
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltImage:
+    """The image as an OCI layout with the tags ``gzip`` and ``zstd``."""
+
+    layout: Path
+    #: Gzip layers, lowest first.
+    layers: tuple[ImageLayer, ...]
+    zstd_layers: tuple[ImageLayer, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Compressed size of the gzip layers."""
+        return sum(layer.size_bytes for layer in self.layers)
+
+
+class ImageBuildError(Exception):
+    """The image can't be built or pushed on this machine."""
+
+
+def cached_image(cache_root: Path | None = None) -> BuiltImage:
+    """Return the demo image, building it where this machine has none of this recipe yet.
+
+    Safe to call from several processes: one builds, under a lock, and publishes by a rename.
+    """
+    root = cache_root or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lazyfarm"
+    root.mkdir(parents=True, exist_ok=True)
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    place = root / f"demo-image-{recipe}"
+    with (root / "demo-image.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            _drop_unused(root)
+            with tempfile.TemporaryDirectory(prefix="building-", dir=root) as work:
+                _build(Path(work))
+                (Path(work) / "layout").rename(place)
+        place.touch()  # in use: see _drop_unused
+    return BuiltImage(layout=place, layers=_layers(place, "gzip"), zstd_layers=_layers(place, "zstd"))
+
+
+def push(image: BuiltImage, target: str, *, image_format: ImageFormat = "oci", credentials: str | None = None) -> None:
+    """Push to ``HOST:PORT/REPOSITORY:TAG`` over plain HTTP with skopeo, every blob as it is.
+
+    Args:
+        image: What :func:`cached_image` returned.
+        target: Where to.
+        image_format: ``docker`` is Docker schema 2; ``zstd`` is OCI with zstd layers.
+        credentials: ``USER:PASSWORD``.
+    """
+    tag = "zstd" if image_format == "zstd" else "gzip"
+    # A v2s2 manifest names the very same gzip blobs, but skopeo can't promise to preserve the manifest's digest then.
+    kind = ["--format", "v2s2"] if image_format == "docker" else ["--preserve-digests"]
+    with tempfile.TemporaryDirectory(prefix="lazyfarm-push-") as work:
+        authfile: list[str] = []
+        if credentials is not None:
+            # Not as an argument: those are visible to everybody on the machine.
+            from base64 import b64encode  # noqa: PLC0415 - only pushes with credentials need it
+
+            host = target.split("/", 1)[0]
+            path = Path(work) / "auth.json"
+            path.touch(mode=0o600)
+            path.write_text(json.dumps({"auths": {host: {"auth": b64encode(credentials.encode()).decode()}}}))
+            authfile = ["--dest-authfile", str(path)]
+        _run(
+            [
+                *("skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false", *kind, *authfile),
+                *(f"oci:{image.layout}:{tag}", f"docker://{target}"),
+            ],
+            timeout_s=_PUSH_TIMEOUT_S,
+        )
+
+
+def _drop_unused(root: Path) -> None:
+    for image in root.glob("demo-image-*/"):
+        if time.time() - image.stat().st_mtime > _UNUSED_S:
+            shutil.rmtree(image)
+
+
+# -- building ---------------------------------------------------------------------------------------------
+
+
+def _build(work: Path) -> None:
+    if os.geteuid() != 0:
+        raise ImageBuildError("the demo image is built with mmdebstrap and chroot, which need root: use sudo")
+    root, layout = work / "root", work / "layout"
+    (layout / "blobs/sha256").mkdir(parents=True)
+    writer = _LayoutWriter(layout)
+
+    _run(["mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", SUITE, str(root), *_apt_sources()])
+    # mmdebstrap leaves the package lists, which no image carries.
+    for leftover in (*(root / "var/lib/apt/lists").iterdir(), *(root / "var/cache/apt").glob("*.bin")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    before: dict[str, _Stamp] = {}
+    before = writer.add_changes(root, before, f"mmdebstrap --variant=minbase {SUITE}")
+    with _apt_ready(work, root) as install:
+        for packages in PACKAGES:
+            install(packages)
+            before = writer.add_changes(root, before, f"apt-get install {' '.join(packages)}")
+    writer.add_tar(_special_layer(root), "what layers can say")
+    writer.add_tar(_tar_of(()), "nothing")
+    writer.add_tar(_tar_of([_file("srv/app/greeting", b"hello from the top layer\n")]), "a greeting")
+    writer.finish()
+
+
+def _apt_sources() -> list[str]:
+    """Return this machine's own Debian sources of the suite; none lets mmdebstrap choose.
+
+    A machine behind a mirror of its own then needs no other host.
+    """
+    targets = subprocess.run(
+        [
+            *("apt-get", "indextargets", "--format", "$(CODENAME) $(REPO_URI) $(RELEASE) $(COMPONENT)"),
+            *("Created-By: Packages", "Origin: Debian"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    sources: dict[tuple[str, str], list[str]] = {}
+    for line in targets.stdout.splitlines():
+        codename, uri, release, component = line.split()
+        if codename in (SUITE, f"{SUITE}-updates", f"{SUITE}-security") and component not in sources.setdefault(
+            (uri, release), []
+        ):
+            sources[uri, release].append(component)
+    return [f"deb {uri} {release} {' '.join(components)}" for (uri, release), components in sources.items()]
+
+
+@contextmanager
+def _apt_ready(work: Path, root: Path) -> Iterator[Callable[[tuple[str, ...]], None]]:
+    """Yield a function that installs packages in *root* and leaves nothing there but them."""
+    lists, archives = work / "lists", work / "archives"
+    for directory in (lists, archives):
+        (directory / "partial").mkdir(parents=True)
+    script = (
+        'mount -t proc proc "$1/proc"; mount --bind "$2" "$1/var/lib/apt/lists"; '
+        'mount --bind "$3" "$1/var/cache/apt/archives"; mount --bind /etc/resolv.conf "$1/etc/resolv.conf"; '
+        'root=$1; shift 3; exec chroot "$root" /usr/bin/env -i DEBIAN_FRONTEND=noninteractive LC_ALL=C '
+        'PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"'
+    )
+
+    def in_root(*command: str) -> None:
+        _run(
+            [
+                *("unshare", "--mount", "--propagation", "private", "sh", "-euc", script, "sh"),
+                *(str(root), str(lists), str(archives), *command),
+            ]
+        )
+
+    options = ["-q", "-y", "-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache=", "-o", "Acquire::Retries=3"]
+    resolv = root / "etc/resolv.conf"
+    made_resolv = not resolv.exists()
+    resolv.touch()
+    in_root("apt-get", *options, "update")
+
+    def install(packages: tuple[str, ...]) -> None:
+        in_root("apt-get", *options, "install", "--no-install-recommends", *packages)
+        for log in (root / "var/log").rglob("*.log"):
+            log.write_bytes(b"")
+
+    yield install
+    if made_resolv:
+        resolv.unlink()
+
+
+@dataclass(frozen=True, slots=True)
+class _Stamp:
+    """What changes when a file does. The change time can't be set by anybody: nothing escapes it."""
+
+    inode: int
+    changed_ns: int
+    is_directory: bool
+
+
+def _scan(root: Path) -> dict[str, _Stamp]:
+    stamps = {}
+    for directory, directories, files in os.walk(root):
+        for name in (*directories, *files):
+            path = f"{directory}/{name}"
+            found = os.lstat(path)
+            stamps[os.path.relpath(path, root)] = _Stamp(found.st_ino, found.st_ctime_ns, stat.S_ISDIR(found.st_mode))
+    return stamps
+
+
+class _LayoutWriter:
+    """Writes layers, twice each (gzip and zstd), and then the two images of them, into an OCI layout."""
+
+    def __init__(self, layout: Path) -> None:
+        self._layout = layout
+        self._history: list[str] = []
+        self._diff_ids: list[str] = []
+        self._descriptors: dict[str, list[dict[str, object]]] = {"gzip": [], "zstd": []}
+
+    def add_changes(self, root: Path, before: dict[str, _Stamp], what: str) -> dict[str, _Stamp]:
+        """Add a layer of what differs in *root* from *before*; return how it is now."""
+        now = _scan(root)
+        changed = sorted(path for path, stamp in now.items() if before.get(path) != stamp)
+        gone = sorted(path for path in before if path not in now)
+        with tempfile.TemporaryFile(dir=self._layout.parent) as out:
+            with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                for path in changed:
+                    _add_path(tar, root, path)
+                for path in gone:
+                    parent, _, name = path.rpartition("/")
+                    if parent in now or not parent:
+                        tar.addfile(tarfile.TarInfo(f"{parent}/.wh.{name}".lstrip("/")))
+            out.seek(0)
+            self.add_tar(out, what)
+        return now
+
+    def add_tar(self, tar: io.BufferedIOBase | tempfile._TemporaryFileWrapper[bytes], what: str) -> None:
+        """Add *tar* as a layer."""
+        diff = hashlib.sha256()
+        blobs = self._layout / "blobs/sha256"
+        packed = {kind: blobs / f"new-{kind}" for kind in self._descriptors}
+        with (
+            packed["gzip"].open("wb") as raw_gzip,
+            # zlib's own level, as registries are full of it.
+            gzip.GzipFile("", "wb", zlib.Z_DEFAULT_COMPRESSION, raw_gzip, mtime=0) as as_gzip,
+            packed["zstd"].open("wb") as raw_zstd,
+            zstandard.ZstdCompressor(level=3).stream_writer(raw_zstd) as as_zstd,
+        ):
+            while chunk := tar.read(_CHUNK_BYTES):
+                diff.update(chunk)
+                as_gzip.write(chunk)
+                as_zstd.write(chunk)
+        self._diff_ids.append(f"sha256:{diff.hexdigest()}")
+        self._history.append(what)
+        for kind, path in packed.items():
+            self._descriptors[kind].append(self._keep(path, f"{_OCI}.layer.v1.tar+{kind}"))
+
+    def finish(self) -> None:
+        """Write configuration, manifests and index."""
+        config = {
+            "created": "2024-01-01T00:00:00Z",
+            "architecture": _architecture(),
+            "os": "linux",
+            "config": {"Cmd": [PROGRAM], "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]},
+            "rootfs": {"type": "layers", "diff_ids": self._diff_ids},
+            "history": [
+                *({"created": "2024-01-01T00:00:00Z", "created_by": what} for what in self._history),
+                {"created": "2024-01-01T00:00:00Z", "created_by": "CMD", "empty_layer": True},
+            ],
+        }
+        described = self._add_json(config, f"{_OCI}.config.v1+json")
+        manifests = []
+        for kind, layers in self._descriptors.items():
+            manifest = {
+                "schemaVersion": 2,
+                "mediaType": f"{_OCI}.manifest.v1+json",
+                "config": described,
+                "layers": layers,
+            }
+            entry = self._add_json(manifest, f"{_OCI}.manifest.v1+json")
+            manifests.append({**entry, "annotations": {"org.opencontainers.image.ref.name": kind}})
+        (self._layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": manifests}))
+        (self._layout / "oci-layout").write_text(json.dumps({"imageLayoutVersion": "1.0.0"}))
+
+    def _add_json(self, value: object, media_type: str) -> dict[str, object]:
+        path = self._layout / "blobs/sha256/new-json"
+        path.write_text(json.dumps(value, separators=(",", ":")))
+        return self._keep(path, media_type)
+
+    def _keep(self, path: Path, media_type: str) -> dict[str, object]:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        size = path.stat().st_size
+        path.rename(path.with_name(digest))
+        return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": size}
+
+
+def _add_path(tar: tarfile.TarFile, root: Path, path: str) -> None:
+    """Add one path with its xattrs; a second name of a file becomes a hard link (tarfile sees to it)."""
+    full = root / path
+    if stat.S_ISSOCK(full.lstat().st_mode):
+        return
+    entry = tar.gettarinfo(str(full), path)
+    entry.pax_headers = {
+        f"SCHILY.xattr.{name}": os.getxattr(full, name, follow_symlinks=False).decode("utf-8", "surrogateescape")
+        for name in os.listxattr(full, follow_symlinks=False)
+    }
+    if entry.isreg():
+        with full.open("rb") as content:
+            tar.addfile(entry, content)
+    else:
+        tar.addfile(entry)
+
+
+# -- the layer made by hand ----------------------------------------------------------------------------------
+
+_Entry = tuple[tarfile.TarInfo, bytes]
+
+
+def _file(name: str, content: bytes = b"", *, mode: int = 0o644, xattrs: dict[str, str] | None = None) -> _Entry:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode, entry.mtime = len(content), mode, 1_700_000_000
+    entry.pax_headers = {f"SCHILY.xattr.{key}": value for key, value in (xattrs or {}).items()}
+    return entry, content
+
+
+def _special(name: str, kind: bytes, *, link: str = "", mode: int = 0o755) -> _Entry:
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname, entry.mode, entry.mtime = kind, link, mode, 1_700_000_000
+    return entry, b""
+
+
+def _special_layer(root: Path) -> io.BytesIO:
+    """Return a layer with each kind of entry that layers below it don't have."""
+    # cap_net_raw+ep, as the kernel keeps it (struct vfs_cap_data, revision 2).
+    capability = bytes.fromhex("0100000200200000000000000000000000000000").decode("latin-1")
+    long_name = "srv/app/" + "long-" * 30 + "/" + "name-" * 40
+    entries = [
+        _special("srv/app", tarfile.DIRTYPE),
+        _file(PROGRAM[1:], _PROGRAM_TEXT.encode(), mode=0o755),
+        _file("srv/app/greeting", b"hello\n"),
+        _special("srv/app/hello-too", tarfile.LNKTYPE, link=PROGRAM[1:]),
+        # A link to a file that only a lower layer has.
+        _special("srv/app/git", tarfile.LNKTYPE, link="usr/bin/git"),
+        _special("srv/app/python", tarfile.SYMTYPE, link="/usr/bin/python3", mode=0o777),
+        _special("srv/app/queue", tarfile.FIFOTYPE, mode=0o600),
+        _file("srv/app/as-root", b"#!/bin/sh\n", mode=0o4755),
+        _file("srv/app/ping", b"#!/bin/sh\n", mode=0o755, xattrs={"security.capability": capability}),
+        _file("srv/app/noted", b"noted\n", xattrs={"user.lazyfarm.note": "kept"}),
+        _file("srv/app/sparse", b"\0" * (4 << 20) + b"end\n"),
+        _file(long_name, b"long\n"),
+        # Gone: a directory of a lower layer, and one file of another.
+        _file("usr/share/doc/.wh.git"),
+    ]
+    if (root / "usr/share/bash-completion").is_dir():
+        # Made anew: nothing of the lower layers' directory shows through.
+        entries += [
+            _special("usr/share/bash-completion", tarfile.DIRTYPE),
+            _file("usr/share/bash-completion/.wh..wh..opq"),
+            _file("usr/share/bash-completion/only", b"only this\n"),
+        ]
+    return _tar_of(entries)
+
+
+def _tar_of(entries: Iterable[_Entry]) -> io.BytesIO:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for entry, content in entries:
+            tar.addfile(entry, io.BytesIO(content))
+    out.seek(0)
+    return out
+
+
+# -- small things -----------------------------------------------------------------------------------------------
+
+
+def _layers(layout: Path, tag: str) -> tuple[ImageLayer, ...]:
+    def read(digest: str) -> dict[str, list[dict[str, str]]]:
+        found: dict[str, list[dict[str, str]]] = json.loads((layout / "blobs" / digest.replace(":", "/")).read_bytes())
+        return found
+
+    index = json.loads((layout / "index.json").read_bytes())
+    [manifest_digest] = [
+        entry["digest"]
+        for entry in index["manifests"]
+        if entry["annotations"]["org.opencontainers.image.ref.name"] == tag
+    ]
+    manifest = json.loads((layout / "blobs" / manifest_digest.replace(":", "/")).read_bytes())
+    config = json.loads((layout / "blobs" / manifest["config"]["digest"].replace(":", "/")).read_bytes())
+    return tuple(
+        ImageLayer(digest=layer["digest"], size_bytes=layer["size"], diff_id=diff_id, media_type=layer["mediaType"])
+        for layer, diff_id in zip(manifest["layers"], config["rootfs"]["diff_ids"], strict=True)
+    )
+
+
+def _architecture() -> str:
+    return _run(["dpkg", "--print-architecture"]).strip()
+
+
+def _run(command: list[str], *, timeout_s: float = _BUILD_TIMEOUT_S) -> str:
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout_s
+    )
+    if done.returncode != 0:
+        tail = (done.stderr or done.stdout).strip()[-2000:]
+        raise ImageBuildError(f"{command[0]} failed with exit code {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def main() -> int:
+    """Build, print what there is, and push where asked to."""
+    parser = argparse.ArgumentParser(prog="python -m tests.doubles.image", description=__doc__.split("\n")[0])
+    parser.add_argument("--push", metavar="HOST:PORT/REPOSITORY:TAG", help="push it there over plain HTTP")
+    parser.add_argument("--format", choices=["oci", "docker", "zstd"], default="oci", help="how to push (oci)")
+    options = parser.parse_args()
+    try:
+        image = cached_image()
+        if options.push:
+            push(image, options.push, image_format=options.format)
+    except ImageBuildError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    for layer in image.layers:
+        print(f"{layer.digest}  {layer.size_bytes / 1e6:8.2f} MB")
+    print(f"{len(image.layers)} layers, {image.size_bytes / 1e6:.1f} MB, in {image.layout}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
