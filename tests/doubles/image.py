@@ -17,7 +17,6 @@ import fcntl
 import gzip
 import hashlib
 import io
-import json
 import os
 import shutil
 import stat
@@ -31,9 +30,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import zstandard
+
+from tests.doubles.oci_layout import ImageLayer, ImageToolError, LayoutImage, LayoutWriter, push, read_image, run_tool
+
+Compression = Literal["gzip", "zstd"]
 
 SUITE = "bookworm"
 #: Packages of the layers above the minimal system, lowest first.
@@ -41,14 +44,10 @@ PACKAGES: tuple[tuple[str, ...], ...] = (("python3",), ("git",), ("binutils", "m
 #: A program of the image, run from an extracted root: it reads what several layers brought and prints JSON.
 PROGRAM = "/srv/app/hello"
 
-ImageFormat = Literal["oci", "docker", "zstd"]
-
-_OCI = "application/vnd.oci.image"
 _CHUNK_BYTES = 1 << 20
-_BUILD_TIMEOUT_S = 600
-_PUSH_TIMEOUT_S = 300
 #: Images of older recipes go once nobody has asked for them for so long.
 _UNUSED_S = 7 * 24 * 3600
+_COMPRESSIONS: tuple[Compression, ...] = ("gzip", "zstd")
 
 _PROGRAM_TEXT = """\
 #!/usr/bin/python3
@@ -63,39 +62,13 @@ print(json.dumps({
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageLayer:
-    """One layer as it is stored."""
-
-    digest: str
-    size_bytes: int
-    diff_id: str
-    media_type: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuiltImage:
-    """The image as an OCI layout with the tags ``gzip`` and ``zstd``."""
-
-    layout: Path
-    #: Gzip layers, lowest first.
-    layers: tuple[ImageLayer, ...]
-    zstd_layers: tuple[ImageLayer, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Compressed size of the gzip layers."""
-        return sum(layer.size_bytes for layer in self.layers)
-
-
-class ImageBuildError(Exception):
-    """The image can't be built or pushed on this machine."""
-
-
-def cached_image(cache_root: Path | None = None) -> BuiltImage:
+def cached_image(compression: Compression = "gzip", *, cache_root: Path | None = None) -> LayoutImage:
     """Return the demo image, building it where this machine has none of this recipe yet.
 
     Safe to call from several processes: one builds, under a lock, and publishes by a rename.
+
+    Raises:
+        ImageToolError: it can't be built on this machine.
     """
     root = cache_root or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lazyfarm"
     root.mkdir(parents=True, exist_ok=True)
@@ -109,39 +82,7 @@ def cached_image(cache_root: Path | None = None) -> BuiltImage:
                 _build(Path(work))
                 (Path(work) / "layout").rename(place)
         place.touch()  # in use: see _drop_unused
-    return BuiltImage(layout=place, layers=_layers(place, "gzip"), zstd_layers=_layers(place, "zstd"))
-
-
-def push(image: BuiltImage, target: str, *, image_format: ImageFormat = "oci", credentials: str | None = None) -> None:
-    """Push to ``HOST:PORT/REPOSITORY:TAG`` over plain HTTP with skopeo, every blob as it is.
-
-    Args:
-        image: What :func:`cached_image` returned.
-        target: Where to.
-        image_format: ``docker`` is Docker schema 2; ``zstd`` is OCI with zstd layers.
-        credentials: ``USER:PASSWORD``.
-    """
-    tag = "zstd" if image_format == "zstd" else "gzip"
-    # A v2s2 manifest names the very same gzip blobs, but skopeo can't promise to preserve the manifest's digest then.
-    kind = ["--format", "v2s2"] if image_format == "docker" else ["--preserve-digests"]
-    with tempfile.TemporaryDirectory(prefix="lazyfarm-push-") as work:
-        authfile: list[str] = []
-        if credentials is not None:
-            # Not as an argument: those are visible to everybody on the machine.
-            from base64 import b64encode  # noqa: PLC0415 - only pushes with credentials need it
-
-            host = target.split("/", 1)[0]
-            path = Path(work) / "auth.json"
-            path.touch(mode=0o600)
-            path.write_text(json.dumps({"auths": {host: {"auth": b64encode(credentials.encode()).decode()}}}))
-            authfile = ["--dest-authfile", str(path)]
-        _run(
-            [
-                *("skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false", *kind, *authfile),
-                *(f"oci:{image.layout}:{tag}", f"docker://{target}"),
-            ],
-            timeout_s=_PUSH_TIMEOUT_S,
-        )
+    return read_image(place, compression)
 
 
 def _drop_unused(root: Path) -> None:
@@ -155,25 +96,24 @@ def _drop_unused(root: Path) -> None:
 
 def _build(work: Path) -> None:
     if os.geteuid() != 0:
-        raise ImageBuildError("the demo image is built with mmdebstrap and chroot, which need root: use sudo")
+        raise ImageToolError("the demo image is built with mmdebstrap and chroot, which need root: use sudo")
     root, layout = work / "root", work / "layout"
-    (layout / "blobs/sha256").mkdir(parents=True)
-    writer = _LayoutWriter(layout)
+    layers = _Layers(LayoutWriter(layout), work)
 
-    _run(["mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", SUITE, str(root), *_apt_sources()])
+    run_tool("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", SUITE, str(root), *_apt_sources())
     # mmdebstrap leaves the package lists, which no image carries.
     for leftover in (*(root / "var/lib/apt/lists").iterdir(), *(root / "var/cache/apt").glob("*.bin")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     before: dict[str, _Stamp] = {}
-    before = writer.add_changes(root, before, f"mmdebstrap --variant=minbase {SUITE}")
+    before = layers.add_changes(root, before, f"mmdebstrap --variant=minbase {SUITE}")
     with _apt_ready(work, root) as install:
         for packages in PACKAGES:
             install(packages)
-            before = writer.add_changes(root, before, f"apt-get install {' '.join(packages)}")
-    writer.add_tar(_special_layer(root), "what layers can say")
-    writer.add_tar(_tar_of(()), "nothing")
-    writer.add_tar(_tar_of([_file("srv/app/greeting", b"hello from the top layer\n")]), "a greeting")
-    writer.finish()
+            before = layers.add_changes(root, before, f"apt-get install {' '.join(packages)}")
+    layers.add_tar(_special_layer(root), "what layers can say")
+    layers.add_tar(_tar_of(()), "nothing")
+    layers.add_tar(_tar_of([_file("srv/app/greeting", b"hello from the top layer\n")]), "a greeting")
+    layers.finish()
 
 
 def _apt_sources() -> list[str]:
@@ -215,11 +155,9 @@ def _apt_ready(work: Path, root: Path) -> Iterator[Callable[[tuple[str, ...]], N
     )
 
     def in_root(*command: str) -> None:
-        _run(
-            [
-                *("unshare", "--mount", "--propagation", "private", "sh", "-euc", script, "sh"),
-                *(str(root), str(lists), str(archives), *command),
-            ]
+        run_tool(
+            *("unshare", "--mount", "--propagation", "private", "sh", "-euc", script, "sh"),
+            *(str(root), str(lists), str(archives), *command),
         )
 
     options = ["-q", "-y", "-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache=", "-o", "Acquire::Retries=3"]
@@ -257,21 +195,21 @@ def _scan(root: Path) -> dict[str, _Stamp]:
     return stamps
 
 
-class _LayoutWriter:
-    """Writes layers, twice each (gzip and zstd), and then the two images of them, into an OCI layout."""
+class _Layers:
+    """Makes layers, twice each (gzip and zstd), and then the two images of them."""
 
-    def __init__(self, layout: Path) -> None:
-        self._layout = layout
+    def __init__(self, writer: LayoutWriter, work: Path) -> None:
+        self._writer = writer
+        self._work = work
         self._history: list[str] = []
-        self._diff_ids: list[str] = []
-        self._descriptors: dict[str, list[dict[str, object]]] = {"gzip": [], "zstd": []}
+        self._layers: dict[str, list[ImageLayer]] = {compression: [] for compression in _COMPRESSIONS}
 
     def add_changes(self, root: Path, before: dict[str, _Stamp], what: str) -> dict[str, _Stamp]:
         """Add a layer of what differs in *root* from *before*; return how it is now."""
         now = _scan(root)
         changed = sorted(path for path, stamp in now.items() if before.get(path) != stamp)
         gone = sorted(path for path in before if path not in now)
-        with tempfile.TemporaryFile(dir=self._layout.parent) as out:
+        with tempfile.TemporaryFile(dir=self._work) as out:
             with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
                 for path in changed:
                     _add_path(tar, root, path)
@@ -283,65 +221,42 @@ class _LayoutWriter:
             self.add_tar(out, what)
         return now
 
-    def add_tar(self, tar: io.BufferedIOBase | tempfile._TemporaryFileWrapper[bytes], what: str) -> None:
+    def add_tar(self, tar: IO[bytes], what: str) -> None:
         """Add *tar* as a layer."""
         diff = hashlib.sha256()
-        blobs = self._layout / "blobs/sha256"
-        packed = {kind: blobs / f"new-{kind}" for kind in self._descriptors}
         with (
-            packed["gzip"].open("wb") as raw_gzip,
-            # zlib's own level, as registries are full of it.
+            self._writer.new_blob("gzip") as raw_gzip,
+            # zlib's own level: what registries are full of.
             gzip.GzipFile("", "wb", zlib.Z_DEFAULT_COMPRESSION, raw_gzip, mtime=0) as as_gzip,
-            packed["zstd"].open("wb") as raw_zstd,
+            self._writer.new_blob("zstd") as raw_zstd,
             zstandard.ZstdCompressor(level=3).stream_writer(raw_zstd) as as_zstd,
         ):
             while chunk := tar.read(_CHUNK_BYTES):
                 diff.update(chunk)
                 as_gzip.write(chunk)
                 as_zstd.write(chunk)
-        self._diff_ids.append(f"sha256:{diff.hexdigest()}")
         self._history.append(what)
-        for kind, path in packed.items():
-            self._descriptors[kind].append(self._keep(path, f"{_OCI}.layer.v1.tar+{kind}"))
+        for compression, layers in self._layers.items():
+            digest, size_bytes = self._writer.keep(compression)
+            layers.append(
+                ImageLayer(
+                    digest=digest,
+                    size_bytes=size_bytes,
+                    diff_id=f"sha256:{diff.hexdigest()}",
+                    media_type=f"application/vnd.oci.image.layer.v1.tar+{compression}",
+                )
+            )
 
     def finish(self) -> None:
-        """Write configuration, manifests and index."""
-        config = {
+        """Write the images."""
+        base = {
             "created": "2024-01-01T00:00:00Z",
-            "architecture": _architecture(),
+            "architecture": run_tool("dpkg", "--print-architecture").strip(),
             "os": "linux",
             "config": {"Cmd": [PROGRAM], "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]},
-            "rootfs": {"type": "layers", "diff_ids": self._diff_ids},
-            "history": [
-                *({"created": "2024-01-01T00:00:00Z", "created_by": what} for what in self._history),
-                {"created": "2024-01-01T00:00:00Z", "created_by": "CMD", "empty_layer": True},
-            ],
         }
-        described = self._add_json(config, f"{_OCI}.config.v1+json")
-        manifests = []
-        for kind, layers in self._descriptors.items():
-            manifest = {
-                "schemaVersion": 2,
-                "mediaType": f"{_OCI}.manifest.v1+json",
-                "config": described,
-                "layers": layers,
-            }
-            entry = self._add_json(manifest, f"{_OCI}.manifest.v1+json")
-            manifests.append({**entry, "annotations": {"org.opencontainers.image.ref.name": kind}})
-        (self._layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": manifests}))
-        (self._layout / "oci-layout").write_text(json.dumps({"imageLayoutVersion": "1.0.0"}))
-
-    def _add_json(self, value: object, media_type: str) -> dict[str, object]:
-        path = self._layout / "blobs/sha256/new-json"
-        path.write_text(json.dumps(value, separators=(",", ":")))
-        return self._keep(path, media_type)
-
-    def _keep(self, path: Path, media_type: str) -> dict[str, object]:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        size = path.stat().st_size
-        path.rename(path.with_name(digest))
-        return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": size}
+        for compression, layers in self._layers.items():
+            self._writer.add_image(compression, layers, base=base, history=self._history)
 
 
 def _add_path(tar: tarfile.TarFile, root: Path, path: str) -> None:
@@ -420,42 +335,6 @@ def _tar_of(entries: Iterable[_Entry]) -> io.BytesIO:
     return out
 
 
-# -- small things -----------------------------------------------------------------------------------------------
-
-
-def _layers(layout: Path, tag: str) -> tuple[ImageLayer, ...]:
-    def read(digest: str) -> dict[str, list[dict[str, str]]]:
-        found: dict[str, list[dict[str, str]]] = json.loads((layout / "blobs" / digest.replace(":", "/")).read_bytes())
-        return found
-
-    index = json.loads((layout / "index.json").read_bytes())
-    [manifest_digest] = [
-        entry["digest"]
-        for entry in index["manifests"]
-        if entry["annotations"]["org.opencontainers.image.ref.name"] == tag
-    ]
-    manifest = json.loads((layout / "blobs" / manifest_digest.replace(":", "/")).read_bytes())
-    config = json.loads((layout / "blobs" / manifest["config"]["digest"].replace(":", "/")).read_bytes())
-    return tuple(
-        ImageLayer(digest=layer["digest"], size_bytes=layer["size"], diff_id=diff_id, media_type=layer["mediaType"])
-        for layer, diff_id in zip(manifest["layers"], config["rootfs"]["diff_ids"], strict=True)
-    )
-
-
-def _architecture() -> str:
-    return _run(["dpkg", "--print-architecture"]).strip()
-
-
-def _run(command: list[str], *, timeout_s: float = _BUILD_TIMEOUT_S) -> str:
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout_s
-    )
-    if done.returncode != 0:
-        tail = (done.stderr or done.stdout).strip()[-2000:]
-        raise ImageBuildError(f"{command[0]} failed with exit code {done.returncode}:\n{tail}")
-    return done.stdout
-
-
 def main() -> int:
     """Build, print what there is, and push where asked to."""
     parser = argparse.ArgumentParser(prog="python -m tests.doubles.image", description=__doc__.split("\n")[0])
@@ -463,10 +342,10 @@ def main() -> int:
     parser.add_argument("--format", choices=["oci", "docker", "zstd"], default="oci", help="how to push (oci)")
     options = parser.parse_args()
     try:
-        image = cached_image()
+        image = cached_image("zstd" if options.format == "zstd" else "gzip")
         if options.push:
-            push(image, options.push, image_format=options.format)
-    except ImageBuildError as error:
+            push(image, options.push, as_docker=options.format == "docker")
+    except ImageToolError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     for layer in image.layers:
