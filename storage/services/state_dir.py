@@ -1,0 +1,133 @@
+"""The layout of a farm's state directory: what is kept where, and with which rights."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import DeadlineExceededError
+
+_LOCK_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class StateDir:
+    """Paths under one state directory.
+
+    ``run/`` holds process records and locks, ``logs/`` what processes print, ``secrets/`` (0700) one
+    file a secret (0600), and one directory a service its data.
+    """
+
+    root: Path
+
+    def create(self) -> None:
+        """Make the directories that are missing."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.run.mkdir(exist_ok=True)
+        self.logs.mkdir(exist_ok=True)
+        self.secrets.mkdir(mode=0o700, exist_ok=True)
+
+    @property
+    def run(self) -> Path:
+        """Return where process records and locks are."""
+        return self.root / "run"
+
+    @property
+    def logs(self) -> Path:
+        """Return where processes print to."""
+        return self.root / "logs"
+
+    @property
+    def secrets(self) -> Path:
+        """Return where secrets are, one a file."""
+        return self.root / "secrets"
+
+    def farm_id(self) -> str:
+        """Return the farm's UUID, made on first use: it marks every process the farm starts."""
+        path = self.root / "farm-id"
+        if (known := _read_text(path)) is not None:
+            return known
+        return create_once(path, lambda: str(uuid.uuid4()))
+
+    def known_farm_id(self) -> str | None:
+        """Return the farm's UUID, or None where no farm was ever started here."""
+        return _read_text(self.root / "farm-id")
+
+    def secret_file(self, name: str, make: Callable[[], str]) -> Path:
+        """Return the file of secret *name*, filled by *make* on first use; readable by its owner only."""
+        path = self.secrets / name
+        if not path.exists():
+            create_once(path, make)
+        return path
+
+    @contextmanager
+    def lock(self, name: str, *, deadline_s: float) -> Iterator[None]:
+        """Hold ``run/NAME.lock``, so that two commands don't start or stop one service at once.
+
+        The kernel drops the lock with the process, so a killed command leaves none behind.
+
+        Raises:
+            DeadlineExceededError: another process held it for *deadline_s* seconds.
+        """
+        self.create()
+        fd = os.open(self.run / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            give_up_at = time.monotonic() + deadline_s
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as exc:
+                    if time.monotonic() >= give_up_at:
+                        raise DeadlineExceededError(
+                            f"{name} of {self.root}",
+                            f"another command has been starting or stopping it for {deadline_s:.0f} s",
+                        ) from exc
+                    time.sleep(_LOCK_POLL_S)
+            yield
+        finally:
+            os.close(fd)
+
+
+def random_secret() -> str:
+    """Return 256 random bits as text."""
+    return secrets.token_urlsafe(32)
+
+
+def create_once(path: Path, make: Callable[[], str]) -> str:
+    """Fill *path* (0600) with what *make* returns, unless it exists; return its text. Whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.") as draft:  # made with mode 0600
+        draft.write(make())
+        draft.flush()
+        with suppress(FileExistsError):
+            os.link(draft.name, path)  # unlike a rename, never replaces what another process made first
+    return path.read_text().strip()
+
+
+def write_atomic(path: Path, text: str, mode: int = 0o600) -> None:
+    """Replace *path* by *text*: readers see the old or the new, never a part."""
+    fd, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "w") as out:
+            out.write(text)
+        os.chmod(draft, mode)  # noqa: PTH101 - a path given as text by mkstemp
+        os.replace(draft, path)  # noqa: PTH105 - likewise
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return None
