@@ -12,6 +12,7 @@ says what to do next.
     ├─ LeaseError                  leases and fences: lost, stale
     ├─ RegistryError               what a registry answered and meant
     ├─ WireError                   a payload of an unknown version, truncated or malformed
+    ├─ RemoteError                 an error of a class that only the other end knows
     ├─ FarmError                   the farm itself: not running, no such node
     ├─ UnavailableError            no answer, outcome unknown; may be tried again
     └─ InternalError               our bug
@@ -574,6 +575,18 @@ class MalformedPayloadError(WireError):
 
     def __str__(self) -> str:
         return f"payload {self.kind!r} can't be read: {self.reason}"
+
+
+class RemoteError(ClusterError):
+    """An error came from a process of another release, in a class that this one doesn't know."""
+
+    def __init__(self, type_name: str, message: str) -> None:
+        super().__init__(type_name, message)
+        self.type_name = type_name
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.message}"
 
 
 # -- the farm itself ----------------------------------------------------------------------------------

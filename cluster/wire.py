@@ -1,0 +1,129 @@
+"""Payloads: versioned msgpack of plain data, for actor boundaries and for what rests in Redis.
+
+A payload is the msgpack array ``[version, kind, body]``. msgpack turns bytes into plain data, and
+msgspec plain data into checked values: no class of ours is pickled, so two releases of the farm can
+talk during a rolling upgrade. Within a version, fields may be added (with a default); unknown ones are
+ignored. A change that an older reader would misunderstand takes a new version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import msgpack
+import msgspec
+
+from cluster.errors import ClusterError, MalformedPayloadError, RemoteError, UnknownVersionError
+
+#: The version written, and the only one read.
+VERSION = 1
+
+T = TypeVar("T")
+
+_ENVELOPE_ITEMS = 3
+_ERROR_KIND = "error"
+
+
+def encode(kind: str, value: object) -> bytes:
+    """Return the payload of *value*, a (dataclass) value made of plain data, bytes, enums and tuples.
+
+    One value has one encoding, so payloads may be compared and kept in sets.
+    """
+    body = msgspec.to_builtins(value, builtin_types=(bytes,))
+    payload: bytes = msgpack.packb([VERSION, kind, body])
+    return payload
+
+
+def decode(kind: str, type_: type[T], data: bytes) -> T:
+    """Return the value in a payload of that kind.
+
+    Raises:
+        UnknownVersionError: another release wrote it, in a form that is unknown here.
+        MalformedPayloadError: it is truncated, has something after its end, is no payload at all, is of
+            another kind, or doesn't have the shape of *type_*.
+    """
+    body = _body(kind, data)
+    try:
+        return msgspec.convert(body, type_)
+    except (msgspec.ValidationError, ClusterError, RecursionError) as exc:
+        # ClusterError: values check themselves when they are made (a malformed digest, say).
+        raise MalformedPayloadError(kind, str(exc)) from exc
+
+
+def header(kind: str) -> bytes:
+    """Return what every payload of that kind starts with; its body follows.
+
+    For stores that read in bulk: after this prefix, a typed decoder can read the body in one pass.
+    """
+    packer = msgpack.Packer()
+    start: bytes = packer.pack_array_header(_ENVELOPE_ITEMS) + packer.pack(VERSION) + packer.pack(kind)
+    return start
+
+
+def encode_error(error: ClusterError) -> bytes:
+    """Return the payload of an error: its class by name, its arguments, and what it says."""
+    try:
+        args = msgspec.to_builtins(error.args, builtin_types=(bytes,))
+        return encode(_ERROR_KIND, {"type": type(error).__name__, "args": args, "message": str(error)})
+    except (TypeError, ValueError, OverflowError):
+        # Arguments that are not plain data: what it says still gets across.
+        return encode(_ERROR_KIND, {"type": type(error).__name__, "args": None, "message": str(error)})
+
+
+def decode_error(data: bytes) -> ClusterError:
+    """Return the error in a payload; a :class:`RemoteError` where this release doesn't know its class.
+
+    Raises:
+        UnknownVersionError: as :func:`decode`.
+        MalformedPayloadError: as :func:`decode`.
+    """
+    told = decode(_ERROR_KIND, _Error, data)
+    if told.args is not None:
+        for cls in _error_classes(ClusterError):
+            if cls.__name__ == told.type:
+                try:
+                    return cls(*_as_tuples(told.args))
+                except TypeError:
+                    break  # another release's signature
+    return RemoteError(told.type, told.message)
+
+
+class _Error(msgspec.Struct):
+    """The body of an error's payload."""
+
+    type: str
+    message: str
+    args: list[Any] | None = None
+
+
+def _body(kind: str, data: bytes) -> object:
+    try:
+        envelope = msgpack.unpackb(data, strict_map_key=False)
+    except (ValueError, TypeError, RecursionError) as exc:
+        # Truncated, trailing bytes and bad UTF-8 are all ValueErrors; TypeError: an unhashable map key.
+        raise MalformedPayloadError(kind, f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__) from exc
+    match envelope:
+        case [int(version), str(actual), body] if not isinstance(version, bool):
+            if version != VERSION:
+                raise UnknownVersionError(actual, version)
+            if actual != kind:
+                raise MalformedPayloadError(kind, f"it is a payload of kind {actual!r}")
+            return body
+        case [int(version), str(actual), *_] if not isinstance(version, bool) and version != VERSION:
+            raise UnknownVersionError(actual, version)
+        case _:
+            raise MalformedPayloadError(kind, "it is not [version, kind, body]")
+
+
+def _error_classes(cls: type[ClusterError]) -> Iterator[type[ClusterError]]:
+    yield cls
+    for sub in cls.__subclasses__():
+        yield from _error_classes(sub)
+
+
+def _as_tuples(value: Any) -> Any:
+    """Turn lists into tuples, all the way down: the arguments of our errors are hashable."""
+    if isinstance(value, list):
+        return tuple(_as_tuples(item) for item in value)
+    return value

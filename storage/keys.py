@@ -1,0 +1,133 @@
+"""Every Redis key of a farm, spelled once.
+
+All keys of a farm share the hash tag ``{farm}``, so one script may touch a record, its blob, a flight
+and a lease together, also on Redis Cluster. Scripts get :attr:`Keys.prefix` as ``KEYS[1]`` and derive
+the rest in the spelling of this table. Names that may hold a colon (leases, flight keys, hosts) come last
+in a key, or are told apart by a number, so that no two things share one.
+
+| key after the prefix | type | what |
+| --- | --- | --- |
+| ``ref:REF`` | string | payload ``ref`` (:class:`cluster.ref.RefRecord`) |
+| ``refs`` | zset, score 0 | every ref ID, for lookup by prefix |
+| ``refs:used`` | zset | ref ID → last use, milliseconds |
+| ``refs:count`` | hash | ref ID → how often used |
+| ``chain:CHAIN`` | set | ref IDs with that chain ID |
+| ``blob:DIGEST`` | string | payload ``blob`` (:class:`cluster.ref.BlobRecord`): the blob is present |
+| ``absent:DIGEST`` | string, a week | why a blob that was present was found gone or damaged |
+| ``providers:DIGEST`` | set | payloads ``provider`` |
+| ``images`` | hash | image name → payload ``image`` |
+| ``images:digest`` | hash | manifest digest → payload ``image`` |
+| ``images:ref`` | hash | top ref ID → payload ``image`` |
+| ``leases`` | zset | lease ID → expiry, milliseconds; ``inf``: pinned. A lease is live by this alone |
+| ``lease:LEASE`` | hash | ``created`` (milliseconds), ``labels`` |
+| ``held:LEASE`` | set | resources it holds |
+| ``holders:RESOURCE`` | set | lease IDs that hold it, lapsed ones too until they are swept |
+| ``epoch`` | string | names this data set's incarnation |
+| ``fence`` | counter | last fence number given |
+| ``flight:KEY`` | hash, a day | ``epoch fence token owner expires aborting current total`` |
+| ``waiters:KEY`` | zset | worker → until when it waits, milliseconds |
+| ``upload:KEY`` | hash, a day | ``key upload_id part_bytes``: what the next owner may resume |
+| ``parts:KEY`` | hash, a day | part number → ETag |
+| ``outcome:KEY:FENCE`` | string, 60 s | payload of the event that ended the flight |
+| ``events:KEY`` | channel | payloads of flight events |
+| ``proof:LENGTH:IDENTITY:SOURCE`` | zset | digest → expiry, milliseconds |
+| ``host:HOST`` | hash | ``limit`` ``not_before`` |
+| ``slots:HOST`` | zset | slot → expiry, milliseconds |
+| ``queue:HOST`` | zset | who waits for a slot → when it came, milliseconds |
+| ``queue-seen:HOST`` | zset | who waits for a slot → until when, milliseconds |
+| ``progress:STREAM`` | stream, a day | payloads ``progress`` |
+| ``nodes`` | string | payload ``nodes``: the nodes as the supervisor last saw them |
+| ``actors`` | hash | actor name → payload ``actor`` |
+| ``actor:NAME`` | string, seconds | there while the actor says that it is |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.digest import Digest
+from cluster.ref import RefId
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of one farm that Python code names itself."""
+
+    farm: str
+
+    @property
+    def prefix(self) -> str:
+        """Return what every key starts with; scripts get it as ``KEYS[1]``."""
+        return f"lf:{{{self.farm}}}"
+
+    def ref(self, ref_id: RefId) -> str:
+        """Name a ref's record."""
+        return f"{self.prefix}:ref:{ref_id}"
+
+    @property
+    def refs(self) -> str:
+        """Name the index of every ref by ID."""
+        return f"{self.prefix}:refs"
+
+    @property
+    def refs_used(self) -> str:
+        """Name the index of refs by last use."""
+        return f"{self.prefix}:refs:used"
+
+    @property
+    def refs_count(self) -> str:
+        """Name the usage counts of refs."""
+        return f"{self.prefix}:refs:count"
+
+    def chain(self, chain: Digest) -> str:
+        """Name the set of refs with a chain ID."""
+        return f"{self.prefix}:chain:{chain}"
+
+    def blob(self, digest: Digest) -> str:
+        """Name the record of a blob that is present."""
+        return f"{self.prefix}:blob:{digest}"
+
+    def providers(self, digest: Digest) -> str:
+        """Name the set of providers known for a digest."""
+        return f"{self.prefix}:providers:{digest}"
+
+    @property
+    def images(self) -> str:
+        """Name the images by name."""
+        return f"{self.prefix}:images"
+
+    @property
+    def images_by_digest(self) -> str:
+        """Name the images by manifest digest."""
+        return f"{self.prefix}:images:digest"
+
+    @property
+    def images_by_ref(self) -> str:
+        """Name the images by top ref."""
+        return f"{self.prefix}:images:ref"
+
+    def outcome(self, key: str, fence_number: int) -> str:
+        """Name the outcome of a flight."""
+        return f"{self.prefix}:outcome:{key}:{fence_number}"
+
+    def events(self, key: str) -> str:
+        """Name a flight's channel."""
+        return f"{self.prefix}:events:{key}"
+
+    def progress(self, stream: str) -> str:
+        """Name a progress stream."""
+        return f"{self.prefix}:progress:{stream}"
+
+    @property
+    def nodes(self) -> str:
+        """Name the list of nodes."""
+        return f"{self.prefix}:nodes"
+
+    @property
+    def actors(self) -> str:
+        """Name what actors say of themselves."""
+        return f"{self.prefix}:actors"
+
+    def actor_alive(self, name: str) -> str:
+        """Name the sign of life of an actor."""
+        return f"{self.prefix}:actor:{name}"

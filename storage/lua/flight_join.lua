@@ -1,0 +1,64 @@
+-- Join the flight of a key, or own it.
+--
+-- KEYS[1] prefix of the farm's keys
+-- ARGV[1] key
+-- ARGV[2] worker that asks
+-- ARGV[3] token of this attempt
+-- ARGV[4] milliseconds that an owner or a waiter lives without renewing
+-- ARGV[5] a random name, for a data set that has no epoch yet
+-- ARGV[6] version of payloads
+-- return  {'present', blob record}
+--         {'owned', epoch, fence, upload, parts}: upload is [key, upload ID, part bytes] or nil, parts a
+--             flat list of numbers and ETags
+--         {'joined', fence, owner, current bytes, total bytes, milliseconds left to the owner}
+--         {'aborting', fence, milliseconds left}
+-- Safe to repeat: who owns already, by the same token, is told so again.
+-- include: time
+-- include: flight
+local prefix, key, worker, token, ttl = KEYS[1], ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local now = now_ms()
+
+local blob = redis.call('GET', prefix .. ':' .. key)
+if blob then
+  return {'present', blob}
+end
+
+local flight = flight_key(prefix, key)
+local waiters = waiters_key(prefix, key)
+
+local function owned(epoch, fence)
+  local upload = prefix .. ':upload:' .. key
+  local fields = redis.call('HMGET', upload, 'key', 'upload_id', 'part_bytes')
+  return {'owned', epoch, fence, fields[1] and fields, redis.call('HGETALL', parts_key(prefix, key))}
+end
+
+local held = redis.call('HMGET', flight, 'fence', 'token', 'owner', 'expires', 'aborting', 'current', 'total', 'epoch')
+local last = held[1]
+local left = last and tonumber(held[4]) - now or 0
+if left > 0 then
+  if held[5] == '1' then
+    return {'aborting', last, left}
+  end
+  if held[2] == token then
+    return owned(held[8], last)
+  end
+  redis.call('ZADD', waiters, now + ttl, worker)
+  redis.call('EXPIRE', waiters, DAY_S)
+  return {'joined', last, held[3], held[6], held[7], left}
+end
+
+if last then
+  -- Its owner died: whoever waits under that fence has to join again.
+  local vacated = cmsgpack.pack({tonumber(ARGV[6]), 'vacated', {fence_number = tonumber(last)}})
+  flight_settle(prefix, key, last, vacated)
+end
+redis.call('SET', prefix .. ':epoch', ARGV[5], 'NX')
+local epoch = redis.call('GET', prefix .. ':epoch')
+local fence = redis.call('INCR', prefix .. ':fence')
+redis.call('DEL', flight)
+redis.call('HSET', flight,
+  'epoch', epoch, 'fence', fence, 'token', token, 'owner', worker, 'expires', now + ttl,
+  'aborting', 0, 'current', 0, 'total', 0)
+redis.call('EXPIRE', flight, DAY_S)
+redis.call('ZREM', waiters, worker)
+return owned(epoch, tostring(fence))

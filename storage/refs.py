@@ -1,0 +1,227 @@
+"""Refs, images, blobs and providers in Redis."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import msgpack
+import msgspec
+
+from cluster import wire
+from cluster.digest import Digest, is_digest
+from cluster.errors import LeaseLostError, NonAddressableParentError, RefNotFoundError
+from cluster.lease import LeaseId
+from cluster.provider import ProviderHandle
+from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefState, RefUsage
+from storage.codec import Codec
+from storage.keys import Keys
+from storage.link import RedisLink
+
+REF: Codec[RefRecord] = Codec("ref", RefRecord)
+BLOB: Codec[BlobRecord] = Codec("blob", BlobRecord)
+PROVIDER: Codec[ProviderHandle] = Codec("provider", ProviderHandle)
+IMAGE: Codec[ImageRecord] = Codec("image", ImageRecord)
+
+#: Refs that :meth:`RedisRefStore.find` returns at most.
+FIND_LIMIT = 20
+#: Values read by one MGET or script call at most: a bound on how long one command keeps the server.
+_BATCH = 1000
+
+_HEX = re.compile(r"[0-9a-f]{0,64}\Z")
+#: Fields that the store itself sets or merges: first in a record's payload, in this order (lib/ref.lua).
+_MERGED = ("image_refs", "created_wall_s", "description")
+
+
+class RedisRefStore:
+    """Implements :class:`cluster.ports.RefStore`.
+
+    A ref is one packed value at a key of its own, so that many are read by one MGET. Scripts change three
+    of its fields without touching the rest. That a blob is present is a key of its own, and so is the set of
+    a digest's providers, to which values are only ever added.
+    """
+
+    def __init__(self, link: RedisLink, keys: Keys) -> None:
+        self._link = link
+        self._keys = keys
+        self._prefix = keys.prefix
+
+    async def get_or_create(
+        self,
+        records: Sequence[RefRecord],
+        providers: Mapping[Digest, Sequence[ProviderHandle]],
+        *,
+        lease_id: LeaseId,
+    ) -> list[RefState]:
+        """Make or find the records, attach them to the lease, in one script."""
+        packed: list[list[object]] = []
+        for record in records:
+            head, tail = _split(REF.kind, record, _MERGED)
+            parent = record.parent or ""
+            own = list(record.image_refs)
+            packed.append([record.id, parent, record.chain, head, tail, own, record.description])
+        known = [[digest, [PROVIDER.encode(handle) for handle in handles]] for digest, handles in providers.items()]
+        # Redis's cmsgpack knows no bin type: strings and bytes are one to Lua.
+        arguments = [msgpack.packb(argument, use_bin_type=False) for argument in (packed, known)]
+        reply = await self._link.run("ref_get_or_create", self._prefix, lease_id, *arguments)
+        match reply:
+            case [b"ok", states]:
+                return [_state(state) for state in states]
+            case [b"parent", parent]:
+                raise NonAddressableParentError(parent.decode())
+            case _:
+                raise LeaseLostError(lease_id)
+
+    async def get(self, ref_ids: Sequence[RefId]) -> list[RefState | None]:
+        """Look refs up with the facts around them."""
+        found: list[RefState | None] = []
+        for batch in _batches(ref_ids):
+            states = await self._link.run("ref_get", self._prefix, *batch, may_repeat=True)
+            found.extend(None if state is None else _state(state) for state in states)
+        return found
+
+    async def records(self, ref_ids: Sequence[RefId]) -> list[RefRecord | None]:
+        """Look bare records up."""
+        found: list[RefRecord | None] = []
+        decode = REF.decode
+        for batch in _batches(ref_ids):
+            ref = self._keys.ref
+            values = await self._link.execute("MGET", *[ref(ref_id) for ref_id in batch], may_repeat=True)
+            found.extend([None if value is None else decode(value) for value in values])
+        return found
+
+    async def chain(self, ref_id: RefId) -> list[RefState]:
+        """Return the ref and all below it, lowest first."""
+        status, found = await self._link.run("ref_chain", self._prefix, ref_id, may_repeat=True)
+        if status != b"ok":
+            raise RefNotFoundError(found.decode())
+        return [_state(state) for state in reversed(found)]
+
+    async def use(self, ref_ids: Sequence[RefId], *, lease_id: LeaseId) -> None:
+        """Attach refs to the lease and mark them used."""
+        match await self._link.run("ref_use", self._prefix, lease_id, *ref_ids):
+            case [b"lease"]:
+                raise LeaseLostError(lease_id)
+            case [b"missing", ref_id]:
+                raise RefNotFoundError(ref_id.decode())
+
+    async def usage(self, ref_id: RefId) -> RefUsage:
+        """Return when and how often a ref was used; RefNotFoundError for an unknown one."""
+        used, count = await self._link.execute_many(
+            [("ZSCORE", self._keys.refs_used, ref_id), ("HGET", self._keys.refs_count, ref_id)], may_repeat=True
+        )
+        if used is None:
+            raise RefNotFoundError(ref_id)
+        return RefUsage(last_used_wall_s=int(used) / 1000, usage_count=int(count or 0))
+
+    async def find(self, prefix: str) -> list[RefId]:
+        """Return refs by the start of their ID."""
+        start = "sha256:" + prefix.removeprefix("sha256:")
+        if _HEX.match(start, len("sha256:")) is None:
+            return []
+        found = await self._link.execute(
+            "ZRANGEBYLEX", self._keys.refs, f"[{start}", f"[{start}g", "LIMIT", 0, FIND_LIMIT, may_repeat=True
+        )
+        return _ref_ids(found)
+
+    async def list_refs(self) -> list[RefId]:
+        """Return every ref, most recently used first."""
+        return _ref_ids(await self._link.execute("ZREVRANGE", self._keys.refs_used, 0, -1, may_repeat=True))
+
+    async def refs_of_chain(self, chain: Digest) -> list[RefId]:
+        """Return the refs with that chain ID, sorted."""
+        return sorted(_ref_ids(await self._link.execute("SMEMBERS", self._keys.chain(chain), may_repeat=True)))
+
+    async def describe(self, ref_id: RefId, description: str) -> None:
+        """Set a description where there is none yet."""
+        await self._link.run("ref_describe", self._prefix, ref_id, description, may_repeat=True)
+
+    async def put_image(self, image: ImageRecord, *, lease_id: LeaseId) -> ImageRecord:
+        """Record an image and attach it to the lease."""
+        head, tail = _split(IMAGE.kind, image, ("created_wall_s",))
+        identity = (image.name, image.manifest.digest, image.ref or "")
+        stored = await self._link.run("image_put", self._prefix, lease_id, *identity, head, tail, may_repeat=True)
+        if stored is None:
+            raise LeaseLostError(lease_id)
+        return IMAGE.decode(stored)
+
+    async def image(self, name_or_digest: str) -> ImageRecord | None:
+        """Return an image by name or manifest digest."""
+        table = self._keys.images_by_digest if is_digest(name_or_digest) else self._keys.images
+        return _image(await self._link.execute("HGET", table, name_or_digest, may_repeat=True))
+
+    async def images(self) -> list[ImageRecord]:
+        """Return every image, by name."""
+        found = await self._link.execute("HVALS", self._keys.images, may_repeat=True)
+        return sorted((IMAGE.decode(value) for value in found), key=lambda image: image.name)
+
+    async def image_of_ref(self, ref_id: RefId) -> ImageRecord | None:
+        """Return the image most recently resolved whose top is that ref."""
+        return _image(await self._link.execute("HGET", self._keys.images_by_ref, ref_id, may_repeat=True))
+
+    async def blobs(self, digests: Sequence[Digest]) -> list[BlobRecord | None]:
+        """Tell which blobs are present."""
+        found: list[BlobRecord | None] = []
+        for batch in _batches(digests):
+            keys = [self._keys.blob(digest) for digest in batch]
+            values = await self._link.execute("MGET", *keys, may_repeat=True)
+            found.extend(None if value is None else BLOB.decode(value) for value in values)
+        return found
+
+    async def providers(self, digests: Sequence[Digest]) -> list[tuple[ProviderHandle, ...]]:
+        """Return the providers known for each digest, sorted."""
+        found = await self._link.execute_many(
+            [("SMEMBERS", self._keys.providers(digest)) for digest in digests], may_repeat=True
+        )
+        return [_handles(values) for values in found]
+
+    async def add_providers(self, digest: Digest, providers: Sequence[ProviderHandle]) -> None:
+        """Add providers for a digest."""
+        if providers:
+            packed = [PROVIDER.encode(handle) for handle in providers]
+            await self._link.execute("SADD", self._keys.providers(digest), *packed, may_repeat=True)
+
+    async def mark_absent(self, blob: BlobRecord, reason: str) -> bool:
+        """Turn a blob lazy again, if it is still that very upload."""
+        return bool(await self._link.run("blob_absent", self._prefix, blob.digest, blob.key, reason))
+
+
+def _split(kind: str, value: RefRecord | ImageRecord, merged: tuple[str, ...]) -> tuple[bytes, bytes]:
+    """Return what comes before and after the fields that a script writes into the payload itself."""
+    fields = msgspec.to_builtins(value, builtin_types=(bytes,))
+    packer = msgpack.Packer()
+    head = wire.header(kind) + packer.pack_map_header(len(fields))
+    tail = b"".join(packer.pack(name) + packer.pack(fields[name]) for name in fields if name not in merged)
+    return head, tail
+
+
+def _state(state: list[Any]) -> RefState:
+    record, blob, providers = state
+    return RefState(
+        record=REF.decode(record),
+        present=None if blob is None else BLOB.decode(blob),
+        providers=_handles(providers),
+    )
+
+
+#: Few handles are known for very many layers.
+_handle = lru_cache(maxsize=4096)(PROVIDER.decode)
+
+
+def _handles(values: Iterable[bytes]) -> tuple[ProviderHandle, ...]:
+    # A set before it is sorted: two releases may encode one handle in two ways.
+    return tuple(sorted({_handle(value) for value in values}))
+
+
+def _image(value: bytes | None) -> ImageRecord | None:
+    return None if value is None else IMAGE.decode(value)
+
+
+def _ref_ids(values: Iterable[bytes]) -> list[RefId]:
+    return [RefId(value.decode()) for value in values]
+
+
+def _batches(items: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    return (items[start : start + _BATCH] for start in range(0, len(items), _BATCH))

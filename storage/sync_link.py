@@ -1,0 +1,129 @@
+"""A blocking Redis client for one thread: the flights' renewer, and commands that only read."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from hiredis import ProtocolError, Reader, ReplyError
+
+from cluster.errors import UnavailableError
+from storage.address import RedisAddress
+from storage.protocol import Argument, Command, pack_all
+from storage.scripts import script
+from storage.translate import error_code, translate_os, translate_reply
+
+_NOTHING = object()
+_READ_BYTES = 65536
+
+
+class SyncLink:
+    """A server as one thread uses it. Connects when first used, and anew after a drop."""
+
+    def __init__(self, address: RedisAddress) -> None:
+        self._address = address
+        self._socket: socket.socket | None = None
+        self._reader = Reader(notEnoughData=_NOTHING)
+
+    @property
+    def address(self) -> RedisAddress:
+        """Return where the server is."""
+        return self._address
+
+    def execute(self, *command: Argument, may_repeat: bool = False) -> Any:
+        """Send one command and return its reply; raises as :meth:`storage.link.RedisLink.execute`."""
+        return self.execute_many([command], may_repeat=may_repeat)[0]
+
+    def execute_many(self, commands: Sequence[Command], *, may_repeat: bool = False) -> list[Any]:
+        """Send commands together, pipelined, not atomically; raises for the first that fails."""
+        return [self._checked(reply) for reply in self._converse(commands, may_repeat=may_repeat)]
+
+    def run_many(self, calls: Sequence[tuple[str, tuple[Argument, ...]]], *, may_repeat: bool = False) -> list[Any]:
+        """Run scripts together, pipelined, each as its name and (prefix, arguments …)."""
+        sent: list[Command] = [("EVALSHA", script(name).sha, 1, *args) for name, args in calls]
+        replies = self._converse(sent, may_repeat=may_repeat)
+        unknown = [
+            index
+            for index, reply in enumerate(replies)
+            if isinstance(reply, ReplyError) and error_code(reply) == "NOSCRIPT"
+        ]
+        if unknown:
+            whole: list[Command] = [("EVAL", script(calls[at][0]).source, 1, *calls[at][1]) for at in unknown]
+            for at, reply in zip(unknown, self._converse(whole, may_repeat=may_repeat), strict=True):
+                replies[at] = reply
+        return [self._checked(reply) for reply in replies]
+
+    def close(self) -> None:
+        """Disconnect; the next call connects anew."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _converse(self, commands: Sequence[Command], *, may_repeat: bool) -> list[Any]:
+        if not commands:
+            return []
+        data = pack_all(commands)
+        # A connection that was idle may have been dropped unnoticed; a fresh one is tried once.
+        may_try_again = may_repeat and self._socket is not None
+        try:
+            return self._exchange(data, len(commands))
+        except UnavailableError:
+            if not may_try_again:
+                raise
+        return self._exchange(data, len(commands))
+
+    def _exchange(self, data: bytes, count: int) -> list[Any]:
+        deadline = time.monotonic() + self._address.timeout_s
+        try:
+            if self._socket is None:
+                self._connect(deadline)
+            return self._send(data, count, deadline)
+        except (OSError, EOFError) as exc:
+            self.close()
+            raise translate_os(exc, self._address.shown) from exc
+        except ProtocolError as exc:
+            self.close()
+            raise UnavailableError(self._address.shown, f"what answers there is no Redis: {exc}") from exc
+
+    def _connect(self, deadline: float) -> None:
+        address = self._address
+        timeout_s = max(deadline - time.monotonic(), 0.001)
+        self._reader = Reader(notEnoughData=_NOTHING)
+        if address.path:
+            plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            plain.settimeout(timeout_s)
+            plain.connect(address.path)
+        else:
+            plain = socket.create_connection((address.host, address.port), timeout=timeout_s)
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        context = address.tls()
+        self._socket = plain if context is None else context.wrap_socket(plain, server_hostname=address.host)
+        greeting = address.greeting()
+        for reply in self._send(pack_all(greeting), len(greeting), deadline):
+            if isinstance(reply, ReplyError):
+                self.close()
+                raise UnavailableError(address.shown, str(reply)) from reply
+
+    def _send(self, data: bytes, count: int, deadline: float) -> list[Any]:
+        if self._socket is None:
+            raise EOFError("not connected")
+        self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+        self._socket.sendall(data)
+        replies: list[Any] = []
+        while True:
+            while (reply := self._reader.gets()) is not _NOTHING:
+                replies.append(reply)
+            if len(replies) >= count:
+                return replies
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            received = self._socket.recv(_READ_BYTES)
+            if not received:
+                raise EOFError("closed by the server; the outcome is unknown")
+            self._reader.feed(received)
+
+    def _checked(self, reply: Any) -> Any:
+        if isinstance(reply, ReplyError):
+            raise translate_reply(reply, self._address.shown) from reply
+        return reply
