@@ -128,7 +128,7 @@ def parse_manifest(data: bytes, content_type: str, reference: str) -> Manifest |
         MalformedManifestError: it is no manifest, too large, or contradicts itself.
     """
     if len(data) > MAX_MANIFEST_BYTES:
-        raise MalformedManifestError(reference, f"it has {len(data)} bytes, the limit is {MAX_MANIFEST_BYTES}")
+        raise MalformedManifestError(reference, f"it is larger than {MAX_MANIFEST_BYTES} bytes")
     document = _object(data, reference)
     media_type = _media_type(document, content_type, reference)
     own = Descriptor(media_type=media_type, digest=digest_of(data), size_bytes=len(data))

@@ -1,0 +1,90 @@
+"""What a registry's HTTP answer means, whichever client received it."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import time
+from email.utils import parsedate_to_datetime
+
+from cluster.errors import (
+    ClusterError,
+    DeadlineExceededError,
+    InsecureRegistryError,
+    RateLimitedError,
+    UnavailableError,
+    UntrustedCertificateError,
+)
+
+UNAUTHORIZED, FORBIDDEN, NOT_FOUND, TOO_MANY_REQUESTS = 401, 403, 404, 429
+_SERVER_ERROR = 500
+#: Request Timeout and Too Early: the same request may succeed.
+_TRANSIENT = frozenset({408, 425})
+#: Not Implemented and HTTP Version Not Supported: it never will.
+_FINAL = frozenset({501, 505})
+_DETAIL_CHARS = 200
+
+
+def raise_if_transient(status: int, retry_after: str | None, *, what: str) -> None:
+    """Raise what a status means that may be another at the next try; return for all others.
+
+    Raises:
+        RateLimitedError: 429, with what ``Retry-After`` asks for.
+        UnavailableError: 5xx, 408 and 425; a 503 may carry ``Retry-After`` too.
+    """
+    if status == TOO_MANY_REQUESTS or (status == 503 and retry_after):  # noqa: PLR2004 -- Service Unavailable
+        raise RateLimitedError(what, f"HTTP {status}", retry_after_s(retry_after or ""))
+    if status in _TRANSIENT or (status >= _SERVER_ERROR and status not in _FINAL):
+        raise UnavailableError(what, f"HTTP {status}")
+
+
+def retry_after_s(value: str, *, now_wall_s: float | None = None) -> float:
+    """Return the seconds that a ``Retry-After`` header asks for; 0 where it can't be read.
+
+    It is a number of seconds or an HTTP date; a date is counted from this machine's clock, as there is
+    no other. Some registries send fractions.
+    """
+    text = value.strip()
+    try:
+        return max(0.0, min(float(text), 86400.0))
+    except ValueError:
+        pass
+    try:
+        until = parsedate_to_datetime(text).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return max(0.0, min(until - (time.time() if now_wall_s is None else now_wall_s), 86400.0))
+
+
+def error_detail(body: bytes) -> str:
+    """Return the code and message of a distribution-spec error body, shortened, as printable text."""
+    try:
+        errors = json.loads(body)["errors"]
+        text = "; ".join(f"{error.get('code', '')}: {error.get('message', '')}" for error in errors)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "no reason given"
+    return "".join(char if char.isprintable() else " " for char in text)[:_DETAIL_CHARS] or "no reason given"
+
+
+def translate_network_error(exc: BaseException, *, host: str, what: str) -> ClusterError:
+    """Return our error for what went wrong below HTTP. Addresses are left out: signed ones are secrets."""
+    cause = _ssl_cause(exc)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return UntrustedCertificateError(host, cause.verify_message or "verification failed")
+    if cause is not None and cause.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
+        return InsecureRegistryError(host)
+    if isinstance(exc, TimeoutError):
+        return DeadlineExceededError(what, f"{host} did not answer in time")
+    system = exc.strerror if isinstance(exc, OSError) else None
+    return UnavailableError(what, f"{host}: {system or type(exc).__name__}")
+
+
+def _ssl_cause(exc: BaseException) -> ssl.SSLError | None:
+    seen: BaseException | None = exc
+    while seen is not None:
+        if isinstance(seen, ssl.SSLError):
+            return seen
+        # aiohttp wraps them: ClientConnectorSSLError.os_error, ClientConnectorCertificateError.certificate_error.
+        wrapped = getattr(seen, "certificate_error", None) or getattr(seen, "os_error", None)
+        seen = wrapped if isinstance(wrapped, BaseException) else seen.__cause__
+    return None

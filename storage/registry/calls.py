@@ -1,0 +1,124 @@
+"""Calls to registries: authorized as one caller, in the cluster's turn, and tried again where that helps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field, replace
+
+from cluster.config import Config
+from cluster.errors import AccessDeniedError, ClusterError, RateLimitedError, RegistryProtocolError
+from cluster.fetch.retry import RetryPolicy
+from cluster.ports import Authorizer, HostLimiter
+from storage.registry.answers import FORBIDDEN, UNAUTHORIZED, error_detail
+from storage.registry.endpoint import Endpoint, registry_config
+from storage.registry.pool import AuthorizationPool
+from storage.registry.transport import Answer, Transport, control_policy, retrying
+
+OK, CREATED, ACCEPTED = 200, 201, 202
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One request as it is meant, whatever it takes to get an answer."""
+
+    method: str
+    url: str
+    endpoint: Endpoint
+    #: What it needs to be allowed to do, as token scopes.
+    scopes: tuple[str, ...]
+    authorizer: Authorizer
+    #: What is being asked for; for messages.
+    what: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    data: bytes | None = None
+    #: Bytes of the answer that are wanted at most.
+    max_bytes: int = 1024**2
+
+
+class RegistryCalls:
+    """Makes calls for many callers; see :class:`storage.registry.client.RegistryClient` for what is raised."""
+
+    def __init__(
+        self, config: Config, *, limiter: HostLimiter, transport: Transport, authorizations: AuthorizationPool
+    ) -> None:
+        self._config = config
+        self._limiter = limiter
+        self._transport = transport
+        self._authorizations = authorizations
+
+    def __repr__(self) -> str:
+        return f"<RegistryCalls over {self._transport!r}>"
+
+    async def make(self, call: Call) -> Answer:
+        """Make a call with retries. A mirror gets one try: behind it stands the registry itself."""
+
+        async def attempt() -> Answer:
+            return await self.once(call)
+
+        policy = self.policy(call.endpoint)
+        return await retrying(replace(policy, attempts=1) if call.endpoint.is_mirror else policy, attempt)
+
+    async def once(self, call: Call) -> Answer:
+        """Make a call without retries, but authorized: a 401 is answered with what its challenge asks for."""
+        sent = await self._authorizations.header(call.authorizer, call.endpoint, call.scopes)
+        # Nothing → what the caller has for this challenge → that, got anew. Where the first was not nothing
+        # but came from the pool, what follows it is new already.
+        tries_left = 3 if sent is None else 2
+        while True:
+            answer = await self._exchange(call, sent)
+            if answer.status == FORBIDDEN and not answer.crossed:
+                raise AccessDeniedError(call.endpoint.repository, call.endpoint.registry, error_detail(answer.body))
+            if answer.status != UNAUTHORIZED or answer.crossed:
+                return answer
+            tries_left -= 1
+            if tries_left == 0:
+                raise AccessDeniedError(call.endpoint.repository, call.endpoint.registry, error_detail(answer.body))
+            sent = await self._authorizations.renew(
+                call.authorizer, call.endpoint, call.scopes, challenge=answer.challenge, sent=sent
+            )
+
+    def policy(self, endpoint: Endpoint) -> RetryPolicy:
+        """Return how often and how long a call to *endpoint* is tried."""
+        return control_policy(registry_config(self._config, endpoint.registry))
+
+    def slot(self, endpoint: Endpoint) -> AbstractAsyncContextManager[None]:
+        """Hold one of the cluster's slots for the endpoint's host."""
+        budget_s = registry_config(self._config, endpoint.registry).retry_budget_s
+        return self._limiter.slot(endpoint.registry, deadline_s=budget_s)
+
+    async def tell_limiter(self, endpoint: Endpoint, outcome: ClusterError | None) -> None:
+        """Tell the cluster how the host bears up: a success, or being told to slow down."""
+        if isinstance(outcome, RateLimitedError):
+            await self._limiter.throttled(endpoint.registry, outcome.retry_after_s)
+        elif outcome is None:
+            await self._limiter.succeeded(endpoint.registry)
+
+    async def _exchange(self, call: Call, authorization: str | None) -> Answer:
+        async with self.slot(call.endpoint):
+            try:
+                answer = await self._transport.exchange(
+                    call.method,
+                    call.url,
+                    host=call.endpoint.registry,
+                    what=call.what,
+                    authorization=authorization,
+                    headers=call.headers,
+                    data=call.data,
+                    max_bytes=call.max_bytes,
+                )
+            except ClusterError as exc:
+                await self.tell_limiter(call.endpoint, exc)
+                raise
+            await self.tell_limiter(call.endpoint, None)
+            return answer
+
+
+def expect(answer: Answer, status: int, *, doing: str) -> None:
+    """Check that an answer has the one status that the specification provides for.
+
+    Raises:
+        RegistryProtocolError: it has another.
+    """
+    if answer.status != status:
+        raise RegistryProtocolError(doing, answer.status, error_detail(answer.body))

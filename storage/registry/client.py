@@ -1,0 +1,343 @@
+"""The registry client: manifests and configs in, blobs and manifests out. Control traffic, asynchronous.
+
+Follows the OCI distribution-spec v1.1. Bytes of layers that come *in* go another way, see
+:mod:`storage.registry.blob`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+
+import structlog
+
+from cluster.config import Config
+from cluster.descriptor import Descriptor
+from cluster.digest import Digest, digest_of, is_digest
+from cluster.errors import (
+    BlobNotFoundError,
+    ContentError,
+    DigestMismatchError,
+    InternalError,
+    ManifestNotFoundError,
+    RegistryError,
+    RegistryProtocolError,
+    UnavailableError,
+)
+from cluster.image import (
+    ACCEPTED_MANIFESTS,
+    MAX_MANIFEST_BYTES,
+    Index,
+    Manifest,
+    ResolvedImage,
+    assemble,
+    choose,
+    parse_manifest,
+    verify,
+    verify_descriptor,
+)
+from cluster.ports import Authorizer, ByteStream, HostLimiter
+from cluster.provider import ProviderHandle
+from cluster.reference import ImageReference, Platform
+from storage.registry.answers import NOT_FOUND
+from storage.registry.calls import CREATED, OK, Call, RegistryCalls, expect
+from storage.registry.challenge import pull_scope, push_scope
+from storage.registry.endpoint import Endpoint, endpoints, origin
+from storage.registry.pool import AuthorizationPool
+from storage.registry.transport import Transport
+from storage.registry.upload import Upload, Uploader
+
+_ACCEPT = ", ".join(ACCEPTED_MANIFESTS)
+
+#: Returns the bytes of a digest where the caller has them already, else None.
+Have = Callable[[Digest], Awaitable[bytes | None]]
+
+_log = structlog.get_logger(__name__)
+
+
+class RegistryClient:
+    """Speaks with registries for many callers at once; belongs to one event loop.
+
+    Each call names the authorizer that it is made for, and what one caller may do never serves another.
+    Transient failures are retried under the registry's ``attempts`` and ``retry_budget_s``; what is
+    raised then, and what is raised at once, is:
+
+    * UnavailableError (RateLimitedError for 429): no usable answer within the budget;
+    * AccessDeniedError: 401 with fresh credentials, or 403;
+    * RegistryProtocolError: any other answer that the specification doesn't provide for;
+    * UntrustedCertificateError, InsecureRegistryError: no connection that may be used;
+    * SessionGoneError, and what else the authorizer raises.
+    """
+
+    def __init__(self, config: Config, *, limiter: HostLimiter) -> None:
+        self._config = config
+        #: Shared with the byte path, so that a pull's one token serves its layers too.
+        self.authorizations = AuthorizationPool()
+        self._transport = Transport(config)
+        self._calls = RegistryCalls(
+            config, limiter=limiter, transport=self._transport, authorizations=self.authorizations
+        )
+        self._uploader = Uploader(calls=self._calls, transport=self._transport, authorizations=self.authorizations)
+
+    def __repr__(self) -> str:
+        return f"<RegistryClient {self._transport!r} {self.authorizations!r}>"
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self._transport.aclose()
+
+    def endpoints(self, handle: ProviderHandle) -> list[Endpoint]:
+        """Return where to read from, in order: see :func:`storage.registry.endpoint.endpoints`."""
+        return endpoints(self._config, handle)
+
+    # -- pull --------------------------------------------------------------------------------------------
+
+    async def resolve(
+        self,
+        reference: ImageReference,
+        platform: Platform,
+        authorizer: Authorizer,
+        *,
+        plain_http: bool = False,
+        have: Have | None = None,
+    ) -> ResolvedImage:
+        """Read an image's manifest and config; no layer.
+
+        One GET for what the reference names, one for the platform's manifest where that is an index, one
+        for the config. The first is always made, also for a digest that the caller has: having read it is
+        what proves the caller's access. Mirrors are tried first and left at their first failure.
+
+        Args:
+            reference: What to resolve.
+            platform: For which platform; see :attr:`Platform.also_runs`.
+            authorizer: Who asks.
+            plain_http: The caller allows plain HTTP.
+            have: Supplies the config and the platform's manifest where the caller has them; what doesn't
+                hash to its digest is read anew.
+
+        Raises:
+            ManifestNotFoundError: there is no such tag or digest.
+            BlobNotFoundError: the manifest is there and its config is not.
+            UnsupportedManifestError, MalformedManifestError, PlatformNotFoundError: see :mod:`cluster.image`.
+            DigestMismatchError, SizeMismatchError: the registry served something else.
+        """
+        for endpoint in self.endpoints(reference.handle(plain_http=plain_http)):
+            try:
+                return await self._resolve_at(endpoint, reference, platform, authorizer, have)
+            except (RegistryError, ContentError, UnavailableError) as exc:
+                if not endpoint.is_mirror:
+                    raise
+                _log.info("mirror.skipped", mirror=endpoint.registry, image=reference.name, error=str(exc))
+        raise InternalError("a registry without an endpoint of its own")
+
+    async def _resolve_at(
+        self,
+        endpoint: Endpoint,
+        reference: ImageReference,
+        platform: Platform,
+        authorizer: Authorizer,
+        have: Have | None,
+    ) -> ResolvedImage:
+        data, found = await self._manifest(endpoint, reference, reference.selector, authorizer)
+        listed: Platform | None = None
+        if isinstance(found, Index):
+            entry = choose(found, platform, reference.name)
+            listed = entry.platform
+            data, found = await self._listed_manifest(endpoint, reference, entry.manifest, authorizer, have)
+        config = await self._had(found.config, have)
+        if config is None:
+            config = await self._config_blob(endpoint, found.config, authorizer)
+        return assemble(reference, found, manifest_bytes=data, config_bytes=config, wanted=platform, listed=listed)
+
+    async def _manifest(
+        self, endpoint: Endpoint, reference: ImageReference, selector: str, authorizer: Authorizer
+    ) -> tuple[bytes, Manifest | Index]:
+        what = f"manifest of {reference.name}"
+        answer = await self._calls.make(
+            Call(
+                method="GET",
+                url=endpoint.manifest_url(selector),
+                endpoint=endpoint,
+                scopes=(pull_scope(endpoint.repository),),
+                authorizer=authorizer,
+                what=what,
+                headers={"Accept": _ACCEPT},
+                max_bytes=MAX_MANIFEST_BYTES,
+            )
+        )
+        if answer.status == NOT_FOUND:
+            raise ManifestNotFoundError(reference.name)
+        expect(answer, OK, doing=f"reading the {what}")
+        parsed = parse_manifest(answer.body, answer.headers.get("Content-Type", ""), reference.name)
+        claimed = answer.headers.get("Docker-Content-Digest")
+        if is_digest(selector):
+            verify(answer.body, selector, endpoint.source)
+        elif claimed is not None and is_digest(claimed):
+            verify(answer.body, claimed, endpoint.source)
+        return answer.body, parsed
+
+    async def _listed_manifest(
+        self,
+        endpoint: Endpoint,
+        reference: ImageReference,
+        listed: Descriptor,
+        authorizer: Authorizer,
+        have: Have | None,
+    ) -> tuple[bytes, Manifest]:
+        had = await self._had(listed, have)
+        if had is not None:
+            data, found = had, parse_manifest(had, listed.media_type, reference.name)
+        else:
+            data, found = await self._manifest(endpoint, reference, listed.digest, authorizer)
+        if isinstance(found, Index):
+            raise RegistryProtocolError(f"reading the manifest of {reference.name}", 0, "its index lists an index")
+        return data, found
+
+    async def _config_blob(self, endpoint: Endpoint, config: Descriptor, authorizer: Authorizer) -> bytes:
+        if config.size_bytes > MAX_MANIFEST_BYTES:
+            raise RegistryProtocolError(
+                f"reading config {config.digest}", 0, f"it is larger than {MAX_MANIFEST_BYTES} bytes"
+            )
+        answer = await self._calls.make(
+            Call(
+                method="GET",
+                url=endpoint.blob_url(config.digest),
+                endpoint=endpoint,
+                scopes=(pull_scope(endpoint.repository),),
+                authorizer=authorizer,
+                what=f"config {config.digest}",
+                max_bytes=config.size_bytes,
+            )
+        )
+        if answer.status == NOT_FOUND:
+            raise BlobNotFoundError(config.digest, endpoint.source)
+        expect(answer, OK, doing=f"reading config {config.digest}")
+        verify_descriptor(answer.body, config, endpoint.source)
+        return answer.body
+
+    async def _had(self, wanted: Descriptor, have: Have | None) -> bytes | None:
+        data = None if have is None else await have(wanted.digest)
+        return data if data is not None and digest_of(data) == wanted.digest else None
+
+    # -- what is there -------------------------------------------------------------------------------------
+
+    async def blob_exists(self, handle: ProviderHandle, digest: Digest, authorizer: Authorizer) -> int | None:
+        """Return the size in bytes of a blob that the registry itself has, or None; one HEAD.
+
+        None also where a registry redirects to a store that doesn't answer HEAD: not known to be there.
+        """
+        endpoint = origin(self._config, handle)
+        answer = await self._calls.make(
+            Call(
+                method="HEAD",
+                url=endpoint.blob_url(digest),
+                endpoint=endpoint,
+                scopes=(pull_scope(endpoint.repository),),
+                authorizer=authorizer,
+                what=f"blob {digest}",
+            )
+        )
+        if answer.status == NOT_FOUND or (answer.crossed and answer.status != OK):
+            return None
+        expect(answer, OK, doing=f"looking for blob {digest} in {endpoint.source}")
+        length = answer.headers.get("Content-Length", "")
+        return int(length) if length.isdecimal() else None
+
+    async def manifest_exists(self, handle: ProviderHandle, selector: str, authorizer: Authorizer) -> Digest | None:
+        """Return the digest of the manifest under a tag or digest at the registry itself, or None; one HEAD."""
+        endpoint = origin(self._config, handle)
+        what = f"manifest {endpoint.source}:{selector}"
+        answer = await self._calls.make(
+            Call(
+                method="HEAD",
+                url=endpoint.manifest_url(selector),
+                endpoint=endpoint,
+                scopes=(pull_scope(endpoint.repository),),
+                authorizer=authorizer,
+                what=what,
+                headers={"Accept": _ACCEPT},
+            )
+        )
+        if answer.status == NOT_FOUND:
+            return None
+        expect(answer, OK, doing=f"looking for {what}")
+        claimed = selector if is_digest(selector) else answer.headers.get("Docker-Content-Digest", "")
+        if not is_digest(claimed):
+            raise RegistryProtocolError(f"looking for {what}", answer.status, "no Docker-Content-Digest")
+        return Digest(claimed)
+
+    # -- push --------------------------------------------------------------------------------------------
+
+    async def mount_blob(
+        self, target: ProviderHandle, digest: Digest, from_repository: str, authorizer: Authorizer
+    ) -> bool:
+        """Make a blob of another repository of the same registry appear in *target*, without its bytes.
+
+        Returns:
+            False where the registry doesn't: it has no such blob there, can't mount, or (401, 403) won't
+            for this caller. Nothing is left behind, and an upload may be tried.
+        """
+        return await self._uploader.mount(origin(self._config, target), digest, from_repository, authorizer)
+
+    async def upload_blob(
+        self,
+        target: ProviderHandle,
+        descriptor: Descriptor,
+        open_stream: Callable[[], AbstractContextManager[ByteStream]],
+        authorizer: Authorizer,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Upload a blob in one PUT, in bounded memory; from the start again after a transient failure.
+
+        Args:
+            target: Where to.
+            descriptor: Its digest and size, which the registry checks.
+            open_stream: Opens the blob from its first byte; called in a thread, once for each try.
+            authorizer: Who uploads.
+            on_progress: Called on the event loop with the bytes sent so far; they begin anew with each try.
+
+        Raises:
+            SizeMismatchError: the stream had more or fewer bytes than the descriptor says.
+            ClusterError: what the stream raised, unchanged.
+        """
+        await self._uploader.upload(
+            Upload(
+                endpoint=origin(self._config, target),
+                descriptor=descriptor,
+                open_stream=open_stream,
+                authorizer=authorizer,
+                on_progress=on_progress or _ignore,
+            )
+        )
+
+    async def push_manifest(
+        self, target: ProviderHandle, selector: str, media_type: str, data: bytes, authorizer: Authorizer
+    ) -> Digest:
+        """Put a manifest under a tag or its digest; return its digest.
+
+        Raises:
+            DigestMismatchError: the registry stored something else.
+        """
+        endpoint = origin(self._config, target)
+        what = f"push of manifest {endpoint.source}:{selector}"
+        answer = await self._calls.make(
+            Call(
+                method="PUT",
+                url=endpoint.manifest_url(selector),
+                endpoint=endpoint,
+                scopes=(push_scope(endpoint.repository),),
+                authorizer=authorizer,
+                what=what,
+                headers={"Content-Type": media_type},
+                data=data,
+            )
+        )
+        expect(answer, CREATED, doing=what)
+        own, claimed = digest_of(data), answer.headers.get("Docker-Content-Digest")
+        if claimed is not None and is_digest(claimed) and claimed != own:
+            raise DigestMismatchError(own, claimed, endpoint.source)
+        return own
+
+
+def _ignore(_: int) -> None:
+    """Take no notice of progress."""
