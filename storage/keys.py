@@ -31,7 +31,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``outcome:KEY:FENCE`` | string, 60 s | payload of the event that ended the flight |
 | ``events:KEY`` | channel | payloads of flight events |
 | ``proof:LENGTH:IDENTITY:SOURCE`` | zset | digest → expiry, milliseconds |
-| ``host:HOST`` | hash | ``limit`` ``not_before`` |
+| ``host:HOST`` | hash, an hour | ``limit`` ``not_before`` ``halved`` |
 | ``slots:HOST`` | zset | slot → expiry, milliseconds |
 | ``queue:HOST`` | zset | who waits for a slot → when it came, milliseconds |
 | ``queue-seen:HOST`` | zset | who waits for a slot → until when, milliseconds |

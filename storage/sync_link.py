@@ -38,12 +38,26 @@ class SyncLink:
 
     def execute_many(self, commands: Sequence[Command], *, may_repeat: bool = False) -> list[Any]:
         """Send commands together, pipelined, not atomically; raises for the first that fails."""
-        return [self._checked(reply) for reply in self._converse(commands, may_repeat=may_repeat)]
+        replies = self._converse(commands, self._deadline(None), may_repeat=may_repeat)
+        return [self._checked(reply) for reply in replies]
 
-    def run_many(self, calls: Sequence[tuple[str, tuple[Argument, ...]]], *, may_repeat: bool = False) -> list[Any]:
-        """Run scripts together, pipelined, each as its name and (prefix, arguments …)."""
+    def run_many(
+        self,
+        calls: Sequence[tuple[str, tuple[Argument, ...]]],
+        *,
+        may_repeat: bool = False,
+        timeout_s: float | None = None,
+    ) -> list[Any]:
+        """Run scripts together, pipelined, each as its name and (prefix, arguments …).
+
+        Args:
+            calls: What to run.
+            may_repeat: True where it does no harm to run them twice.
+            timeout_s: Seconds that they may take together; the link's own if None.
+        """
+        deadline = self._deadline(timeout_s)
         sent: list[Command] = [("EVALSHA", script(name).sha, 1, *args) for name, args in calls]
-        replies = self._converse(sent, may_repeat=may_repeat)
+        replies = self._converse(sent, deadline, may_repeat=may_repeat)
         unknown = [
             index
             for index, reply in enumerate(replies)
@@ -51,7 +65,7 @@ class SyncLink:
         ]
         if unknown:
             whole: list[Command] = [("EVAL", script(calls[at][0]).source, 1, *calls[at][1]) for at in unknown]
-            for at, reply in zip(unknown, self._converse(whole, may_repeat=may_repeat), strict=True):
+            for at, reply in zip(unknown, self._converse(whole, deadline, may_repeat=may_repeat), strict=True):
                 replies[at] = reply
         return [self._checked(reply) for reply in replies]
 
@@ -61,21 +75,23 @@ class SyncLink:
             self._socket.close()
             self._socket = None
 
-    def _converse(self, commands: Sequence[Command], *, may_repeat: bool) -> list[Any]:
+    def _deadline(self, timeout_s: float | None) -> float:
+        return time.monotonic() + (self._address.timeout_s if timeout_s is None else timeout_s)
+
+    def _converse(self, commands: Sequence[Command], deadline: float, *, may_repeat: bool) -> list[Any]:
         if not commands:
             return []
         data = pack_all(commands)
         # A connection that was idle may have been dropped unnoticed; a fresh one is tried once.
         may_try_again = may_repeat and self._socket is not None
         try:
-            return self._exchange(data, len(commands))
+            return self._exchange(data, len(commands), deadline)
         except UnavailableError:
-            if not may_try_again:
+            if not may_try_again or time.monotonic() >= deadline:
                 raise
-        return self._exchange(data, len(commands))
+        return self._exchange(data, len(commands), deadline)
 
-    def _exchange(self, data: bytes, count: int) -> list[Any]:
-        deadline = time.monotonic() + self._address.timeout_s
+    def _exchange(self, data: bytes, count: int, deadline: float) -> list[Any]:
         try:
             if self._socket is None:
                 self._connect(deadline)

@@ -1,0 +1,127 @@
+"""One limit a registry host for the whole cluster, in Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from cluster.config import Config
+from cluster.errors import DeadlineExceededError, UnavailableError
+from storage.keys import Keys
+from storage.link import RedisLink
+
+#: Seconds that a slot is kept when its holder has died; holders renew every third of it.
+SLOT_TTL_S = 15.0
+#: Seconds that a place in the queue is kept when nobody asks for it.
+_PLACE_TTL_S = 5.0
+#: Seconds within which 429s count as one: requests that were under way together.
+_BURST_S = 1.0
+#: Seconds between questions for a slot: for the first in the queue, more for each before, at most.
+_ASK_FIRST_S = 0.02
+_ASK_EACH_S = 0.01
+_ASK_MOST_S = 1.0
+
+
+class RedisHostLimiter:
+    """Implements :class:`cluster.ports.HostLimiter`.
+
+    Additive increase, multiplicative decrease (Chiu and Jain 1989) on concurrent requests: a burst of 429s
+    halves the limit, as many successes as it is high add one. With nothing in the way, entering costs one
+    round trip and leaving none. Who waits has a place in a queue and asks for it again and again, with
+    jitter, rarer the more come before; within a process, who leaves also nudges who has waited longest.
+    """
+
+    def __init__(self, link: RedisLink, keys: Keys, config: Config) -> None:
+        self._link = link
+        self._prefix = keys.prefix
+        self._config = config
+        self._held: dict[str, str] = {}
+        self._waiting: dict[str, deque[asyncio.Event]] = {}
+        #: Hosts whose limit was below the configured one when last seen: only these need be told of success.
+        self._reduced: set[str] = set()
+        self._renewing: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def slot(self, host: str, *, deadline_s: float) -> AsyncIterator[None]:
+        """Hold one of the host's slots."""
+        slot = secrets.token_hex(8)
+        try:
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await self._take(host, slot)
+            except TimeoutError as exc:
+                raise DeadlineExceededError(
+                    f"a request slot for {host}", f"none came free in {deadline_s:g} s"
+                ) from exc
+            self._held[slot] = host
+            self._renew_while_held()
+            yield
+        finally:
+            self._held.pop(slot, None)
+            # Also where it was never granted, as far as we know: a grant may be on its way.
+            self._link.run_soon("slot_release", self._prefix, host, slot)
+            self._nudge(host)
+
+    async def throttled(self, host: str, retry_after_s: float) -> None:
+        """Record a 429."""
+        self._reduced.add(host)
+        limit = self._limit(host)
+        retry_after_ms = int(max(0.0, retry_after_s) * 1000)
+        await self._link.run("host_throttled", self._prefix, host, retry_after_ms, limit, int(_BURST_S * 1000))
+
+    async def succeeded(self, host: str) -> None:
+        """Record a success."""
+        if host in self._reduced:
+            await self._link.run("host_succeeded", self._prefix, host, self._limit(host))
+
+    def _limit(self, host: str) -> int:
+        return self._config.registry(host).max_concurrency
+
+    async def _take(self, host: str, slot: str) -> None:
+        limit, slot_ms, place_ms = self._limit(host), int(SLOT_TTL_S * 1000), int(_PLACE_TTL_S * 1000)
+        nudged = asyncio.Event()
+        waiting = self._waiting.setdefault(host, deque())
+        try:
+            while True:
+                taken, wait_ms, before, is_reduced = await self._link.run(
+                    "slot_take", self._prefix, host, slot, limit, slot_ms, place_ms, may_repeat=True
+                )
+                (self._reduced.add if is_reduced else self._reduced.discard)(host)
+                if taken:
+                    return
+                if nudged not in waiting:
+                    waiting.append(nudged)
+                pause_s = max(wait_ms / 1000, _ASK_FIRST_S + before * _ASK_EACH_S)
+                # Jitter, so that processes don't ask in step; not a matter of security.
+                pause_s = min(pause_s, _ASK_MOST_S) * random.uniform(1.0, 1.3)  # noqa: S311
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(nudged.wait(), pause_s)
+                nudged.clear()
+        finally:
+            with contextlib.suppress(ValueError):
+                waiting.remove(nudged)
+            if not waiting and self._waiting.get(host) is waiting:
+                del self._waiting[host]
+
+    def _nudge(self, host: str) -> None:
+        if waiting := self._waiting.get(host):
+            waiting[0].set()
+
+    def _renew_while_held(self) -> None:
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.get_running_loop().create_task(self._renew())
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(SLOT_TTL_S / 3)
+            if not self._held:
+                return
+            held = [name for slot, host in self._held.items() for name in (host, slot)]
+            # Redis is away: requests go on, their slots lapse, and the next renewal takes them again.
+            with contextlib.suppress(UnavailableError):
+                await self._link.run("slot_renew", self._prefix, int(SLOT_TTL_S * 1000), *held, may_repeat=True)

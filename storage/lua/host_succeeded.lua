@@ -1,0 +1,14 @@
+-- Record a success: the limit grows by one for as many successes as it is high.
+--
+-- KEYS[1] prefix of the farm's keys
+-- ARGV[1] host
+-- ARGV[2] configured limit
+-- return  the limit now, rounded down
+-- include: host
+local configured = tonumber(ARGV[2])
+local limit, is_reduced = host_limit(KEYS[1], ARGV[1], configured)
+if is_reduced then
+  limit = math.min(configured, limit + 1 / limit)
+  host_set(KEYS[1], ARGV[1], 'limit', limit)
+end
+return math.floor(limit)

@@ -1,0 +1,9 @@
+-- Give a slot, or a place in the queue, back.
+--
+-- KEYS[1] prefix of the farm's keys
+-- ARGV[1] host
+-- ARGV[2] name of the slot
+local prefix, host, slot = KEYS[1], ARGV[1], ARGV[2]
+redis.call('ZREM', prefix .. ':slots:' .. host, slot)
+redis.call('ZREM', prefix .. ':queue:' .. host, slot)
+redis.call('ZREM', prefix .. ':queue-seen:' .. host, slot)
