@@ -89,7 +89,7 @@ async def play(script, *, stubborn):
 @given(script=st.lists(STEP, max_size=40), stubborn=st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_whatever_the_schedule_every_caller_ends_as_it_should(script, stubborn):
-    """A key's work never runs beside itself (I1), every caller ends (I5), only the cancelled ones are cancelled (I6)."""
+    """No work runs beside itself (I1), every caller ends (I5), only the cancelled ones are cancelled (I6)."""
     callers, cancelled, works, flights = asyncio.run(play(script, stubborn=stubborn))
     assert works.overlaps == []
     for caller in callers:
