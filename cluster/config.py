@@ -7,6 +7,7 @@ reads files and the environment and hands plain mappings to :func:`check`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +125,7 @@ class NodeConfig:
     #: Bytes of compressed blobs kept on the node at most.
     cache_bytes: int = 10 * 1024**3
     #: ``auto``, ``overlay`` or ``copying``.
-    snapshotter: str = "auto"
+    snapshotter: Literal["auto", "overlay", "copying"] = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -702,6 +702,10 @@ class RateLimitedError(UnavailableError):
         self.retry_after_s = retry_after_s
 
 
+class ActorLostError(UnavailableError):
+    """An actor or its node went away during a call, or is not there just now; the call may be made again."""
+
+
 class DeadlineExceededError(UnavailableError):
     """Something took longer than its deadline; the outcome is unknown."""
 

@@ -218,6 +218,8 @@ class ActorRecord:
     state: str
     #: Release of the code it runs.
     version: str = ""
+    #: Ray ID of the node it is pinned to: a node that is restarted keeps its name and gets a new one.
+    ray_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ process at a third of what four threads reach).
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -223,8 +223,8 @@ class ContentStore(Protocol):
         """Return what is known of an object, or None where there is none."""
         ...
 
-    def open(self, key: str, offset: int = 0, length: int | None = None) -> ByteStream:
-        """Open an object (or a range of it) for reading; a context manager too, which closes it.
+    def open(self, key: str, offset: int = 0, length: int | None = None) -> AbstractContextManager[ByteStream]:
+        """Open an object (or a range of it) for reading; leaving the context closes it.
 
         The stream resumes by itself after a reset, within the retry budget.
 

@@ -1,0 +1,197 @@
+"""What an actor is started with, and the adapters it builds from that. No secret: only files that hold them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TextIO
+
+import structlog
+
+from actors.logs import configure_logs
+from cluster.cache.runner import CacheManager
+from cluster.config import Config
+from cluster.errors import ClusterError
+from cluster.faultpoints import FaultPoint, ahit
+from cluster.fetch.access import AccessControl
+from cluster.messages import ActorRecord
+from storage.connect import connect
+from storage.faults import arm_from_environment
+from storage.flights import RedisFlightStore
+from storage.keys import Keys
+from storage.leases import RedisLeaseStore
+from storage.limits import RedisHostLimiter
+from storage.link import RedisLink
+from storage.presence import PRESENCE_TTL_S, Presence
+from storage.progress import RedisProgressStore
+from storage.proofs import RedisProofStore
+from storage.refs import RedisRefStore
+from storage.registry.client import RegistryClient
+
+log = structlog.get_logger()
+
+#: Release of this code; part of every actor's name.
+VERSION = installed_version("lazyfarm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boot:
+    """What every actor is given: Ray stores it, so it holds no secret."""
+
+    config: Config
+    #: The farm's directory on this machine, for logs and node data; "" where the node has none.
+    state_dir: str
+    #: Actor name and node.
+    name: str
+    kind: str
+    node: str
+    #: Ray ID of that node.
+    ray_id: str = ""
+    #: Number of a shard.
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stores:
+    """The adapters over Redis and registries that shards and workers share."""
+
+    link: RedisLink
+    refs: RedisRefStore
+    leases: RedisLeaseStore
+    flights: RedisFlightStore
+    proofs: RedisProofStore
+    limiter: RedisHostLimiter
+    progress: RedisProgressStore
+    presence: Presence
+    registry: RegistryClient
+    access: AccessControl
+    cache: CacheManager
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self.registry.aclose()
+        await self.link.close()
+
+
+def build_stores(config: Config) -> Stores:
+    """Build the adapters, for the running event loop."""
+    link = connect(config.redis)
+    keys = Keys(config.farm.name)
+    limiter = RedisHostLimiter(link, keys, config)
+    registry = RegistryClient(config, limiter=limiter)
+    proofs = RedisProofStore(link, keys)
+    refs = RedisRefStore(link, keys)
+    access = AccessControl(proofs, registry, proof_ttl_s=config.cache.proof_ttl_s)
+    return Stores(
+        link=link,
+        refs=refs,
+        leases=RedisLeaseStore(link, keys),
+        flights=RedisFlightStore(link, keys),
+        proofs=proofs,
+        limiter=limiter,
+        progress=RedisProgressStore(link, keys),
+        presence=Presence(link, keys),
+        registry=registry,
+        access=access,
+        cache=CacheManager(refs, access),
+    )
+
+
+class Background:
+    """An actor's background tasks: owned, logged when they fail, ended with the actor."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    def spawn(self, work: Coroutine[object, object, object] | Awaitable[object]) -> asyncio.Task[object]:
+        """Run *work* until it ends by itself or the actor does."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("background.failed", error=str(error), error_type=type(error).__name__)
+
+    async def aclose(self) -> None:
+        """Cancel what still runs."""
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=2.0)
+
+
+class Starter:
+    """Builds an actor's parts at its first call, once: its event loop doesn't run in its constructor."""
+
+    def __init__(self, boot: Boot) -> None:
+        self.boot = boot
+        self.background = Background()
+        self._lock: asyncio.Lock | None = None
+        self._is_started = False
+
+    async def start(self, build: Callable[[], Awaitable[Presence]]) -> None:
+        """Run *build* unless it was run, then announce the actor every few seconds."""
+        if self._is_started:
+            return
+        if self._lock is None:
+            self._lock = asyncio.Lock()
+        async with self._lock:
+            if self._is_started:
+                return
+            configure_logs(
+                level=self.boot.config.log.level, stream=log_file(self.boot), actor=self.boot.name, node=self.boot.node
+            )
+            arm_from_environment(os.environ)
+            presence = await build()
+            await presence.announce(self._record())
+            self.background.spawn(self._keep_announcing(presence))
+            self._is_started = True
+            log.info("actor.ready", pid=os.getpid())
+
+    def _record(self) -> ActorRecord:
+        return ActorRecord(
+            name=self.boot.name,
+            kind=self.boot.kind,
+            node=self.boot.node,
+            pid=os.getpid(),
+            state="ready",
+            version=VERSION,
+            ray_id=self.boot.ray_id,
+        )
+
+    async def _keep_announcing(self, presence: Presence) -> None:
+        while True:
+            await asyncio.sleep(PRESENCE_TTL_S / 3)
+            await ahit(FaultPoint.LEASE_RENEW_BEFORE)
+            with contextlib.suppress(ClusterError):  # Redis is away: said again in a moment
+                await presence.announce(self._record())
+
+
+def log_file(boot: Boot) -> TextIO:
+    """Open this actor's log for appending: a file of its own under the state directory, else standard error."""
+    if not boot.state_dir:
+        return sys.stderr
+    path = Path(boot.state_dir) / "logs" / f"{boot.name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def new_token() -> str:
+    """Return a token that nobody else has."""
+    return secrets.token_hex(12)
+
+
+def node_root(boot: Boot) -> Path:
+    """Return the directory for this node's cache, snapshots and mounts."""
+    base = Path(boot.config.node.root or Path(boot.state_dir) / "nodes")
+    return base / boot.node

@@ -1,0 +1,67 @@
+"""The cache shard: a shell around the cache manager. Holds no truth: any shard can answer for any ref."""
+
+from __future__ import annotations
+
+from actors.boot import Boot, Starter, Stores, build_stores
+from actors.session_host import SessionHost
+from actors.shell import RESULT, answers
+from cluster.messages import GetByBlobRequest, GetRequest, RefsResult, SessionAnswer
+from cluster.wire import decode, encode
+from storage.presence import Presence
+
+
+class CacheShard:
+    """One of S cache-manager shards."""
+
+    def __init__(self, boot: bytes) -> None:
+        self._starter = Starter(decode("boot", Boot, boot))
+        self._sessions = SessionHost()
+        self._stores: Stores | None = None
+
+    async def _started(self) -> Stores:
+        await self._starter.start(self._build)
+        if self._stores is None:
+            raise RuntimeError("started without stores")
+        return self._stores
+
+    async def _build(self) -> Presence:
+        self._stores = build_stores(self._starter.boot.config)
+        return self._stores.presence
+
+    async def ready(self) -> bool:
+        """Build what is needed and say so."""
+        await self._started()
+        return True
+
+    async def session_next(self, session_id: str, wait_s: float) -> bytes:
+        """Return questions for the driver of that session, at the latest after *wait_s* seconds."""
+        return RESULT + encode("session-next-result", await self._sessions.next_questions(session_id, wait_s=wait_s))
+
+    async def session_answer(self, session_id: str, payload: bytes) -> None:
+        """Take the driver's answer."""
+        self._sessions.answer(session_id, decode("session-answer", SessionAnswer, payload))
+
+    @answers("get-by-blob", GetByBlobRequest)
+    async def get_by_blob(self, request: GetByBlobRequest) -> RefsResult:
+        """See :meth:`cluster.cache.runner.CacheManager.get_by_blob`."""
+        stores = await self._started()
+        async with self._sessions.serving(request.session) as authorizer:
+            layers = await stores.cache.get_by_blob(
+                request.descriptors,
+                parent=request.parent,
+                handlers=request.handlers,
+                authorizer=authorizer,
+                lease_id=request.lease_id,
+                image_ref=request.image_ref,
+            )
+        return RefsResult(layers=tuple(layers))
+
+    @answers("get", GetRequest)
+    async def get(self, request: GetRequest) -> RefsResult:
+        """See :meth:`cluster.cache.runner.CacheManager.get`."""
+        stores = await self._started()
+        async with self._sessions.serving(request.session) as authorizer:
+            layers = await stores.cache.get(
+                request.ref_id, handlers=request.handlers, authorizer=authorizer, lease_id=request.lease_id
+            )
+        return RefsResult(layers=tuple(layers))

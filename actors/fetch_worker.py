@@ -1,0 +1,352 @@
+"""The fetch worker: a shell, one a node, around unlazy, extract, pull and push."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import platform
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import structlog
+
+from actors.boot import VERSION, Boot, Starter, Stores, build_stores, new_token, node_root
+from actors.handles import CacheShardHandle
+from actors.metrics import WorkerMetrics
+from actors.session_host import SessionAuthorizer, SessionHost
+from actors.shell import RESULT, answers
+from cluster.cache.ring import ShardRing
+from cluster.cache.runner import usable_providers
+from cluster.config import Config
+from cluster.descriptor import Descriptor
+from cluster.digest import Digest
+from cluster.errors import LeaseLostError
+from cluster.fetch.extract import Extractor
+from cluster.fetch.pull import Puller
+from cluster.fetch.push import Pusher
+from cluster.fetch.runner import Caller, Unlazier
+from cluster.lease import LeaseId
+from cluster.messages import (
+    ExtractRequest,
+    ExtractResult,
+    GetByBlobRequest,
+    LayerFetch,
+    PullRequest,
+    PullResult,
+    PushRequest,
+    PushResult,
+    SessionAnswer,
+    SessionInfo,
+    UnlazyRequest,
+    UnlazyResult,
+)
+from cluster.ports import Authorizer
+from cluster.provider import DescHandler, ProviderHandle
+from cluster.ref import RefState
+from cluster.reference import default_platform, parse_platform, parse_reference
+from cluster.wire import decode, encode
+from storage.blobs import S3ContentStore
+from storage.fetching import StoredBlobs, ThreadedTransfers
+from storage.keys import Keys
+from storage.local_blobs import NodeBlobs
+from storage.node_cache import NodeCache
+from storage.presence import Presence
+from storage.registry.blob import BlobSource
+from storage.renewer import RedisFlightRenewer
+from storage.snapshots import choose
+from storage.transfer import TransferLimits
+
+log = structlog.get_logger()
+
+#: Threads that may block at once: every layer being unpacked has one, also while it waits for its parent.
+_THREADS = 256
+_SHARD_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """Everything a worker is made of."""
+
+    config: Config
+    stores: Stores
+    ring: ShardRing
+    renewer: RedisFlightRenewer
+    threads: ThreadPoolExecutor
+    blobs: NodeBlobs
+    unlazier: Unlazier
+    extractor: Extractor
+    pusher: Pusher
+    metrics: WorkerMetrics
+
+
+class FetchWorker:
+    """One node's fetch worker."""
+
+    def __init__(self, boot: bytes) -> None:
+        self._starter = Starter(decode("boot", Boot, boot))
+        self._sessions = SessionHost()
+        self._parts: _Parts | None = None
+
+    # -- starting --------------------------------------------------------------------------------------
+
+    async def _started(self) -> _Parts:
+        await self._starter.start(self._build)
+        if self._parts is None:
+            raise RuntimeError("started without parts")
+        return self._parts
+
+    async def _build(self) -> Presence:
+        boot = self._starter.boot
+        config = boot.config
+        loop = asyncio.get_running_loop()
+        stores = build_stores(config)
+        threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="worker")
+        root = node_root(boot)
+
+        def open_node() -> tuple[S3ContentStore, NodeCache, list[str]]:
+            cache = NodeCache(root / "cache", config.node.cache_bytes)
+            left = cache.recover()
+            return S3ContentStore(config.s3), cache, left
+
+        store, cache, left = await loop.run_in_executor(threads, open_node)
+        snapshotter = await loop.run_in_executor(threads, choose, root / "snapshots", config.node.snapshotter)
+        left = [*left, *await loop.run_in_executor(threads, snapshotter.recover)]
+        if left:
+            log.info("node.recovered", removed=len(left))
+        blobs = NodeBlobs(cache, store, stores.refs, loop=loop, threads=threads, downloads=config.fetch.layers_per_node)
+        renewer = RedisFlightRenewer(config.redis, Keys(config.farm.name))
+        transfers = ThreadedTransfers(
+            store=store,
+            flights=stores.flights,
+            sources=BlobSource(config),
+            limiter=stores.limiter,
+            blobs=blobs,
+            threads=threads,
+            limits=TransferLimits(
+                part_bytes=config.fetch.part_bytes,
+                parallel_from_bytes=config.fetch.parallel_from_bytes,
+                ranges=config.fetch.ranges_per_layer,
+                attempts=config.fetch.attempts,
+                retry_budget_s=config.fetch.retry_budget_s,
+            ),
+            buffers=2 * config.fetch.ranges_per_layer + 2,
+        )
+        unlazier = Unlazier(
+            worker=f"{boot.node}/{new_token()}",
+            refs=stores.refs,
+            leases=stores.leases,
+            flights=stores.flights,
+            renewer=renewer,
+            progress=stores.progress,
+            transfers=transfers,
+            new_token=new_token,
+            ttl_s=config.flight.lease_ttl_s,
+            poll_s=config.flight.poll_s,
+            deadline_s=config.flight.deadline_s,
+            max_transfers=config.fetch.layers_per_node,
+            clock=time.monotonic,
+        )
+        self._parts = _Parts(
+            config=config,
+            stores=stores,
+            ring=ShardRing(config.cache.shards),
+            renewer=renewer,
+            threads=threads,
+            blobs=blobs,
+            unlazier=unlazier,
+            extractor=Extractor(
+                node=boot.node,
+                unlazier=unlazier,
+                refs=stores.refs,
+                progress=stores.progress,
+                blobs=blobs,
+                snapshotter=snapshotter,
+                threads=threads,
+                deadline_s=config.flight.deadline_s,
+                clock=time.monotonic,
+            ),
+            pusher=Pusher(
+                target=stores.registry,
+                unlazier=unlazier,
+                refs=stores.refs,
+                blobs=StoredBlobs(store),
+                progress=stores.progress,
+                access=stores.access,
+                spawn=self._starter.background.spawn,
+            ),
+            metrics=WorkerMetrics(boot.node),
+        )
+        self._store = store
+        return stores.presence
+
+    async def ready(self) -> bool:
+        """Build what is needed and say so."""
+        await self._started()
+        return True
+
+    # -- sessions --------------------------------------------------------------------------------------
+
+    async def session_next(self, session_id: str, wait_s: float) -> bytes:
+        """Return questions for the driver of that session, at the latest after *wait_s* seconds."""
+        return RESULT + encode("session-next-result", await self._sessions.next_questions(session_id, wait_s=wait_s))
+
+    async def session_answer(self, session_id: str, payload: bytes) -> None:
+        """Take the driver's answer."""
+        self._sessions.answer(session_id, decode("session-answer", SessionAnswer, payload))
+
+    @contextlib.asynccontextmanager
+    async def _serving(self, operation: str, info: SessionInfo, **fields: str) -> AsyncIterator[SessionAuthorizer]:
+        """Serve one call, and log its canonical line."""
+        started_s = time.monotonic()
+        bound = log.bind(trace=info.trace, session=info.session_id, **fields)
+        bound.debug(f"{operation}.started")
+        try:
+            async with self._sessions.serving(info) as authorizer:
+                yield authorizer
+        except BaseException as exc:
+            bound.warning(
+                f"{operation}.failed",
+                error_type=type(exc).__name__,
+                error=str(exc),
+                elapsed_s=round(time.monotonic() - started_s, 3),
+            )
+            raise
+        bound.info(f"{operation}.complete", elapsed_s=round(time.monotonic() - started_s, 3))
+
+    # -- calls -----------------------------------------------------------------------------------------
+
+    @answers("pull", PullRequest)
+    async def pull(self, request: PullRequest) -> PullResult:
+        """Resolve an image; see :class:`cluster.fetch.pull.Puller`."""
+        parts = await self._started()
+        reference = parse_reference(request.image)
+        wanted = parse_platform(request.platform) if request.platform else default_platform(platform.machine())
+        async with self._serving("pull", request.session, image=reference.name) as authorizer:
+            puller = Puller(
+                worker=self._starter.boot.name,
+                manifests=parts.stores.registry,
+                access=parts.stores.access,
+                refs=parts.stores.refs,
+                leases=parts.stores.leases,
+                flights=parts.stores.flights,
+                renewer=parts.renewer,
+                small=StoredBlobs(self._store),
+                get_by_blob=_ShardRefs(parts, request.session, farm=parts.config.farm.name),
+                new_token=new_token,
+                flight_ttl_s=parts.config.flight.lease_ttl_s,
+            )
+            return await puller.pull(
+                reference, wanted, authorizer, plain_http=request.plain_http, lease_id=request.lease_id
+            )
+
+    @answers("unlazy", UnlazyRequest)
+    async def unlazy(self, request: UnlazyRequest) -> UnlazyResult:
+        """Make every blob of a chain present, all in parallel, the lowest layer first in line."""
+        parts = await self._started()
+        async with self._serving("unlazy", request.session, ref=request.ref_id) as authorizer:
+            chain, caller = await self._caller(parts, authorizer, request)
+            layers = await _all_or_none([parts.unlazier.unlazy(s.record.blob, caller) for s in chain])
+            parts.metrics.unlazied(layers)
+            return UnlazyResult(ref_id=request.ref_id, layers=tuple(layers))
+
+    @answers("extract", ExtractRequest)
+    async def extract(self, request: ExtractRequest) -> ExtractResult:
+        """Mount a chain on this node."""
+        parts = await self._started()
+        started_s = time.monotonic()
+        async with self._serving("extract", request.session, ref=request.ref_id) as authorizer:
+            chain, caller = await self._caller(parts, authorizer, request)
+            extracted = await parts.extractor.extract(chain, caller)
+            parts.metrics.unlazied(extracted.layers)
+            return ExtractResult(
+                ref_id=request.ref_id,
+                node=self._starter.boot.node,
+                path=str(extracted.path),
+                seconds=time.monotonic() - started_s,
+                layers=extracted.layers,
+            )
+
+    @answers("push", PushRequest)
+    async def push(self, request: PushRequest) -> PushResult:
+        """Push an image; see :class:`cluster.fetch.push.Pusher`."""
+        parts = await self._started()
+        target = parse_reference(request.target)
+        async with self._serving("push", request.session, image=request.image.name, target=target.name) as authorizer:
+            chain = await parts.stores.refs.chain(request.image.ref) if request.image.ref else []
+            providers = await usable_providers(parts.stores.access, authorizer, chain, ())
+            caller = self._as_caller(authorizer, request.session, request.lease_id, providers)
+            return await parts.pusher.push(request.image, target, caller, providers, plain_http=request.plain_http)
+
+    async def _caller(
+        self, parts: _Parts, authorizer: SessionAuthorizer, request: UnlazyRequest | ExtractRequest
+    ) -> tuple[Sequence[RefState], Caller]:
+        """Prove access to the whole chain, pin it in the caller's lease, and return it with its caller."""
+        chain = await parts.stores.refs.chain(request.ref_id)
+        if await parts.stores.leases.get(request.lease_id) is None:
+            raise LeaseLostError(request.lease_id)
+        providers = await usable_providers(parts.stores.access, authorizer, chain, request.handlers)
+        await parts.stores.refs.use([s.record.id for s in chain], lease_id=request.lease_id)
+        return chain, self._as_caller(authorizer, request.session, request.lease_id, providers)
+
+    def _as_caller(
+        self,
+        authorizer: SessionAuthorizer,
+        session: SessionInfo,
+        lease_id: LeaseId,
+        providers: Mapping[Digest, Sequence[ProviderHandle]],
+    ) -> Caller:
+        return Caller(
+            authorizer=authorizer,
+            lease_id=lease_id,
+            providers=providers,
+            progress=(session.progress,) if session.progress else (),
+            is_live=lambda: authorizer.is_live,
+        )
+
+
+class _ShardRefs:
+    """Makes refs through the shard of the chain they belong to."""
+
+    def __init__(self, parts: _Parts, session: SessionInfo, *, farm: str) -> None:
+        self._parts = parts
+        self._session = session
+        self._farm = farm
+
+    async def __call__(
+        self,
+        descriptors: Sequence[Descriptor],
+        handlers: Sequence[DescHandler],
+        *,
+        authorizer: Authorizer,  # noqa: ARG002  # the manifest read just now is proof enough for the shard
+        lease_id: LeaseId,
+        image_ref: str,
+    ) -> Sequence[RefState]:
+        shard = CacheShardHandle.of_index(
+            self._parts.ring.shard_of(descriptors[-1].digest), farm=self._farm, version=VERSION
+        )
+        result = await shard.get_by_blob(
+            GetByBlobRequest(
+                session=replace(self._session, progress=None),
+                descriptors=tuple(descriptors),
+                parent=None,
+                handlers=tuple(handlers),
+                lease_id=lease_id,
+                image_ref=image_ref,
+            ),
+            timeout_s=_SHARD_TIMEOUT_S,
+        )
+        return result.layers
+
+
+async def _all_or_none(calls: Sequence[object]) -> list[LayerFetch]:
+    """Await all; the first error cancels the rest and is raised as itself."""
+    tasks = [asyncio.ensure_future(call) for call in calls]  # type: ignore[call-overload]  # coroutines of one kind
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

@@ -1,0 +1,156 @@
+"""Typed faces of remote actors: the only file that says ``.remote(``.
+
+Every call has a deadline, because over a silent partition a Ray call never returns; cancelling the
+waiting task cancels the remote work too. Ray's errors become ours here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from actors.options import namespace
+from actors.shell import unwrap
+from cluster.errors import ActorLostError, DeadlineExceededError, UnavailableError
+from cluster.messages import (
+    ExtractRequest,
+    ExtractResult,
+    GetByBlobRequest,
+    GetRequest,
+    PullRequest,
+    PullResult,
+    PushRequest,
+    PushResult,
+    RefsResult,
+    SessionAnswer,
+    SessionQuestion,
+    UnlazyRequest,
+    UnlazyResult,
+)
+from cluster.topology import shard_name, worker_name
+from cluster.wire import encode
+
+
+class ActorHandle:
+    """A named actor; looked up at first use and again after it was lost."""
+
+    def __init__(self, name: str, *, farm: str) -> None:
+        self.name = name
+        self._namespace = namespace(farm)
+        self._actor: Any = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+    def resolve(self) -> Any:
+        """Return Ray's own handle.
+
+        Raises:
+            ActorLostError: no such actor is there at the moment.
+        """
+        if self._actor is None:
+            try:
+                self._actor = ray.get_actor(self.name, namespace=self._namespace)
+            except ValueError as exc:
+                raise ActorLostError(f"actor {self.name}", "it is not running") from exc
+        return self._actor
+
+    async def call(self, method: str, kind: str, request: object, result_type: type[Any], timeout_s: float) -> Any:
+        """Call *method* with an encoded *request* and return the decoded result."""
+        reply = await self.call_raw(method, encode(kind, request), timeout_s=timeout_s)
+        return unwrap(kind, result_type, reply)
+
+    async def call_raw(self, method: str, *args: object, timeout_s: float) -> Any:
+        """Call *method* with plain arguments.
+
+        Raises:
+            ActorLostError: the actor or its node is lost; the outcome is unknown.
+            DeadlineExceededError: no answer in time; the remote work is cancelled, if it can be reached.
+        """
+        actor = await asyncio.to_thread(self.resolve) if self._actor is None else self._actor
+        reference = getattr(actor, method).remote(*args)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await reference
+        except TimeoutError as exc:
+            ray.cancel(reference)
+            raise DeadlineExceededError(f"{self.name}.{method}", f"no answer in {timeout_s:.0f} s") from exc
+        except asyncio.CancelledError:
+            ray.cancel(reference)
+            raise
+        except ray.exceptions.TaskCancelledError as exc:
+            raise UnavailableError(f"{self.name}.{method}", "the call was cancelled there") from exc
+        except ray.exceptions.RayError as exc:
+            self._actor = None
+            raise ActorLostError(f"actor {self.name}", _summary(exc)) from exc
+
+
+def _summary(exc: BaseException) -> str:
+    """Return the first telling line of one of Ray's long messages."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return f"{type(exc).__name__}: {lines[0] if lines else ''}"
+
+
+class SessionServer(ActorHandle):
+    """What every actor offers to the drivers whose calls it runs."""
+
+    async def poll_questions(self, session_id: str, wait_s: float) -> list[SessionQuestion]:
+        """Wait up to *wait_s* seconds for questions; the driver's session keeps one such call open."""
+        reply = await self.call_raw("session_next", session_id, wait_s, timeout_s=wait_s + 10.0)
+        questions: list[SessionQuestion] = unwrap("session-next", list[SessionQuestion], reply)
+        return questions
+
+    def send_answer(self, session_id: str, answer: SessionAnswer) -> None:
+        """Send an answer and don't wait: the asker has a deadline of its own."""
+        self.resolve().session_answer.remote(session_id, encode("session-answer", answer))
+
+
+class FetchWorkerHandle(SessionServer):
+    """The fetch worker of one node."""
+
+    @classmethod
+    def of_node(cls, node: str, *, farm: str, version: str) -> FetchWorkerHandle:
+        """Return the handle of a node's worker."""
+        return cls(worker_name(node, version), farm=farm)
+
+    async def pull(self, request: PullRequest, *, timeout_s: float) -> PullResult:
+        """Resolve an image."""
+        result: PullResult = await self.call("pull", "pull", request, PullResult, timeout_s)
+        return result
+
+    async def unlazy(self, request: UnlazyRequest, *, timeout_s: float) -> UnlazyResult:
+        """Make a chain's blobs present."""
+        result: UnlazyResult = await self.call("unlazy", "unlazy", request, UnlazyResult, timeout_s)
+        return result
+
+    async def extract(self, request: ExtractRequest, *, timeout_s: float) -> ExtractResult:
+        """Mount a chain on that node."""
+        result: ExtractResult = await self.call("extract", "extract", request, ExtractResult, timeout_s)
+        return result
+
+    async def push(self, request: PushRequest, *, timeout_s: float) -> PushResult:
+        """Push an image."""
+        result: PushResult = await self.call("push", "push", request, PushResult, timeout_s)
+        return result
+
+
+class CacheShardHandle(SessionServer):
+    """One cache-manager shard."""
+
+    @classmethod
+    def of_index(cls, index: int, *, farm: str, version: str) -> CacheShardHandle:
+        """Return the handle of a shard."""
+        return cls(shard_name(index, version), farm=farm)
+
+    async def get_by_blob(self, request: GetByBlobRequest, *, timeout_s: float) -> RefsResult:
+        """Make or find refs for descriptors."""
+        result: RefsResult = await self.call("get_by_blob", "get-by-blob", request, RefsResult, timeout_s)
+        return result
+
+    async def get(self, request: GetRequest, *, timeout_s: float) -> RefsResult:
+        """Look a ref up."""
+        result: RefsResult = await self.call("get", "get", request, RefsResult, timeout_s)
+        return result

@@ -1,0 +1,51 @@
+"""Joins the farm's Ray cluster as a driver, exactly that one."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+import ray.exceptions
+
+from actors.options import namespace
+from cluster.config import Config
+from cluster.errors import FarmNotRunningError
+
+
+def set_ray_environment(config: Config) -> None:
+    """Set what Ray reads from the environment of a driver: the token's file, and no calls home."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    if config.ray.token_file:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = config.ray.token_file
+
+
+def join(config: Config, *, state_dir: str) -> None:
+    """Connect this process to the farm's cluster; does nothing where it is connected already.
+
+    The address is always exact: a bare ``ray.init()`` joins whatever cluster the machine last started.
+
+    Raises:
+        FarmNotRunningError: nothing answers there.
+    """
+    if ray.is_initialized():
+        return
+    set_ray_environment(config)
+    try:
+        ray.init(
+            address=config.ray.address,
+            namespace=namespace(config.farm.name),
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    except (ConnectionError, TimeoutError, ray.exceptions.RayError, RuntimeError, ValueError) as exc:
+        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        raise FarmNotRunningError(state_dir, f"Ray at {config.ray.address} does not answer: {reason}") from exc
+
+
+def leave() -> None:
+    """Disconnect this process."""
+    ray.shutdown()

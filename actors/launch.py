@@ -1,0 +1,175 @@
+"""The composition root: configuration → running cluster. Used by the command line and by tests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from actors.boot import VERSION, Boot
+from actors.join import join, leave
+from actors.options import options
+from actors.supervisor import Supervisor
+from cluster.config import Config
+from cluster.errors import StartError
+from cluster.messages import ActorRecord, NodeRecord
+from cluster.settings import FarmSettings, Running
+from cluster.topology import Kind, supervisor_name
+from cluster.wire import encode
+from storage.blobs import S3ContentStore
+from storage.connect import check_policy_sync, connect, connect_sync
+from storage.farm_file import forget_running, write_running
+from storage.keys import Keys
+from storage.presence import Presence
+from storage.services.local import LocalServices
+
+_READY_S = 120.0
+_POLL_S = 0.2
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpReport:
+    """What ``up`` did."""
+
+    #: False where everything ran already.
+    changed: bool
+    #: Parts that were started or repaired.
+    started: tuple[str, ...]
+    settings: FarmSettings
+
+
+def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _line: None) -> UpReport:
+    """Start what the farm lacks and wait until all of it answers. Idempotent; repairs what was killed.
+
+    Args:
+        settings: The farm.
+        nodes: Ray nodes on this machine; None: as many as run, or as configured.
+        report: Told of each step in one line.
+
+    Raises:
+        StartError: a part did not start. UnsafeStoreError: a store would not keep the farm's promises.
+        ConfigError: the settings can't be used.
+    """
+    wanted = settings.wanted
+    services = LocalServices(settings.state_dir, wanted)
+    started: list[str] = []
+    with services.locked():
+        with ThreadPoolExecutor(3, thread_name_prefix="up") as pool:
+            redis = None if wanted.redis.url else pool.submit(services.up_redis)
+            s3 = None if wanted.s3.endpoint else pool.submit(services.up_s3)
+            nodes_up = None if wanted.ray.address else pool.submit(services.up_ray, nodes)
+            config = replace(
+                wanted,
+                redis=redis.result() if redis else wanted.redis,
+                s3=s3.result() if s3 else wanted.s3,
+                ray=nodes_up.result() if nodes_up else wanted.ray,
+            )
+        for name in services.started:
+            report(f"started {name}")
+        started += services.started
+        link = connect_sync(config.redis)
+        try:
+            check_policy_sync(link)
+        finally:
+            link.close()
+        S3ContentStore(config.s3).ensure_bucket()
+        running = Running(
+            farm_id=services.farm_id,
+            config_file=settings.config_file,
+            farm_name=config.farm.name,
+            redis_url=config.redis.url,
+            redis_password_file=config.redis.password_file,
+            s3_endpoint=config.s3.endpoint,
+            s3_region=config.s3.region,
+            s3_bucket=config.s3.bucket,
+            s3_credentials_file=config.s3.credentials_file,
+            ray_address=config.ray.address,
+            ray_token_file=config.ray.token_file,
+        )
+        write_running(settings.state_dir, running)
+        settings = replace(settings, running=running)
+        actors = _up_actors(config, settings, expected_nodes=services.node_count())
+        for name in actors:
+            report(f"started {name}")
+    return UpReport(changed=bool(started or actors), started=(*started, *actors), settings=settings)
+
+
+def _up_actors(config: Config, settings: FarmSettings, *, expected_nodes: int) -> list[str]:
+    """Make sure of the supervisor, and wait until every actor it wants is ready; return those that were not."""
+    before = _ready_names(asyncio.run(_presence(config))[1])
+    join(config, state_dir=str(settings.state_dir))
+    try:
+        name = supervisor_name(VERSION)
+        boot = Boot(
+            config=config,
+            state_dir=str(settings.state_dir),
+            name=name,
+            kind=Kind.SUPERVISOR.value,
+            node="head",
+        )
+        chosen = options(Kind.SUPERVISOR, name=name, farm=config.farm.name, ray_node_id=None)
+        supervisor: Any = ray.remote(Supervisor).options(**chosen).remote(encode("boot", boot))
+        try:
+            ray.get(supervisor.ready.remote(), timeout=_READY_S)
+        except ray.exceptions.RayError as exc:
+            raise StartError("supervisor", str(exc).strip().splitlines()[-1], str(settings.state_dir / "logs")) from exc
+        after = asyncio.run(_wait_ready(config, expected_nodes))
+    finally:
+        leave()
+    return sorted(after - before)
+
+
+async def _presence(config: Config) -> tuple[list[NodeRecord], list[ActorRecord]]:
+    link = connect(config.redis)
+    try:
+        presence = Presence(link, Keys(config.farm.name))
+        return await presence.nodes(), await presence.actors()
+    finally:
+        await link.close()
+
+
+async def _wait_ready(config: Config, expected_nodes: int) -> set[str]:
+    """Wait until each node has its worker and every shard is there; return the names of all."""
+    give_up_s = time.monotonic() + _READY_S
+    while True:
+        nodes, actors = await _presence(config)
+        live = {node.id: node.ray_id for node in nodes if node.alive}
+        ready = [actor for actor in actors if actor.state == "ready" and actor.version == VERSION]
+        workers = {a.node for a in ready if a.kind == Kind.FETCH_WORKER.value and live.get(a.node) == a.ray_id}
+        shards = [a for a in ready if a.kind == Kind.CACHE_SHARD.value and a.ray_id in live.values()]
+        if len(live) >= expected_nodes and workers == set(live) and len(shards) >= config.cache.shards:
+            return _ready_names(actors)
+        if time.monotonic() > give_up_s:
+            missing = sorted(set(live) - workers)
+            raise StartError(
+                "actors",
+                f"after {_READY_S:.0f} s {len(live)} of {expected_nodes} nodes are alive, "
+                f"workers are missing on {missing or 'none'}, {len(shards)} of {config.cache.shards} shards are ready",
+                "",
+            )
+        await asyncio.sleep(_POLL_S)
+
+
+def _ready_names(actors: list[ActorRecord]) -> set[str]:
+    return {actor.name for actor in actors if actor.state == "ready"}
+
+
+def down(settings: FarmSettings, *, purge: bool, report: Report = lambda _line: None) -> list[str]:
+    """End exactly what ``up`` started, and keep the data; with *purge* remove that too. Returns what was ended."""
+    services = LocalServices(settings.state_dir, settings.wanted)
+    with services.locked():
+        stopped = services.down()
+        for name in stopped:
+            report(f"stopped {name}")
+        forget_running(settings.state_dir)
+        if purge:
+            services.purge()
+            report(f"removed {settings.state_dir}")
+    return stopped

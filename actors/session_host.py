@@ -1,0 +1,184 @@
+"""The worker's end of driver sessions: asks the driver for credentials, by long poll, when they are used.
+
+Credentials stay with the driver. While a driver has calls in flight at an actor it keeps one
+``session_next`` call open there; a question goes out as that call's reply, the answer comes back in a
+``session_answer`` call. Nothing of it touches Redis, S3 or Ray's store: method calls only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncIterator, Mapping
+
+from cluster.errors import SessionGoneError
+from cluster.messages import SessionAnswer, SessionInfo, SessionQuestion
+from cluster.ports import Authorization, AuthRequest
+from cluster.wire import decode_error
+
+#: Seconds without an open poll after which a session counts as gone. A poll is reopened at once, from a
+#: thread of the driver's own, so only a dead or cut-off driver is silent for so long.
+SESSION_GRACE_S = 10.0
+#: Seconds that a driver may take to answer: a token server is asked meanwhile.
+ANSWER_TIMEOUT_S = 60.0
+
+
+class _Session:
+    def __init__(self) -> None:
+        self.questions: asyncio.Queue[SessionQuestion] = asyncio.Queue()
+        self.pending: dict[str, asyncio.Future[SessionAnswer]] = {}
+        self.polls = 0
+        self.calls = 0
+        self.seen_s = time.monotonic()
+        self.gone = asyncio.Event()
+        self.cached: dict[tuple[str, tuple[str, ...]], tuple[Authorization | None, float]] = {}
+
+    @property
+    def is_live(self) -> bool:
+        return self.polls > 0 or time.monotonic() - self.seen_s < SESSION_GRACE_S
+
+
+class SessionHost:
+    """All sessions that one actor serves at the moment."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, _Session] = {}
+        self._ids = itertools.count()
+
+    @contextlib.asynccontextmanager
+    async def serving(self, info: SessionInfo) -> AsyncIterator[SessionAuthorizer]:
+        """Serve a call of that session; the caller's task is cancelled if the session goes away meanwhile.
+
+        Raises:
+            SessionGoneError: the driver is gone: nobody waits for this call any more.
+        """
+        session = self._sessions.setdefault(info.session_id, _Session())
+        session.calls += 1
+        session.seen_s = time.monotonic()
+        task = asyncio.current_task()
+        watch = asyncio.create_task(self._watch(session, task))
+        try:
+            yield SessionAuthorizer(self, info)
+        except asyncio.CancelledError:
+            if session.gone.is_set() and task is not None and task.uncancel() == 0:
+                raise SessionGoneError(info.session_id) from None
+            raise
+        finally:
+            watch.cancel()
+            session.calls -= 1
+            if not session.calls:
+                self._sessions.pop(info.session_id, None)
+
+    async def _watch(self, session: _Session, task: asyncio.Task[object] | None) -> None:
+        while session.is_live:
+            await asyncio.sleep(1.0)
+        session.gone.set()
+        for future in session.pending.values():
+            if not future.done():
+                future.cancel()
+        if task is not None:
+            task.cancel()
+
+    def is_live(self, session_id: str) -> bool:
+        """Tell whether the session's driver is there."""
+        session = self._sessions.get(session_id)
+        return session is not None and session.is_live
+
+    async def next_questions(self, session_id: str, *, wait_s: float) -> list[SessionQuestion]:
+        """Wait up to *wait_s* seconds for questions to the driver; the driver's long poll."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            # The poll may overtake the call that it serves.
+            session = self._sessions.setdefault(session_id, _Session())
+        session.polls += 1
+        try:
+            async with asyncio.timeout(wait_s):
+                questions = [await session.questions.get()]
+            while not session.questions.empty():
+                questions.append(session.questions.get_nowait())
+        except TimeoutError:
+            return []
+        else:
+            return questions
+        finally:
+            session.polls -= 1
+            session.seen_s = time.monotonic()
+            if not session.calls and not session.polls:
+                self._sessions.pop(session_id, None)
+
+    def answer(self, session_id: str, answer: SessionAnswer) -> None:
+        """Take the driver's answer; dropped where nobody waits for it any more."""
+        session = self._sessions.get(session_id)
+        future = session.pending.get(answer.question_id) if session is not None else None
+        if future is not None and not future.done():
+            future.set_result(answer)
+
+    async def ask(self, info: SessionInfo, request: AuthRequest) -> Authorization | None:
+        """Put a question to the driver and wait for its answer; answers are reused until they expire."""
+        session = self._sessions.get(info.session_id)
+        if session is None or not session.is_live:
+            raise SessionGoneError(info.session_id)
+        cache_key = (request.registry, request.scopes)
+        known = session.cached.get(cache_key)
+        if known is not None and not request.was_refused and time.monotonic() < known[1]:
+            return known[0]
+        if request.challenge is None and not request.was_refused:
+            return None
+        question = SessionQuestion(
+            question_id=str(next(self._ids)),
+            registry=request.registry,
+            plain_http=request.plain_http,
+            scopes=request.scopes,
+            challenge=request.challenge,
+            was_refused=request.was_refused,
+        )
+        future: asyncio.Future[SessionAnswer] = asyncio.get_running_loop().create_future()
+        session.pending[question.question_id] = future
+        session.questions.put_nowait(question)
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                answer = await future
+        except TimeoutError:
+            raise SessionGoneError(info.session_id) from None
+        except asyncio.CancelledError:
+            if session.gone.is_set() and future.cancelled():
+                raise SessionGoneError(info.session_id) from None
+            raise
+        finally:
+            session.pending.pop(question.question_id, None)
+        if answer.error is not None:
+            raise decode_error(answer.error)
+        authorization = None if answer.header is None else Authorization(answer.header, answer.expires_in_s)
+        lifetime_s = 3600.0 if answer.expires_in_s is None else answer.expires_in_s
+        session.cached[cache_key] = (authorization, time.monotonic() + 0.9 * lifetime_s)
+        return authorization
+
+    def statistics(self) -> Mapping[str, int]:
+        """Return how many sessions are served."""
+        return {"sessions": len(self._sessions)}
+
+
+class SessionAuthorizer:
+    """:class:`cluster.ports.Authorizer` for one call: asks the driver that made it."""
+
+    def __init__(self, host: SessionHost, info: SessionInfo) -> None:
+        self._host = host
+        self._info = info
+
+    def __repr__(self) -> str:
+        return f"<SessionAuthorizer of {self._info.session_id}>"
+
+    @property
+    def is_live(self) -> bool:
+        """Tell whether the driver is still there."""
+        return self._host.is_live(self._info.session_id)
+
+    def identity(self, registry: str) -> str:
+        """Return who the driver says it is at *registry*."""
+        return self._info.identities.get(registry, "anonymous")
+
+    async def authorize(self, request: AuthRequest) -> Authorization | None:
+        """Ask the driver; see :class:`cluster.ports.Authorizer`."""
+        return await self._host.ask(self._info, request)

@@ -1,0 +1,64 @@
+"""What every actor shell does with a call: payload in, payload out, nothing foreign in between."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import structlog
+
+from cluster.errors import ClusterError, InternalError
+from cluster.wire import decode, decode_error, encode, encode_error
+
+S = TypeVar("S")
+Request = TypeVar("Request")
+
+log = structlog.get_logger()
+
+#: First byte of a reply: an error's payload follows, or the result's.
+ERROR = b"\x01"
+RESULT = b"\x00"
+
+
+def answers(
+    kind: str, request_type: type[Request]
+) -> Callable[[Callable[[S, Request], Awaitable[object]]], Callable[[S, bytes], Awaitable[bytes]]]:
+    """Turn a method on values into one on payloads.
+
+    Errors travel as payloads too: an exception that leaves an async actor method is pickled by value,
+    and ``SystemExit`` or ``KeyboardInterrupt`` would hang this call and all later ones. Only a
+    cancellation is re-raised.
+    """
+
+    def wrap(method: Callable[[S, Request], Awaitable[object]]) -> Callable[[S, bytes], Awaitable[bytes]]:
+        @functools.wraps(method)
+        async def call(self: S, payload: bytes) -> bytes:
+            try:
+                request = decode(kind, request_type, payload)
+                result = await method(self, request)
+                return RESULT + encode(f"{kind}-result", result)
+            except asyncio.CancelledError:
+                raise
+            except ClusterError as exc:
+                return ERROR + encode_error(exc)
+            except BaseException as exc:  # noqa: BLE001  # the last line of defence of the process
+                log.exception("call.crashed", call=kind)
+                return ERROR + encode_error(InternalError(f"{kind}: {type(exc).__name__}: {exc}"))
+
+        return call
+
+    return wrap
+
+
+def unwrap(kind: str, result_type: type[Any], reply: bytes) -> Any:
+    """Return the result of a reply, or raise the error it carries.
+
+    Raises:
+        ClusterError: whatever the call raised there.
+        MalformedPayloadError: the reply is truncated.
+    """
+    if reply[:1] == ERROR:
+        raise decode_error(reply[1:])
+    return decode(f"{kind}-result", result_type, reply[1:])

@@ -1,0 +1,121 @@
+"""The cache manager: refs by blob and by ID, with access proven. DESIGN §3, BuildKit's ``cache/manager.go``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cluster.descriptor import Descriptor
+from cluster.digest import Digest
+from cluster.errors import LeaseRequiredError, NonAddressableParentError, RefNotFoundError
+from cluster.fetch.access import AccessControl
+from cluster.lease import LeaseId
+from cluster.ports import Authorizer, RefStore
+from cluster.provider import DescHandler, ProviderHandle
+from cluster.ref import RefId, RefRecord, RefState
+
+
+class CacheManager:
+    """Makes and finds refs. Moves no layer byte."""
+
+    def __init__(self, refs: RefStore, access: AccessControl) -> None:
+        self._refs = refs
+        self._access = access
+
+    async def get_by_blob(
+        self,
+        descriptors: Sequence[Descriptor],
+        *,
+        parent: RefId | None,
+        handlers: Sequence[DescHandler],
+        authorizer: Authorizer,
+        lease_id: LeaseId,
+        image_ref: str | None = None,
+    ) -> list[RefState]:
+        """Make or find the refs of *descriptors*, lowest first, on top of *parent*, lazily.
+
+        Every blob concerned, each layer's and each lazy ancestor's, must have a provider that the caller
+        may use: a layer's digest says nothing of its parents, as A→B→C and A→D→C are two chains.
+
+        Returns:
+            One state a descriptor, in order.
+
+        Raises:
+            LeaseRequiredError: no lease was given. LeaseLostError: it isn't live.
+            InvalidDescriptorError: a descriptor has no diff ID.
+            NonAddressableParentError: *parent* or one below it is unknown.
+            NeedsRemoteProvidersError: names every digest without a usable provider; nothing has changed.
+        """
+        if not lease_id:
+            raise LeaseRequiredError("get_by_blob")
+        below = await self._parent_chain(parent)
+        records: list[RefRecord] = []
+        top = below[-1].record if below else None
+        for descriptor in descriptors:
+            top = RefRecord.over(descriptor, top, image_ref)
+            records.append(top)
+        passed = _by_digest(handlers)
+        digests = list(dict.fromkeys(r.blob.digest for r in records))
+        stored = dict(zip(digests, await self._refs.providers(digests), strict=True))
+        candidates: dict[Digest, Sequence[ProviderHandle]] = {
+            state.record.blob.digest: _merged(passed.get(state.record.blob.digest, ()), state.providers)
+            for state in below
+            if state.is_lazy
+        }
+        candidates |= {d: _merged(passed.get(d, ()), stored[d]) for d in digests}
+        await self._access.prove(authorizer, candidates)
+        return await self._refs.get_or_create(
+            records, {d: passed.get(d, ()) for d in digests if d in passed}, lease_id=lease_id
+        )
+
+    async def get(
+        self,
+        ref_id: RefId,
+        *,
+        handlers: Sequence[DescHandler],
+        authorizer: Authorizer,
+        lease_id: LeaseId,
+    ) -> list[RefState]:
+        """Look up a ref and all below it, lowest first, and attach them to the lease.
+
+        Raises:
+            RefNotFoundError: it is unknown.
+            NeedsRemoteProvidersError: names every digest of the chain that this caller may not use.
+            LeaseLostError: the lease isn't live.
+        """
+        if not lease_id:
+            raise LeaseRequiredError("get")
+        chain = await self._refs.chain(ref_id)
+        await usable_providers(self._access, authorizer, chain, handlers)
+        await self._refs.use([state.record.id for state in chain], lease_id=lease_id)
+        return chain
+
+    async def _parent_chain(self, parent: RefId | None) -> list[RefState]:
+        if parent is None:
+            return []
+        try:
+            return await self._refs.chain(parent)
+        except RefNotFoundError as exc:
+            raise NonAddressableParentError(parent) from exc
+
+
+async def usable_providers(
+    access: AccessControl, authorizer: Authorizer, chain: Sequence[RefState], handlers: Sequence[DescHandler]
+) -> Mapping[Digest, Sequence[ProviderHandle]]:
+    """Return, for every blob of *chain*, the providers this caller may use; raises as :meth:`AccessControl.prove`."""
+    passed = _by_digest(handlers)
+    return await access.prove(
+        authorizer,
+        {s.record.blob.digest: _merged(passed.get(s.record.blob.digest, ()), s.providers) for s in chain},
+    )
+
+
+def _by_digest(handlers: Sequence[DescHandler]) -> dict[Digest, list[ProviderHandle]]:
+    found: dict[Digest, list[ProviderHandle]] = {}
+    for handler in handlers:
+        found.setdefault(handler.digest, []).append(handler.provider)
+    return found
+
+
+def _merged(first: Sequence[ProviderHandle], then: Sequence[ProviderHandle]) -> tuple[ProviderHandle, ...]:
+    """Return all providers once each: what the caller passed is tried before what is stored."""
+    return tuple(dict.fromkeys((*first, *then)))

@@ -1,0 +1,289 @@
+"""Extract: unlazy, bring to this node, unpack, mount. One snapshot a chain ID a node, however many ask.
+
+"Blob present" and "snapshot present" are two facts: a caller whose snapshot is there needs no blob, and
+a blob that is present says nothing of the snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError as ThreadCancelledError
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from cluster.digest import EMPTY_CHAIN, Digest, hex_of
+from cluster.errors import ClusterError, DeadlineExceededError, UnavailableError
+from cluster.faultpoints import FaultPoint, ahit
+from cluster.fetch.runner import Caller, Unlazier
+from cluster.flight.runner import FlightOutcome, Flights
+from cluster.messages import LayerFetch
+from cluster.ports import ByteStream, ProgressStore, RefStore, Snapshotter
+from cluster.progress import LayerPhase, ProgressItem
+from cluster.ref import BlobRecord, RefRecord, RefState
+
+_MAX_TRIES = 4
+
+T = TypeVar("T")
+
+
+class LocalBlob(Protocol):
+    """A blob whose bytes are on this node's disk, or arriving there."""
+
+    def open(self) -> ByteStream:
+        """Read it from the start; blocks where bytes have yet to arrive."""
+        ...
+
+    async def verified(self) -> None:
+        """Return once all of it is here and hashes to its digest.
+
+        Raises:
+            ClusterError: it did not arrive whole; another try may follow.
+        """
+        ...
+
+
+class LocalBlobs(Protocol):
+    """This node's blobs: cached, arriving from a registry, or to be had from S3."""
+
+    async def get(self, digest: Digest) -> LocalBlob:
+        """Wait until the blob's bytes are here or arriving, and return it."""
+        ...
+
+    def note_present(self, blob: BlobRecord) -> None:
+        """Say that the blob is in the content store, so that :meth:`get` may bring it from there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extracted:
+    """A mounted filesystem."""
+
+    path: Path
+    layers: tuple[LayerFetch, ...]
+
+
+class Extractor:
+    """Extracts chains on one node."""
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        unlazier: Unlazier,
+        refs: RefStore,
+        progress: ProgressStore,
+        blobs: LocalBlobs,
+        snapshotter: Snapshotter,
+        threads: Executor,
+        deadline_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._node = node
+        self._unlazier = unlazier
+        self._refs = refs
+        self._progress = progress
+        self._blobs = blobs
+        self._snapshotter = snapshotter
+        self._threads = threads
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._flights: Flights[None, Caller] = Flights("snapshots")
+        self._published: dict[Digest, asyncio.Event] = {}
+
+    async def extract(self, chain: Sequence[RefState], caller: Caller) -> Extracted:
+        """Mount the filesystem of *chain* (lowest layer first; none: an empty one) read-only.
+
+        Layers are fetched in parallel and unpacked while they arrive; the lowest starts first, because
+        everything above waits for it where it must.
+
+        Raises:
+            ClusterError: a layer can't be had or unpacked; what is complete stays for the next call.
+        """
+        try:
+            async with asyncio.timeout(self._deadline_s), asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._layer(state, caller)) for state in chain]
+        except TimeoutError as exc:
+            raise DeadlineExceededError("extract", f"not done after {self._deadline_s:.0f} s") from exc
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from errors
+        top = chain[-1].record.chain if chain else EMPTY_CHAIN
+        await ahit(FaultPoint.MOUNT_BEFORE)
+        path = await self._in_thread(lambda: self._snapshotter.mount(top, hex_of(top)[:16]))
+        return Extracted(path=path, layers=tuple(task.result() for task in tasks))
+
+    async def _layer(self, state: RefState, caller: Caller) -> LayerFetch:
+        record = state.record
+        started_s = self._clock()
+        if await self._in_thread(lambda: self._snapshotter.has(record.chain)):
+            await self._tell(caller, record, LayerPhase.PRESENT)
+            return LayerFetch(
+                digest=record.blob.digest,
+                source="snapshot",
+                bytes_fetched=0,
+                seconds=self._clock() - started_s,
+                joined=False,
+            )
+        # Every caller drives the fetch with its own credentials; unpacking only needs that somebody does.
+        unpacking = asyncio.ensure_future(
+            self._flights.run(f"snapshot:{record.chain}", lambda _context: self._unpack(record), caller=caller)
+        )
+        try:
+            fetch = await self._unlazy(record, caller)
+            while not unpacking.done():
+                await asyncio.wait({unpacking}, timeout=2.0)
+                if not unpacking.done():
+                    fetch = await self._again_if_lost(record, caller, fetch)
+            joined = unpacking.result().joined
+        except asyncio.CancelledError:
+            await self._drop(unpacking)
+            await asyncio.shield(self._tell(caller, record, LayerPhase.CANCELLED))
+            raise
+        except BaseException as exc:
+            await self._drop(unpacking)
+            await self._tell(caller, record, LayerPhase.FAILED, str(exc))
+            raise
+        await self._tell(caller, record, LayerPhase.JOINED if joined else LayerPhase.DONE)
+        return fetch
+
+    async def _unlazy(self, record: RefRecord, caller: Caller) -> LayerFetch:
+        fetch = await self._unlazier.unlazy(record.blob, caller)
+        (blob,) = await self._refs.blobs([record.blob.digest])
+        if blob is not None:
+            self._blobs.note_present(blob)
+        return fetch
+
+    async def _again_if_lost(self, record: RefRecord, caller: Caller, fetch: LayerFetch) -> LayerFetch:
+        """Fetch the blob anew where it turned out to be gone from the content store meanwhile."""
+        (blob,) = await self._refs.blobs([record.blob.digest])
+        if blob is None:
+            return await self._unlazy(record, caller)
+        self._blobs.note_present(blob)
+        return fetch
+
+    async def _drop(self, unpacking: asyncio.Future[FlightOutcome[None]]) -> None:
+        unpacking.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ClusterError):
+            await unpacking
+
+    # -- unpacking ---------------------------------------------------------------------------------
+
+    async def _unpack(self, record: RefRecord) -> None:
+        """Unpack one layer as its bytes come; try anew where they came wrong and come again."""
+        for attempt in range(1, _MAX_TRIES + 1):
+            blob = await self._blobs.get(record.blob.digest)
+            await ahit(FaultPoint.EXTRACT_BEFORE)
+            try:
+                await self._apply(record, blob)
+            except ClusterError:
+                # Bytes are unpacked before they are known to be right: if they were wrong, that is the error.
+                try:
+                    await blob.verified()
+                except ClusterError:
+                    if attempt < _MAX_TRIES:
+                        continue
+                    raise
+                raise
+            self._event(record.chain).set()
+            return
+
+    async def _apply(self, record: RefRecord, blob: LocalBlob) -> None:
+        loop = asyncio.get_running_loop()
+        stream = _Stoppable(blob.open())
+
+        def await_parent() -> None:
+            if record.parent_chain is None or self._snapshotter.has(record.parent_chain):
+                return
+            waiting = asyncio.run_coroutine_threadsafe(self._await_published(record.parent_chain), loop)
+            stream.on_stop(waiting.cancel)
+            try:
+                waiting.result(self._deadline_s)
+            except (ThreadCancelledError, TimeoutError) as exc:
+                raise UnavailableError(f"snapshot {record.parent_chain}", "it was not unpacked") from exc
+
+        applying = loop.run_in_executor(
+            self._threads,
+            lambda: self._snapshotter.apply(
+                chain=record.chain,
+                parent=record.parent_chain,
+                layer=record.blob,
+                stream=stream,
+                await_parent=await_parent,
+            ),
+        )
+        try:
+            await asyncio.shield(applying)
+        except asyncio.CancelledError:
+            stream.stop()
+            with contextlib.suppress(Exception):
+                await applying
+            raise
+        finally:
+            stream.close()
+        await ahit(FaultPoint.EXTRACT_APPLIED)
+
+    async def _await_published(self, chain: Digest) -> None:
+        event = self._event(chain)
+        while not await self._in_thread(lambda: self._snapshotter.has(chain)):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):  # another process of this node may publish it
+                    await event.wait()
+
+    def _event(self, chain: Digest) -> asyncio.Event:
+        return self._published.setdefault(chain, asyncio.Event())
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _tell(self, caller: Caller, record: RefRecord, phase: LayerPhase, detail: str = "") -> None:
+        if caller.progress:
+            size = record.blob.size_bytes
+            item = ProgressItem(
+                item=f"extract:{self._node}:{record.chain}",
+                phase=phase,
+                current_bytes=0 if phase in (LayerPhase.CANCELLED, LayerPhase.FAILED) else size,
+                total_bytes=size,
+                detail=detail,
+            )
+            await self._progress.publish(caller.progress, item)
+
+
+class _Stoppable:
+    """A stream that another thread can end, whatever it waits for."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+        self._is_stopped = False
+        self._on_stop: list[Callable[[], object]] = []
+
+    def readinto(self, buffer: memoryview) -> int:
+        if self._is_stopped:
+            raise UnavailableError("extract", "it was cancelled")
+        return self._stream.readinto(buffer)
+
+    def on_stop(self, call: Callable[[], object]) -> None:
+        self._on_stop.append(call)
+        if self._is_stopped:
+            call()
+
+    def stop(self) -> None:
+        self._is_stopped = True
+        for call in self._on_stop:
+            call()
+        self.close()
+
+    def close(self) -> None:
+        close = getattr(self._stream, "close", None)
+        if close is not None:
+            close()
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the first error of a group that is not a group: all layers fail for one reason."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

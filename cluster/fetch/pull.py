@@ -1,0 +1,210 @@
+"""Pull: read an image's manifest and config, make lazy refs of its layers; no layer moves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from cluster.descriptor import Descriptor
+from cluster.digest import Digest
+from cluster.errors import BlobDamagedError, DeadlineExceededError
+from cluster.faultpoints import FaultPoint, ahit
+from cluster.fetch.access import AccessControl
+from cluster.flight.values import Owned, Present
+from cluster.image import ResolvedImage
+from cluster.lease import LeaseId, blob_resource
+from cluster.messages import PullResult
+from cluster.ports import Authorizer, FlightRenewer, FlightStore, LeaseStore, ObjectInfo, RefStore
+from cluster.provider import DescHandler, ProviderHandle
+from cluster.ref import BlobRecord, ImageRecord, RefState
+from cluster.reference import ImageReference, Platform
+
+_KEEP_DEADLINE_S = 60.0
+_KEEP_PAUSE_S = 0.1
+
+
+class Manifests(Protocol):
+    """Where manifests come from: the registry client."""
+
+    async def resolve(
+        self,
+        reference: ImageReference,
+        platform: Platform,
+        authorizer: Authorizer,
+        *,
+        plain_http: bool = False,
+        have: Callable[[Digest], Awaitable[bytes | None]] | None = None,
+    ) -> ResolvedImage:
+        """Read the manifest (through an index, for *platform*) and the config."""
+        ...
+
+
+class SmallBlobs(Protocol):
+    """Small blobs of the content store, read and written whole: manifests and configs."""
+
+    async def read(self, blob: BlobRecord) -> bytes:
+        """Return the bytes, checked against the digest; BlobDamagedError where they are gone or wrong."""
+        ...
+
+    async def write(self, digest: Digest, data: bytes) -> ObjectInfo:
+        """Write the bytes under a key of this call's own."""
+        ...
+
+
+class GetByBlob(Protocol):
+    """Makes refs: the cache shard of the chain."""
+
+    async def __call__(
+        self,
+        descriptors: Sequence[Descriptor],
+        handlers: Sequence[DescHandler],
+        *,
+        authorizer: Authorizer,
+        lease_id: LeaseId,
+        image_ref: str,
+    ) -> Sequence[RefState]:
+        """See :meth:`cluster.cache.runner.CacheManager.get_by_blob`."""
+        ...
+
+
+class Puller:
+    """Resolves images."""
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        manifests: Manifests,
+        access: AccessControl,
+        refs: RefStore,
+        leases: LeaseStore,
+        flights: FlightStore,
+        renewer: FlightRenewer,
+        small: SmallBlobs,
+        get_by_blob: GetByBlob,
+        new_token: Callable[[], str],
+        flight_ttl_s: float,
+    ) -> None:
+        self._worker = worker
+        self._manifests = manifests
+        self._access = access
+        self._refs = refs
+        self._leases = leases
+        self._flights = flights
+        self._renewer = renewer
+        self._small = small
+        self._get_by_blob = get_by_blob
+        self._new_token = new_token
+        self._flight_ttl_s = flight_ttl_s
+
+    async def pull(
+        self,
+        reference: ImageReference,
+        platform: Platform,
+        authorizer: Authorizer,
+        *,
+        plain_http: bool,
+        lease_id: LeaseId,
+    ) -> PullResult:
+        """Resolve *reference* and record it: one manifest read (two through an index), the config at most once.
+
+        The manifest that was just read proves this caller's access to every layer it names.
+
+        Raises:
+            RegistryError: the registry says no; UnavailableError: it says nothing.
+            LeaseLostError: the lease isn't live.
+        """
+        image = await self._manifests.resolve(reference, platform, authorizer, plain_http=plain_http, have=self._have)
+        await ahit(FaultPoint.PULL_RESOLVED)
+        handle = reference.handle(plain_http=plain_http)
+        handlers = [
+            DescHandler(digest=layer.digest, provider=provider)
+            for layer in image.layers
+            for provider in providers_of(layer, handle)
+        ]
+        digests = [image.manifest.digest, image.config.digest, *dict.fromkeys(d.digest for d in image.layers)]
+        for provider in dict.fromkeys(h.provider for h in handlers):
+            await self._access.record(authorizer, provider, digests)
+        await self._access.record(authorizer, handle, digests)
+        await asyncio.gather(
+            self._keep(image.manifest.digest, image.manifest_bytes, lease_id),
+            self._keep(image.config.digest, image.config_bytes, lease_id),
+        )
+        layers: Sequence[RefState] = ()
+        if image.layers:
+            layers = await self._get_by_blob(
+                image.layers, handlers, authorizer=authorizer, lease_id=lease_id, image_ref=reference.name
+            )
+        record = await self._refs.put_image(
+            ImageRecord(
+                name=reference.name,
+                manifest=image.manifest,
+                config=image.config,
+                platform=str(image.platform),
+                layers=image.layers,
+                ref=layers[-1].record.id if layers else None,
+            ),
+            lease_id=lease_id,
+        )
+        await self._refs.add_providers(image.manifest.digest, [handle])
+        await self._refs.add_providers(image.config.digest, [handle])
+        await ahit(FaultPoint.PULL_RECORDED)
+        return PullResult(image=record, layers=tuple(layers))
+
+    async def _have(self, digest: Digest) -> bytes | None:
+        """Return a config that is in the content store; its manifest was read just now, so access is proven."""
+        (blob,) = await self._refs.blobs([digest])
+        if blob is None:
+            return None
+        try:
+            return await self._small.read(blob)
+        except BlobDamagedError as exc:
+            await self._refs.mark_absent(blob, exc.reason)
+            return None
+
+    async def _keep(self, digest: Digest, data: bytes, lease_id: LeaseId) -> None:
+        """Put a manifest or config into the content store, unless it is there, and pin it."""
+        try:
+            async with asyncio.timeout(_KEEP_DEADLINE_S):
+                await self._write_once(digest, data)
+        except TimeoutError as exc:
+            raise DeadlineExceededError(f"storing {digest}", f"not done after {_KEEP_DEADLINE_S:.0f} s") from exc
+        await self._leases.attach(lease_id, [blob_resource(digest)])
+
+    async def _write_once(self, digest: Digest, data: bytes) -> None:
+        key = f"blob:{digest}"
+        while True:
+            outcome = await self._flights.join(
+                key, worker=self._worker, token=self._new_token(), ttl_s=self._flight_ttl_s
+            )
+            if isinstance(outcome, Present):
+                return
+            if isinstance(outcome, Owned):
+                self._renewer.keep(outcome.fence, ttl_s=self._flight_ttl_s, on_lost=lambda: None)
+                try:
+                    info = await self._small.write(digest, data)
+                    blob = BlobRecord(
+                        digest=digest,
+                        key=info.key,
+                        size_bytes=len(data),
+                        etag=info.etag,
+                        fence=outcome.fence.number,
+                    )
+                    await self._flights.commit(outcome.fence, blob)
+                except BaseException:
+                    await asyncio.shield(self._flights.vacate(outcome.fence))
+                    raise
+                finally:
+                    self._renewer.drop(outcome.fence)
+                return
+            # Another process writes the same few kilobytes at this moment: look again soon.
+            await asyncio.sleep(_KEEP_PAUSE_S)
+
+
+def providers_of(layer: Descriptor, handle: ProviderHandle) -> tuple[ProviderHandle, ...]:
+    """Return where a layer is to be had: its repository, and a foreign layer's own addresses before it."""
+    if not layer.urls:
+        return (handle,)
+    own = ProviderHandle(kind="urls", registry=handle.registry, repository=handle.repository, urls=layer.urls)
+    return (own, handle)

@@ -1,0 +1,215 @@
+"""Push: an image to a repository, by mount or not at all where that will do. BuildKit's ``util/push``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from cluster.descriptor import Descriptor
+from cluster.digest import Digest
+from cluster.errors import BlobDamagedError, BlobNotFoundError, ClusterError, RegistryError
+from cluster.faultpoints import FaultPoint, ahit
+from cluster.fetch.access import AccessControl
+from cluster.fetch.runner import Caller, Unlazier
+from cluster.messages import LayerPush, PushResult
+from cluster.ports import Authorizer, ByteStream, ProgressStore, RefStore
+from cluster.progress import LayerPhase, ProgressItem
+from cluster.provider import ProviderHandle
+from cluster.ref import BlobRecord, ImageRecord
+from cluster.reference import ImageReference
+
+
+class PushTarget(Protocol):
+    """The registry client's pushing half."""
+
+    async def blob_exists(self, handle: ProviderHandle, digest: Digest, authorizer: Authorizer) -> int | None:
+        """HEAD a blob."""
+        ...
+
+    async def mount_blob(
+        self, target: ProviderHandle, digest: Digest, from_repository: str, authorizer: Authorizer
+    ) -> bool:
+        """Mount a blob from another repository of the registry; False where it won't, for whatever reason."""
+        ...
+
+    async def upload_blob(
+        self,
+        target: ProviderHandle,
+        descriptor: Descriptor,
+        open_stream: Callable[[], AbstractContextManager[ByteStream]],
+        authorizer: Authorizer,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Upload a blob in bounded memory."""
+        ...
+
+    async def push_manifest(
+        self, target: ProviderHandle, reference: str, media_type: str, data: bytes, authorizer: Authorizer
+    ) -> Digest:
+        """Put a manifest under a tag or digest."""
+        ...
+
+
+class StoredBlobs(Protocol):
+    """Reads blobs that are present."""
+
+    def stream(self, blob: BlobRecord) -> AbstractContextManager[ByteStream]:
+        """Open a blob in the content store."""
+        ...
+
+    async def read(self, blob: BlobRecord) -> bytes:
+        """Return a small blob whole."""
+        ...
+
+
+class Pusher:
+    """Pushes images whose manifests and configs are in the content store."""
+
+    def __init__(
+        self,
+        *,
+        target: PushTarget,
+        unlazier: Unlazier,
+        refs: RefStore,
+        blobs: StoredBlobs,
+        progress: ProgressStore,
+        access: AccessControl,
+        spawn: Callable[[Awaitable[None]], object],
+    ) -> None:
+        self._target = target
+        self._unlazier = unlazier
+        self._refs = refs
+        self._blobs = blobs
+        self._progress = progress
+        self._access = access
+        self._spawn = spawn
+
+    async def push(
+        self,
+        image: ImageRecord,
+        reference: ImageReference,
+        caller: Caller,
+        providers: Mapping[Digest, Sequence[ProviderHandle]],
+        *,
+        plain_http: bool,
+    ) -> PushResult:
+        """Push *image* as *reference*: layers first, all at once, then config and manifest.
+
+        Each layer: is there (HEAD), or mounted from a repository of the same registry that has it, or,
+        only now, unlazied and uploaded. Non-distributable layers are left where they are.
+
+        Raises:
+            RegistryError: the target says no. UnavailableError: it says nothing.
+            NeedsRemoteProvidersError: a layer must be uploaded and can't be had.
+        """
+        target = reference.handle(plain_http=plain_http)
+        unique = list({layer.digest: layer for layer in image.layers}.values())
+        pushed = await asyncio.gather(
+            *(self._layer(layer, target, caller, providers.get(layer.digest, ())) for layer in unique)
+        )
+        manifest = await self._read(image.manifest.digest)
+        await self._config(image.config, target, caller)
+        await ahit(FaultPoint.PUSH_MANIFEST_BEFORE)
+        digest = await self._target.push_manifest(
+            target, reference.selector, image.manifest.media_type, manifest, caller.authorizer
+        )
+        for layer in (*unique, image.config, image.manifest):
+            if not layer.is_foreign:
+                await self._refs.add_providers(layer.digest, [target])
+        await self._access.record(
+            caller.authorizer, target, [d.digest for d in (*unique, image.config, image.manifest) if not d.is_foreign]
+        )
+        return PushResult(target=reference.name, digest=digest, layers=tuple(pushed))
+
+    async def _layer(
+        self, layer: Descriptor, target: ProviderHandle, caller: Caller, providers: Sequence[ProviderHandle]
+    ) -> LayerPush:
+        try:
+            done = await self._place(layer, target, caller, providers)
+        except asyncio.CancelledError:
+            self._spawn(self._tell(caller, layer, LayerPhase.CANCELLED, ""))
+            raise
+        except ClusterError as exc:
+            await self._tell(caller, layer, LayerPhase.FAILED, str(exc))
+            raise
+        await self._tell(caller, layer, LayerPhase.DONE, done.how)
+        return done
+
+    async def _place(
+        self, layer: Descriptor, target: ProviderHandle, caller: Caller, providers: Sequence[ProviderHandle]
+    ) -> LayerPush:
+        if layer.is_foreign:
+            return LayerPush(digest=layer.digest, how="foreign", bytes=0)
+        if await self._target.blob_exists(target, layer.digest, caller.authorizer) is not None:
+            return LayerPush(digest=layer.digest, how="exists", bytes=0)
+        await ahit(FaultPoint.PUSH_MOUNT_BEFORE)
+        for source in providers:
+            if source.kind == "registry" and source.registry == target.registry and source != target:
+                # A repository that this token can't read must not fail the push (BuildKit #2530, #3509).
+                if await self._mounted(target, layer.digest, source.repository, caller):
+                    return LayerPush(digest=layer.digest, how="mounted", bytes=0)
+        await self._unlazier.unlazy(layer, caller)
+        await ahit(FaultPoint.PUSH_UPLOAD_BEFORE)
+        if not await self._upload(layer, target, caller):
+            # Its object had gone behind our back: it is lazy again, and comes from its provider.
+            await self._unlazier.unlazy(layer, caller)
+            if not await self._upload(layer, target, caller):
+                raise BlobDamagedError(layer.digest, "it was lost twice while it was being pushed")
+        return LayerPush(digest=layer.digest, how="uploaded", bytes=layer.size_bytes)
+
+    async def _mounted(self, target: ProviderHandle, digest: Digest, repository: str, caller: Caller) -> bool:
+        try:
+            return await self._target.mount_blob(target, digest, repository, caller.authorizer)
+        except RegistryError:
+            return False
+
+    async def _config(self, config: Descriptor, target: ProviderHandle, caller: Caller) -> None:
+        if await self._target.blob_exists(target, config.digest, caller.authorizer) is None:
+            if not await self._upload(config, target, caller):
+                raise BlobDamagedError(config.digest, "the image's config is not in the content store")
+
+    async def _upload(self, descriptor: Descriptor, target: ProviderHandle, caller: Caller) -> bool:
+        """Upload a blob from the content store; False where it isn't there (any more)."""
+        (blob,) = await self._refs.blobs([descriptor.digest])
+        if blob is None:
+            return False
+        try:
+            await self._target.upload_blob(
+                target,
+                descriptor,
+                lambda: self._blobs.stream(blob),
+                caller.authorizer,
+                lambda done: self._moved(caller, descriptor, done),
+            )
+        except BlobNotFoundError as exc:
+            await self._refs.mark_absent(blob, str(exc))
+            return False
+        return True
+
+    async def _read(self, digest: Digest) -> bytes:
+        (blob,) = await self._refs.blobs([digest])
+        if blob is None:
+            raise BlobDamagedError(digest, "the image's manifest is not in the content store")
+        try:
+            return await self._blobs.read(blob)
+        except BlobDamagedError as exc:
+            await self._refs.mark_absent(blob, exc.reason)
+            raise
+
+    def _moved(self, caller: Caller, layer: Descriptor, done: int) -> None:
+        self._spawn(self._tell(caller, layer, LayerPhase.FETCHING, "uploading", done))
+
+    async def _tell(
+        self, caller: Caller, layer: Descriptor, phase: LayerPhase, detail: str, current_bytes: int | None = None
+    ) -> None:
+        if caller.progress:
+            item = ProgressItem(
+                item=f"push:{layer.digest}",
+                phase=phase,
+                current_bytes=layer.size_bytes if current_bytes is None else current_bytes,
+                total_bytes=layer.size_bytes,
+                detail=detail,
+            )
+            await self._progress.publish(caller.progress, item)

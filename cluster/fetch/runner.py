@@ -1,0 +1,481 @@
+"""Unlazy: one flight for the cluster, seen from one process.
+
+Callers of this process coalesce first (:mod:`cluster.flight.runner`); then this process joins or owns
+the cluster's flight (:class:`cluster.ports.FlightStore`). Whoever owns it runs the transfer in a task of
+its own, so that the first caller's end is not the fetch's; everybody else waits, woken by push, with a
+slow poll behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, assert_never
+
+from cluster.descriptor import Descriptor
+from cluster.digest import Digest
+from cluster.errors import (
+    AccessDeniedError,
+    ClusterError,
+    DeadlineExceededError,
+    InternalError,
+    NeedsRemoteProvidersError,
+    SessionGoneError,
+    StaleFenceError,
+    UnavailableError,
+)
+from cluster.faultpoints import FaultPoint, ahit
+from cluster.flight.runner import FlightContext, Flights
+from cluster.flight.values import (
+    Aborting,
+    Committed,
+    Failed,
+    Fence,
+    Joined,
+    Owned,
+    Present,
+    Progressed,
+    UploadState,
+    Vacated,
+)
+from cluster.lease import LeaseId, blob_resource
+from cluster.messages import LayerFetch
+from cluster.ports import Authorizer, FlightRenewer, FlightStore, LeaseStore, ProgressStore, RefStore
+from cluster.progress import LayerPhase, ProgressItem
+from cluster.provider import ProviderHandle
+from cluster.ref import BlobRecord
+from cluster.wire import decode_error, encode_error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Caller:
+    """One caller of unlazy: whose credentials answer, which lease pins, and who looks on."""
+
+    authorizer: Authorizer
+    lease_id: LeaseId
+    #: Providers that this caller may use, by digest; access is proven already.
+    providers: Mapping[Digest, Sequence[ProviderHandle]]
+    #: Progress streams.
+    progress: tuple[str, ...] = ()
+    #: False once the caller's session has gone.
+    is_live: Callable[[], bool] = field(default=lambda: True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """What a transfer came to: the blob is in S3, verified, not yet committed."""
+
+    blob: BlobRecord
+    bytes_fetched: int
+    source: str
+
+
+class Transfers(Protocol):
+    """Performs transfers; implemented over threads in ``storage``."""
+
+    async def fetch(
+        self,
+        descriptor: Descriptor,
+        callers: Callable[[], Sequence[Caller]],
+        fence: Fence,
+        upload: UploadState | None,
+        report: Callable[[int, int], None],
+    ) -> Fetched:
+        """Bring the blob into the content store, with the credentials of any of *callers*.
+
+        Cancelling stops it and waits until it has stopped; an unfinished upload is left for a successor.
+
+        Raises:
+            SessionGoneError: credentials were needed and no caller is left that could answer.
+            NeedsRemoteProvidersError: no caller has a provider for it.
+            ClusterError: no source has it right.
+        """
+        ...
+
+    def settle(self, fetched: Fetched, *, committed: bool) -> None:
+        """Keep (committed) or drop what the transfer left on this node's disk."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arrival:
+    """How a blob came to be present, as one process saw it."""
+
+    blob: BlobRecord
+    bytes_fetched: int
+    source: str
+    #: True where another process's flight, or an earlier one, brought it.
+    elsewhere: bool
+
+
+class _OwnershipLostError(Exception):
+    """This process owns the flight no more: join again. Never leaves this module."""
+
+
+class _Ownership:
+    """One flight that this process owns, run in a task of its own until it is over."""
+
+    def __init__(self, owned: Owned) -> None:
+        self.fence: Fence = owned.fence
+        self.upload: UploadState | None = owned.upload
+        self.task: asyncio.Task[_Arrival] | None = None
+        self.current_bytes = 0
+        self.total_bytes = 0
+
+
+class Unlazier:
+    """Makes sure that blobs are in the content store, each fetched once for the whole cluster."""
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        refs: RefStore,
+        leases: LeaseStore,
+        flights: FlightStore,
+        renewer: FlightRenewer,
+        progress: ProgressStore,
+        transfers: Transfers,
+        new_token: Callable[[], str],
+        ttl_s: float,
+        poll_s: float,
+        deadline_s: float,
+        max_transfers: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._worker = worker
+        self._refs = refs
+        self._leases = leases
+        self._store = flights
+        self._renewer = renewer
+        self._progress = progress
+        self._transfers = transfers
+        self._new_token = new_token
+        self._ttl_s = ttl_s
+        self._poll_s = poll_s
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._flights: Flights[_Arrival, Caller] = Flights("unlazy")
+        self._slots = asyncio.Semaphore(max_transfers)
+        self._background: set[asyncio.Task[Any]] = set()
+
+    async def unlazy(self, descriptor: Descriptor, caller: Caller) -> LayerFetch:
+        """Make the blob present and pin it in the caller's own lease.
+
+        Raises:
+            NeedsRemoteProvidersError: it is lazy and no provider can be used any more.
+            DeadlineExceededError: it took longer than the flight deadline.
+            LeaseLostError: the caller's lease is gone; the blob is present all the same.
+            ClusterError: no source has it right.
+        """
+        digest = descriptor.digest
+        started_s = self._clock()
+        item = _Item(self._progress, caller.progress, digest, descriptor.size_bytes, self._spawn)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                (blob,) = await self._refs.blobs([digest])
+                if blob is not None:
+                    await self._pin(caller, digest)
+                    await item.end(LayerPhase.PRESENT)
+                    return LayerFetch(
+                        digest=digest,
+                        source="present",
+                        bytes_fetched=0,
+                        seconds=self._clock() - started_s,
+                        joined=False,
+                    )
+                item.moved(LayerPhase.WAITING, 0)
+                outcome = await self._flights.run(
+                    f"blob:{digest}",
+                    lambda context: self._fly(descriptor, context),
+                    caller=caller,
+                    on_progress=lambda current, _total: item.moved(LayerPhase.FETCHING, current),
+                )
+                await ahit(FaultPoint.PIN_BEFORE)
+                await self._pin(caller, digest)
+        except TimeoutError as exc:
+            error = DeadlineExceededError(f"unlazy of {digest}", f"not done after {self._deadline_s:.0f} s")
+            await item.end(LayerPhase.FAILED, str(error))
+            raise error from exc
+        except asyncio.CancelledError:
+            self._spawn(item.end(LayerPhase.CANCELLED))
+            raise
+        except ClusterError as exc:
+            await item.end(LayerPhase.FAILED, str(exc))
+            raise
+        arrival = outcome.value
+        joined = outcome.joined or arrival.elsewhere
+        await item.end(LayerPhase.JOINED if joined else LayerPhase.DONE, arrival.source)
+        return LayerFetch(
+            digest=digest,
+            source=arrival.source,
+            bytes_fetched=0 if joined else arrival.bytes_fetched,
+            seconds=self._clock() - started_s,
+            joined=joined,
+        )
+
+    async def aclose(self) -> None:
+        """Stop every flight of this process; others take over what they still need."""
+        with contextlib.suppress(DeadlineExceededError):
+            await self._flights.aclose(5.0)
+        for task in list(self._background):
+            task.cancel()
+        if self._background:
+            await asyncio.wait(self._background, timeout=5.0)
+
+    # -- the cluster's flight ----------------------------------------------------------------------
+
+    async def _fly(self, descriptor: Descriptor, context: FlightContext[Caller]) -> _Arrival:
+        """Join or own the cluster's flight until the blob is present, or the flight this waited for failed."""
+        key = f"blob:{descriptor.digest}"
+        while True:
+            outcome = await self._store.join(key, worker=self._worker, token=self._new_token(), ttl_s=self._ttl_s)
+            match outcome:
+                case Present(blob=blob):
+                    return _Arrival(blob=blob, bytes_fetched=0, source="present", elsewhere=True)
+                case Owned():
+                    await ahit(FaultPoint.FLIGHT_OWNED)
+                    with contextlib.suppress(_OwnershipLostError):
+                        return await self._own(descriptor, outcome, context)
+                case Joined():
+                    await ahit(FaultPoint.FLIGHT_JOINED)
+                    arrival = await self._wait(key, outcome, context)
+                    if arrival is not None:
+                        return arrival
+                case Aborting(fence_number=number, lease_remaining_s=remaining_s):
+                    await self._wait_end(key, number, remaining_s)
+                case _:
+                    assert_never(outcome)
+
+    async def _wait(self, key: str, joined: Joined, context: FlightContext[Caller]) -> _Arrival | None:
+        """Wait for another process's flight; None: it ended without an outcome, join again.
+
+        Raises:
+            ClusterError: the flight failed while we waited for it.
+        """
+        context.report(joined.current_bytes, joined.total_bytes)
+        self._renewer.keep_waiting(key, worker=self._worker, ttl_s=self._ttl_s)
+        left = False
+        try:
+            async with self._store.events(key) as events:
+                # What ended between the join and the subscription was not heard.
+                ended = await self._store.outcome(key, joined.fence_number)
+                due_s = self._clock() + min(self._poll_s, joined.lease_remaining_s + 0.05)
+                while ended is None:
+                    try:
+                        async with asyncio.timeout(max(0.01, due_s - self._clock())):
+                            event = await anext(events)
+                    except (TimeoutError, StopAsyncIteration):
+                        ended = await self._store.outcome(key, joined.fence_number)
+                        if ended is None:
+                            return None
+                        break
+                    if event.fence_number != joined.fence_number:
+                        continue
+                    if isinstance(event, Progressed):
+                        context.report(event.current_bytes, event.total_bytes)
+                    else:
+                        ended = event
+            match ended:
+                case Committed(blob=blob):
+                    return _Arrival(blob=blob, bytes_fetched=0, source=f"flight of {joined.owner}", elsewhere=True)
+                case Failed(error=error):
+                    raise decode_error(error)
+                case Vacated():
+                    return None
+                case _:
+                    assert_never(ended)
+        except asyncio.CancelledError:
+            left = True
+            raise
+        finally:
+            self._renewer.drop_waiting(key)
+            if left:
+                await asyncio.shield(self._spawn(self._leave(key, joined)))
+
+    async def _leave(self, key: str, joined: Joined) -> None:
+        """Stop waiting; the last waiter of the cluster waits until the owner has stopped."""
+        with contextlib.suppress(ClusterError):
+            if await self._store.leave(key, worker=self._worker):
+                await self._wait_end(key, joined.fence_number, joined.lease_remaining_s)
+
+    async def _wait_end(self, key: str, fence_number: int, remaining_s: float) -> None:
+        """Wait until the flight under that fence is over, at most until its owner's lease has lapsed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(remaining_s + 0.1), self._store.events(key) as events:
+                if await self._store.outcome(key, fence_number) is not None:
+                    return
+                async for event in events:
+                    if event.fence_number == fence_number and not isinstance(event, Progressed):
+                        return
+
+    # -- owning ------------------------------------------------------------------------------------
+
+    async def _own(self, descriptor: Descriptor, owned: Owned, context: FlightContext[Caller]) -> _Arrival:
+        """Run the flight in a task of its own and wait for it; leaving it alone if others wait."""
+        ownership = _Ownership(owned)
+        ownership.task = asyncio.create_task(self._run_owned(descriptor, ownership, context))
+        self._track(ownership.task)
+        try:
+            return await asyncio.shield(ownership.task)
+        except asyncio.CancelledError:
+            if not ownership.task.done():
+                await self._abandon(ownership)
+            raise
+
+    async def _abandon(self, ownership: _Ownership) -> None:
+        """The last local caller left: stop, unless another process waits; then go on for it, and keep asking."""
+        task = ownership.task
+        if task is None:
+            raise InternalError("a flight is owned by no task")
+        if await self._stop_if_unwanted(ownership):
+            return
+        self._spawn(self._stop_when_unwanted(ownership))
+
+    async def _stop_when_unwanted(self, ownership: _Ownership) -> None:
+        while ownership.task is not None and not ownership.task.done():
+            await asyncio.wait({ownership.task}, timeout=self._poll_s)
+            if await self._stop_if_unwanted(ownership):
+                return
+
+    async def _stop_if_unwanted(self, ownership: _Ownership) -> bool:
+        task = ownership.task
+        if task is None or task.done():
+            return True
+        try:
+            unwanted = await self._store.abort_if_unwanted(ownership.fence)
+        except StaleFenceError:
+            unwanted = True
+        except UnavailableError:
+            unwanted = False
+        if not unwanted:
+            return False
+        task.cancel()
+        await asyncio.wait({task})
+        return True
+
+    async def _run_owned(
+        self, descriptor: Descriptor, ownership: _Ownership, context: FlightContext[Caller]
+    ) -> _Arrival:
+        """Fetch, commit and end the flight; whatever happens, the flight is told of it."""
+        fence = ownership.fence
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        lost = False
+
+        def on_lost() -> None:
+            nonlocal lost
+            lost = True
+            if task is not None:
+                task.cancel()
+
+        def on_lost_in_thread() -> None:
+            loop.call_soon_threadsafe(on_lost)
+
+        self._renewer.keep(fence, ttl_s=self._ttl_s, on_lost=on_lost_in_thread)
+        try:
+            async with self._slots:
+                fetched = await self._transfers.fetch(
+                    descriptor, lambda: context.callers, fence, ownership.upload, context.report
+                )
+            await ahit(FaultPoint.COMMIT_BEFORE)
+            try:
+                await self._store.commit(fence, fetched.blob)
+            except BaseException:
+                self._transfers.settle(fetched, committed=False)
+                raise
+            self._transfers.settle(fetched, committed=True)
+            await ahit(FaultPoint.COMMIT_AFTER)
+            return _Arrival(
+                blob=fetched.blob, bytes_fetched=fetched.bytes_fetched, source=fetched.source, elsewhere=False
+            )
+        except StaleFenceError as exc:
+            raise _OwnershipLostError from exc
+        except asyncio.CancelledError:
+            await self._end(self._store.vacate(fence))
+            if lost:
+                raise _OwnershipLostError from None
+            raise
+        except (SessionGoneError, AccessDeniedError) as exc:
+            # Our callers can't answer, or not well enough; a waiter elsewhere may: it takes over and resumes.
+            await self._end(self._store.vacate(fence))
+            if isinstance(exc, AccessDeniedError):
+                raise
+            if any(caller.is_live() for caller in context.callers):
+                raise _OwnershipLostError from None  # somebody joined meanwhile who can answer
+            raise NeedsRemoteProvidersError((descriptor.digest,)) from None
+        except ClusterError as exc:
+            await self._end(self._store.fail(fence, encode_error(exc)))
+            raise
+        finally:
+            self._renewer.drop(fence)
+
+    async def _end(self, step: Coroutine[object, object, None]) -> None:
+        """Tell the flight store how it ended; where that can't be told, the lease lapses and says so."""
+        with contextlib.suppress(ClusterError, TimeoutError):
+            async with asyncio.timeout(5.0):
+                await step
+
+    async def _pin(self, caller: Caller, digest: Digest) -> None:
+        await self._leases.attach(caller.lease_id, [blob_resource(digest)])
+
+    def _spawn(self, work: Coroutine[object, object, object]) -> asyncio.Task[object]:
+        task = asyncio.create_task(work)
+        self._track(task)
+        return task
+
+    def _track(self, task: asyncio.Task[Any]) -> None:
+        self._background.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._background.discard(task)
+        if not task.cancelled():
+            task.exception()  # retrieved: whoever waits has it already
+
+
+class _Item:
+    """One layer's progress item for one caller: moves, then ends exactly once."""
+
+    def __init__(
+        self,
+        store: ProgressStore,
+        streams: tuple[str, ...],
+        digest: Digest,
+        total_bytes: int,
+        spawn: Callable[[Coroutine[object, object, object]], asyncio.Task[object]],
+    ) -> None:
+        self._store = store
+        self._streams = streams
+        self._digest = digest
+        self._total_bytes = total_bytes
+        self._spawn = spawn
+        self._last: asyncio.Task[object] | None = None
+
+    def moved(self, phase: LayerPhase, current_bytes: int) -> None:
+        """Publish where the item stands, unless the last publication is still under way."""
+        if self._streams and (self._last is None or self._last.done()):
+            self._last = self._spawn(self._publish(phase, current_bytes, ""))
+
+    async def end(self, phase: LayerPhase, detail: str = "") -> None:
+        """Publish the end, after whatever was published before."""
+        if not self._streams:
+            return
+        if self._last is not None:
+            await asyncio.wait({self._last})
+        done = 0 if phase in (LayerPhase.CANCELLED, LayerPhase.FAILED) else self._total_bytes
+        await self._publish(phase, done, detail)
+
+    async def _publish(self, phase: LayerPhase, current_bytes: int, detail: str) -> None:
+        await self._store.publish(
+            self._streams,
+            ProgressItem(
+                item=f"fetch:{self._digest}",
+                phase=phase,
+                current_bytes=current_bytes,
+                total_bytes=self._total_bytes,
+                detail=detail,
+            ),
+        )

@@ -1,0 +1,614 @@
+"""Farm: what a driver script uses. Asynchronous, and a blocking twin from the same methods."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from actors.boot import VERSION
+from actors.handles import CacheShardHandle, FetchWorkerHandle, SessionServer
+from actors.join import join
+from cluster.cache.names import find_ref
+from cluster.cache.ring import ShardRing
+from cluster.config import Config
+from cluster.descriptor import Descriptor
+from cluster.digest import EMPTY_CHAIN, Digest
+from cluster.errors import (
+    ActorLostError,
+    FarmNotRunningError,
+    NodeNotFoundError,
+    RefNotFoundError,
+    RefReleasedError,
+)
+from cluster.lease import Lease, LeaseId
+from cluster.messages import (
+    ExtractRequest,
+    ExtractResult,
+    GetByBlobRequest,
+    GetRequest,
+    NodeRecord,
+    PullRequest,
+    PushRequest,
+    PushResult,
+    RefsResult,
+    SessionInfo,
+    UnlazyRequest,
+    UnlazyResult,
+)
+from cluster.progress import LayerPhase, ProgressItem
+from cluster.provider import DescHandler
+from cluster.ref import ImageRecord, RefId, RefState
+from cluster.reference import parse_reference
+from lazyfarm.session import Session
+from lazyfarm.settings import load_settings
+from storage.connect import connect
+from storage.keys import Keys
+from storage.leases import RedisLeaseStore
+from storage.presence import Presence
+from storage.progress import RedisProgressStore
+from storage.refs import RedisRefStore
+from storage.registry.credentials import CredentialSource
+
+T = TypeVar("T")
+
+ProgressCallback = Callable[[ProgressItem], None]
+
+#: Seconds for which a call is made again while the actor it goes to is being restarted.
+_RETRY_S = 30.0
+_RETRY_PAUSE_S = 0.5
+
+
+class Operation(Generic[T]):
+    """Something that takes its time: ``await`` it for its result, or look on first.
+
+    ::
+
+        operation = ref.extract()
+        async for item in operation.progress():
+            print(item.item, item.current_bytes, item.total_bytes)
+        extracted = await operation
+
+    Starts when it is first awaited or looked at; cancelling the await cancels it.
+    """
+
+    def __init__(
+        self,
+        farm: Farm,
+        work: Callable[[str | None], Coroutine[Any, Any, T]],
+        progress: ProgressCallback | None,
+    ) -> None:
+        self._farm = farm
+        self._work = work
+        self._callback = progress
+        self._task: asyncio.Task[T] | None = None
+        self._stream: str | None = None
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._result().__await__()
+
+    async def _result(self) -> T:
+        if self._callback is None:
+            return await self._start()
+        callback = self._callback
+        async for item in self.progress():
+            callback(item)
+        return await self._start()
+
+    def _start(self) -> asyncio.Task[T]:
+        if self._task is None:
+            self._task = asyncio.ensure_future(self._work(self._stream))
+        return self._task
+
+    async def progress(self) -> AsyncIterator[ProgressItem]:
+        """Yield progress items until the operation has ended, however it ends."""
+        if self._task is None:
+            self._stream = f"{self._farm.session_id}-{secrets.token_hex(6)}"
+        if self._stream is None:
+            return  # started without a stream: too late to look on
+        stream = self._stream
+        task = self._start()
+        task.add_done_callback(lambda _done: self._farm.end_stream(stream))
+        try:
+            async for item in self._farm.follow(stream):
+                yield item
+        except BaseException:
+            task.cancel()
+            with contextlib.suppress(BaseException):
+                await task
+            raise
+
+
+class Ref:
+    """An image's layers, or a chain of them: lazy until somebody needs the bytes.
+
+    Metadata never pulls: every attribute is what was known when the ref was read.
+    """
+
+    def __init__(
+        self, farm: Farm, layers: Sequence[RefState], image: ImageRecord | None, handlers: Sequence[DescHandler] = ()
+    ) -> None:
+        self._farm = farm
+        self._layers = tuple(layers)
+        self._image = image
+        self._handlers = tuple(handlers)
+        self._is_released = False
+
+    def __repr__(self) -> str:
+        lazy = sum(state.is_lazy for state in self._layers)
+        return f"<Ref {self.id[:19]} {self.image or 'no image'}: {len(self._layers)} layers, {lazy} lazy>"
+
+    @property
+    def id(self) -> RefId:
+        """Return the ID of the top layer's ref: its blob chain ID."""
+        return self._layers[-1].record.id if self._layers else RefId(EMPTY_CHAIN)
+
+    @property
+    def image(self) -> str:
+        """Return the normalised name of the image it came from; "" where it came from none."""
+        return self._image.name if self._image else ""
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the image's manifest; "" where it came from none."""
+        return self._image.manifest.digest if self._image else ""
+
+    @property
+    def record(self) -> ImageRecord | None:
+        """Return the image's record."""
+        return self._image
+
+    @property
+    def layers(self) -> tuple[RefState, ...]:
+        """Return the layers, lowest first, as they were when this was read."""
+        return self._layers
+
+    @property
+    def is_lazy(self) -> bool:
+        """Tell whether any layer was not in the content store when this was read."""
+        return any(state.is_lazy for state in self._layers)
+
+    @property
+    def handlers(self) -> tuple[DescHandler, ...]:
+        """Return the providers this ref was made with."""
+        return self._handlers
+
+    def unlazy(self, *, progress: ProgressCallback | None = None) -> Operation[UnlazyResult]:
+        """Make every blob present in the content store.
+
+        Raises:
+            NeedsRemoteProvidersError: a lazy layer has no provider this driver may use.
+            ClusterError: a layer can't be had.
+        """
+        return Operation(self._farm, self._unlazy, progress)
+
+    async def _unlazy(self, stream: str | None) -> UnlazyResult:
+        self._raise_if_released()
+        if not self._layers:
+            return UnlazyResult(ref_id=self.id, layers=())
+        result = await self._farm.unlazy_chain(self, stream)
+        await self.refresh()
+        return result
+
+    def extract(self, node: str | None = None, *, progress: ProgressCallback | None = None) -> Operation[ExtractResult]:
+        """Unlazy, bring to *node* (None: any), unpack and mount; the result's ``path`` is there.
+
+        Raises:
+            NodeNotFoundError: no such live node.
+            ClusterError: a layer can't be had or unpacked.
+        """
+        return Operation(self._farm, lambda stream: self._extract(node, stream), progress)
+
+    def extract_everywhere(self, *, progress: ProgressCallback | None = None) -> Operation[list[ExtractResult]]:
+        """Extract on every live node at once; each blob is fetched once for all of them."""
+        return Operation(self._farm, self._extract_everywhere, progress)
+
+    async def _extract(self, node: str | None, stream: str | None) -> ExtractResult:
+        self._raise_if_released()
+        result = await self._farm.extract_chain(self, node, stream)
+        await self.refresh()
+        return result
+
+    async def _extract_everywhere(self, stream: str | None) -> list[ExtractResult]:
+        self._raise_if_released()
+        nodes = [node.id for node in await self._farm.nodes() if node.alive]
+        tasks = [asyncio.ensure_future(self._farm.extract_chain(self, node, stream)) for node in nodes]
+        try:
+            results = list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        await self.refresh()
+        return results
+
+    async def refresh(self) -> None:
+        """Read anew which layers are present."""
+        states = await self._farm.states([state.record.id for state in self._layers])
+        self._layers = tuple(new or old for new, old in zip(states, self._layers, strict=True))
+
+    def release(self) -> None:
+        """Say that this object is not used any more; what it held goes with the driver's lease."""
+        self._is_released = True
+
+    def _raise_if_released(self) -> None:
+        if self._is_released:
+            raise RefReleasedError(self.id)
+
+
+class Farm:
+    """A running farm, joined as a driver.
+
+    ::
+
+        async with await Farm.connect() as farm:
+            ref = await farm.pull("debian:12")
+            print((await ref.extract()).path)
+    """
+
+    def __init__(self, config: Config, state_dir: Path, session: Session) -> None:
+        self._config = config
+        self._state_dir = state_dir
+        self._session = session
+        self._link = connect(config.redis)
+        keys = Keys(config.farm.name)
+        self._refs = RedisRefStore(self._link, keys)
+        self._leases = RedisLeaseStore(self._link, keys)
+        self._presence = Presence(self._link, keys)
+        self._progress = RedisProgressStore(self._link, keys)
+        self._ring = ShardRing(config.cache.shards)
+        self._handles: dict[str, FetchWorkerHandle] = {}
+        self._ends: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"<Farm {self._config.farm.name} in {self._state_dir}{', closed' if self._is_closed else ''}>"
+
+    # -- joining and leaving -------------------------------------------------------------------------------
+
+    @classmethod
+    async def connect(
+        cls,
+        state_dir: Path | str | None = None,
+        *,
+        config: Path | str | None = None,
+        credentials: CredentialSource | Mapping[str, tuple[str, str]] | None = None,
+        keep: bool = False,
+    ) -> Self:
+        """Join a farm.
+
+        Args:
+            state_dir: Its state directory; None: ``LAZYFARM_STATE_DIR``, or the default one.
+            config: A configuration file that names Redis, S3 and Ray, for a farm that has no state
+                directory on this machine.
+            credentials: Registry credentials: ``{"registry.example.com": (user, password)}``; None: docker's
+                ``config.json`` and its credential helpers. They stay in this process.
+            keep: Keep what this driver makes for ``cache.keep_s`` after it has gone, as the command line does.
+
+        Raises:
+            FarmNotRunningError: there is no farm. ConfigError: its settings can't be used.
+        """
+        settings = load_settings(Path(state_dir) if state_dir else None, Path(config) if config else None, os.environ)
+        wanted = settings.config
+        if not (wanted.redis.url and wanted.ray.address):
+            raise FarmNotRunningError(str(settings.state_dir), "nothing was brought up there")
+        if not isinstance(credentials, CredentialSource):
+            credentials = (
+                CredentialSource(credentials)
+                if credentials is not None
+                else CredentialSource.from_environment(os.environ)
+            )
+        session = Session(wanted, credentials, keep_s=wanted.cache.keep_s if keep else None)
+        try:
+            await asyncio.to_thread(session.open)
+            join(wanted, state_dir=str(settings.state_dir))
+            return cls(wanted, settings.state_dir, session)
+        except BaseException:
+            await asyncio.to_thread(session.close)
+            raise
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give back what this driver holds, and leave. The process stays connected to Ray, which is Ray's way."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._ends:
+            await asyncio.wait(self._ends, timeout=1.0)
+        await asyncio.to_thread(self._session.close)
+        await self._link.close()
+
+    @property
+    def session_id(self) -> str:
+        """Return the ID of this driver's session."""
+        return self._session.session_id
+
+    # -- refs ------------------------------------------------------------------------------------------------
+
+    def pull(
+        self,
+        image: str,
+        *,
+        platform: str | None = None,
+        plain_http: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> Operation[Ref]:
+        """Resolve *image*: its manifest and config are read, its layers stay where they are.
+
+        Raises:
+            InvalidReferenceError: *image* doesn't parse. RegistryError: the registry says no.
+        """
+        return Operation(self, lambda stream: self._pull(image, platform, plain_http, stream), progress)
+
+    async def _pull(self, image: str, platform: str | None, plain_http: bool, stream: str | None) -> Ref:  # noqa: FBT001
+        reference = parse_reference(image)
+        request = PullRequest(
+            session=await self._info([reference.host], stream),
+            image=image,
+            platform=platform,
+            plain_http=plain_http,
+            lease_id=self._lease(),
+        )
+        result = await self._on_worker(
+            None, lambda worker: worker.pull(request, timeout_s=self._config.flight.deadline_s)
+        )
+        handle = reference.handle(plain_http=plain_http)
+        handlers = [DescHandler(digest=layer.digest, provider=handle) for layer in result.image.layers]
+        return Ref(self, result.layers, result.image, handlers)
+
+    async def get(self, ref: str) -> Ref:
+        """Look up a ref by ID, by the first digits of its ID, or by the name or digest of its image.
+
+        Raises:
+            RefNotFoundError, AmbiguousRefError: it names none, or several.
+            NeedsRemoteProvidersError: this driver has no access to some of its blobs.
+        """
+        image, ref_id = await find_ref(self._refs, ref)
+        if ref_id is None:
+            return Ref(self, (), image)
+        chain = await self._refs.chain(ref_id)
+        registries = {h.registry for state in chain for h in state.providers}
+        request = GetRequest(
+            session=await self._info(registries, None), ref_id=ref_id, handlers=(), lease_id=self._lease()
+        )
+        result = await self._on_shard(
+            ref_id, lambda shard: shard.get(request, timeout_s=self._config.ray.call_timeout_s)
+        )
+        return Ref(self, result.layers, image)
+
+    async def get_by_blob(
+        self,
+        descriptor: Descriptor,
+        parent: Ref | None = None,
+        handlers: Sequence[DescHandler] = (),
+        *,
+        lease: FarmLease | None = None,
+        image_ref: str | None = None,
+    ) -> Ref:
+        """Make or find the ref of one layer on top of *parent*, without moving its bytes.
+
+        Raises:
+            InvalidDescriptorError: it has no diff ID. LeaseLostError: the lease isn't live.
+            NeedsRemoteProvidersError: names every digest without a provider this driver may use.
+        """
+        registries = {h.provider.registry for h in handlers}
+        if parent is not None:
+            registries |= {h.registry for state in parent.layers for h in state.providers}
+        registries |= {h.registry for handles in await self._refs.providers([descriptor.digest]) for h in handles}
+        passed = (*(parent.handlers if parent is not None else ()), *handlers)
+        request = GetByBlobRequest(
+            session=await self._info(registries, None),
+            descriptors=(descriptor,),
+            parent=parent.id if parent is not None and parent.layers else None,
+            handlers=passed,
+            lease_id=lease.id if lease is not None else self._lease(),
+            image_ref=image_ref,
+        )
+        result: RefsResult = await self._on_shard(
+            descriptor.digest, lambda shard: shard.get_by_blob(request, timeout_s=self._config.ray.call_timeout_s)
+        )
+        below = parent.layers if parent is not None else ()
+        return Ref(self, (*below, *result.layers), None, passed)
+
+    async def refs(self) -> list[RefState]:
+        """Return every ref, most recently used first."""
+        return [state for state in await self._refs.get(await self._refs.list_refs()) if state is not None]
+
+    async def images(self) -> list[ImageRecord]:
+        """Return every image that was resolved, by name."""
+        return await self._refs.images()
+
+    async def states(self, ref_ids: Sequence[RefId]) -> list[RefState | None]:
+        """Return the records of refs, in bulk."""
+        return await self._refs.get(ref_ids)
+
+    def push(
+        self,
+        ref: Ref | str,
+        target: str,
+        *,
+        plain_http: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> Operation[PushResult]:
+        """Push an image to *target*; a layer moves only if the target's registry has it nowhere.
+
+        Raises:
+            RefNotFoundError: the ref belongs to no image. RegistryError: the target says no.
+        """
+        return Operation(self, lambda stream: self._push(ref, target, plain_http, stream), progress)
+
+    async def _push(self, ref: Ref | str, target: str, plain_http: bool, stream: str | None) -> PushResult:  # noqa: FBT001
+        reference = parse_reference(target)
+        found = await self.get(ref) if isinstance(ref, str) else ref
+        if found.record is None:
+            raise RefNotFoundError(found.id)
+        registries = {h.registry for state in found.layers for h in state.providers} | {reference.host}
+        request = PushRequest(
+            session=await self._info(registries, stream),
+            image=found.record,
+            target=target,
+            plain_http=plain_http,
+            lease_id=self._lease(),
+        )
+        result: PushResult = await self._on_worker(
+            None, lambda worker: worker.push(request, timeout_s=self._config.flight.deadline_s)
+        )
+        return result
+
+    # -- leases and nodes --------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def lease(
+        self, *, ttl_s: float | None = None, labels: Mapping[str, str] | None = None
+    ) -> AsyncIterator[FarmLease]:
+        """Hold a lease of one's own while the body runs; it is renewed, and deleted at the end."""
+        lease = FarmLease(self._leases, LeaseId(f"user-{secrets.token_hex(8)}"))
+        ttl = ttl_s or self._config.cache.lease_ttl_s
+        await self._leases.create(lease.id, ttl_s=ttl, labels=labels)
+        renewal = asyncio.create_task(lease.keep(ttl))
+        try:
+            yield lease
+        finally:
+            renewal.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await renewal
+            await asyncio.shield(self._leases.delete(lease.id))
+
+    async def leases(self) -> list[Lease]:
+        """Return the live leases."""
+        return await self._leases.leases()
+
+    async def nodes(self) -> list[NodeRecord]:
+        """Return the cluster's nodes."""
+        return await self._presence.nodes()
+
+    # -- for Ref and Operation ---------------------------------------------------------------------------------
+
+    async def unlazy_chain(self, ref: Ref, stream: str | None) -> UnlazyResult:
+        """Unlazy a ref's whole chain at one worker."""
+        request = UnlazyRequest(
+            session=await self._info(_registries(ref), stream),
+            ref_id=ref.id,
+            handlers=ref.handlers,
+            lease_id=self._lease(),
+        )
+        result: UnlazyResult = await self._on_worker(
+            None, lambda worker: worker.unlazy(request, timeout_s=self._config.flight.deadline_s)
+        )
+        return result
+
+    async def extract_chain(self, ref: Ref, node: str | None, stream: str | None) -> ExtractResult:
+        """Extract a ref's chain on a node."""
+        request = ExtractRequest(
+            session=await self._info(_registries(ref), stream),
+            ref_id=ref.id,
+            handlers=ref.handlers,
+            lease_id=self._lease(),
+        )
+        result: ExtractResult = await self._on_worker(
+            node, lambda worker: worker.extract(request, timeout_s=self._config.flight.deadline_s)
+        )
+        return result
+
+    def follow(self, stream: str) -> AsyncIterator[ProgressItem]:
+        """Yield a progress stream's items from its start to its end."""
+        return self._progress.follow(stream)
+
+    def end_stream(self, stream: str) -> None:
+        """End a progress stream: whoever follows it stops."""
+        task = asyncio.ensure_future(self._progress.publish([stream], ProgressItem(item="", phase=LayerPhase.DONE)))
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+
+    def _lease(self) -> LeaseId:
+        self._session.raise_if_lost()
+        return self._session.lease_id
+
+    async def _info(self, registries: Sequence[str] | set[str], stream: str | None) -> SessionInfo:
+        # A credential helper may have to be run to know who we are.
+        return await asyncio.to_thread(
+            self._session.info, registries, progress=stream, deadline_s=self._config.flight.deadline_s
+        )
+
+    async def _on_worker(self, node: str | None, call: Callable[[FetchWorkerHandle], Awaitable[T]]) -> T:
+        """Make an idempotent call at a node's worker, again while that is being restarted."""
+        give_up_s = time.monotonic() + _RETRY_S
+        while True:
+            worker = await self._worker(node)
+            try:
+                return await self._attended(worker, call(worker))
+            except ActorLostError:
+                if time.monotonic() > give_up_s:
+                    raise
+                await asyncio.sleep(_RETRY_PAUSE_S)
+
+    async def _on_shard(self, key: Digest | str, call: Callable[[CacheShardHandle], Awaitable[T]]) -> T:
+        give_up_s = time.monotonic() + _RETRY_S
+        shard = CacheShardHandle.of_index(self._ring.shard_of(key), farm=self._config.farm.name, version=VERSION)
+        while True:
+            try:
+                return await self._attended(shard, call(shard))
+            except ActorLostError:
+                if time.monotonic() > give_up_s:
+                    raise
+                await asyncio.sleep(_RETRY_PAUSE_S)
+
+    async def _attended(self, server: SessionServer, call: Awaitable[T]) -> T:
+        attending: AbstractAsyncContextManager[None] = self._session.attending(server)
+        async with attending:
+            return await call
+
+    async def _worker(self, node: str | None) -> FetchWorkerHandle:
+        live = [record.id for record in await self._presence.nodes() if record.alive]
+        if node is None:
+            if not live:
+                raise NodeNotFoundError("any")
+            node = random.choice(live)  # noqa: S311  # spreads load, keeps no secret
+        elif node not in live:
+            raise NodeNotFoundError(node)
+        if node not in self._handles:
+            self._handles[node] = FetchWorkerHandle.of_node(node, farm=self._config.farm.name, version=VERSION)
+        return self._handles[node]
+
+
+class FarmLease:
+    """A lease that a driver holds while a ``with`` body runs."""
+
+    def __init__(self, store: RedisLeaseStore, lease_id: LeaseId) -> None:
+        self._store = store
+        self.id = lease_id
+
+    def __repr__(self) -> str:
+        return f"<FarmLease {self.id}>"
+
+    async def attach(self, resources: Sequence[str]) -> None:
+        """Hold more by it."""
+        await self._store.attach(self.id, resources)
+
+    async def keep(self, ttl_s: float) -> None:
+        """Renew it until cancelled."""
+        while True:
+            await asyncio.sleep(ttl_s / 3)
+            await self._store.renew(self.id, ttl_s=ttl_s)
+
+
+def _registries(ref: Ref) -> set[str]:
+    """Return the registries that may be asked for a ref's blobs."""
+    stored = {h.registry for state in ref.layers for h in state.providers}
+    return stored | {h.provider.registry for h in ref.handlers}

@@ -1,0 +1,199 @@
+"""A driver's session: its credentials, answered while its calls run, and its lease, renewed while it lives.
+
+Runs on a thread and event loop of its own, so that neither a blocked driver nor a long callback lets the
+farm believe that the driver is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import secrets
+import socket
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from actors.handles import SessionServer
+from cluster.config import Config
+from cluster.errors import ClusterError, LeaseLostError
+from cluster.lease import LeaseId
+from cluster.messages import SessionAnswer, SessionInfo, SessionQuestion
+from cluster.ports import AuthRequest
+from cluster.wire import encode_error
+from storage.connect import connect
+from storage.keys import Keys
+from storage.leases import RedisLeaseStore
+from storage.registry.auth import CredentialAuthorizer
+from storage.registry.credentials import CredentialSource
+
+T = TypeVar("T")
+
+_POLL_S = 20.0
+_REOPEN_PAUSE_S = 0.5
+
+
+class Session:
+    """One driver's presence at the farm."""
+
+    def __init__(self, config: Config, credentials: CredentialSource, *, keep_s: float | None) -> None:
+        self.session_id = secrets.token_hex(8)
+        self.lease_id = LeaseId(f"driver-{self.session_id}")
+        self._config = config
+        self._credentials = credentials
+        self._keep_s = keep_s
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="lazyfarm-session", daemon=True)
+        self._attended: dict[str, tuple[int, asyncio.Task[None]]] = {}
+        self._lost: LeaseLostError | None = None
+        self._renewal: asyncio.Task[None] | None = None
+        self._thread.start()
+        self._authorizer = self._call(self._make_authorizer())
+        self._link = connect(config.redis)
+        self._leases = RedisLeaseStore(self._link, Keys(config.farm.name))
+
+    def __repr__(self) -> str:
+        return f"<Session {self.session_id}>"
+
+    # -- opening and closing -----------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Take the session's lease and keep it."""
+        self._call(self._open())
+
+    def close(self) -> None:
+        """Give the lease back (unless it is to be kept for a while) and stop."""
+        if not self._thread.is_alive():
+            return
+        with contextlib.suppress(ClusterError, TimeoutError):
+            self._call(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5.0)
+        if not self._loop.is_running():
+            self._loop.close()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def _call(self, work: Coroutine[object, object, T], timeout_s: float = 30.0) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+
+    async def _make_authorizer(self) -> CredentialAuthorizer:
+        return CredentialAuthorizer(self._credentials, self._config, identity_key=_identity_key(self._config))
+
+    async def _open(self) -> None:
+        ttl_s = self._keep_s or self._config.cache.lease_ttl_s
+        labels = {"owner": "driver", "host": socket.gethostname(), "pid": str(os.getpid())}
+        await self._leases.create(self.lease_id, ttl_s=ttl_s, labels=labels)
+        if self._keep_s is None:
+            self._renewal = asyncio.create_task(self._renew_forever())
+
+    async def _close(self) -> None:
+        tasks = [task for _count, task in self._attended.values()]
+        if self._renewal is not None:
+            tasks.append(self._renewal)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._keep_s is None:
+            with contextlib.suppress(ClusterError):
+                await self._leases.delete(self.lease_id)
+        await self._link.close()
+        await self._authorizer.aclose()
+
+    # -- the lease -----------------------------------------------------------------------------------------
+
+    def raise_if_lost(self) -> None:
+        """Raise LeaseLostError once the session's lease is gone: what it held may be collected."""
+        if self._lost is not None:
+            raise self._lost
+
+    async def _renew_forever(self) -> None:
+        ttl_s = self._config.cache.lease_ttl_s
+        while True:
+            await asyncio.sleep(ttl_s / 3)
+            try:
+                await self._leases.renew(self.lease_id, ttl_s=ttl_s)
+            except LeaseLostError as exc:
+                self._lost = exc
+                return
+            except ClusterError:
+                continue  # Redis is away: the next round, or the lease's expiry, decides
+
+    # -- credentials ---------------------------------------------------------------------------------------
+
+    def info(
+        self, registries: Iterable[str], *, progress: str | None, deadline_s: float, trace: str = ""
+    ) -> SessionInfo:
+        """Return what a call says of its caller; identities are of those *registries* that may matter."""
+        return SessionInfo(
+            session_id=self.session_id,
+            identities={registry: self._authorizer.identity(registry) for registry in set(registries)},
+            progress=progress,
+            deadline_s=deadline_s,
+            trace=trace or secrets.token_hex(6),
+        )
+
+    @contextlib.asynccontextmanager
+    async def attending(self, server: SessionServer) -> AsyncIterator[None]:
+        """Answer *server*'s questions while the body runs."""
+        self._loop.call_soon_threadsafe(self._attend, server)
+        try:
+            yield
+        finally:
+            self._loop.call_soon_threadsafe(self._release, server)
+
+    def _attend(self, server: SessionServer) -> None:
+        count, task = self._attended.get(server.name, (0, None))
+        if task is None or task.done():
+            task = self._loop.create_task(self._answer_forever(server))
+        self._attended[server.name] = (count + 1, task)
+
+    def _release(self, server: SessionServer) -> None:
+        count, task = self._attended[server.name]
+        if count > 1:
+            self._attended[server.name] = (count - 1, task)
+        else:
+            del self._attended[server.name]
+            task.cancel()
+
+    async def _answer_forever(self, server: SessionServer) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                try:
+                    questions = await server.poll_questions(self.session_id, _POLL_S)
+                except ClusterError:
+                    await asyncio.sleep(_REOPEN_PAUSE_S)  # the actor is being restarted, perhaps
+                    continue
+                for question in questions:
+                    group.create_task(self._answer(server, question))
+
+    async def _answer(self, server: SessionServer, question: SessionQuestion) -> None:
+        request = AuthRequest(
+            registry=question.registry,
+            plain_http=question.plain_http,
+            scopes=question.scopes,
+            challenge=question.challenge,
+            was_refused=question.was_refused,
+        )
+        try:
+            found = await self._authorizer.authorize(request)
+            answer = SessionAnswer(
+                question_id=question.question_id,
+                header=found.header if found else None,
+                expires_in_s=found.expires_in_s if found else None,
+            )
+        except ClusterError as exc:
+            answer = SessionAnswer(question_id=question.question_id, error=encode_error(exc))
+        with contextlib.suppress(ClusterError):
+            server.send_answer(self.session_id, answer)
+
+
+def _identity_key(config: Config) -> bytes:
+    """Return the key under which identities are hashed: known to this farm's drivers, kept nowhere of its own."""
+    secret = Path(config.redis.password_file).read_bytes() if config.redis.password_file else b""
+    return hashlib.sha256(b"identity\0" + config.farm.name.encode() + b"\0" + secret.strip()).digest()
