@@ -1,0 +1,5 @@
+"""``python -m lazyfarm``."""
+
+from lazyfarm.cli.main import run
+
+run()

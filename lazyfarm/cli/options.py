@@ -1,0 +1,45 @@
+"""Options that every command has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+StateDirOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-dir",
+        metavar="DIR",
+        help="The farm's directory. Default: $LAZYFARM_STATE_DIR, else ~/.local/state/lazyfarm.",
+        show_default=False,
+    ),
+]
+JsonOption: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document, and nothing else, to stdout.")
+]
+PlainHttpOption: TypeAlias = Annotated[
+    bool, typer.Option("--plain-http", help="Talk to the registry over plain HTTP, for this call.")
+]
+RefArgument: TypeAlias = Annotated[
+    str,
+    typer.Argument(
+        metavar="REF", help="A ref's ID, the start of one, or an image that was pulled.", show_default=False
+    ),
+]
+
+
+def command_app() -> typer.Typer:
+    """Return the Typer app of one noun, set up as all of them are."""
+    return typer.Typer(
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def example(*lines: str) -> str:
+    """Return a command's examples, as the end of its help."""
+    return "\n".join(("\b", "Example:", *(f"  {line}" for line in lines)))  # \b: click leaves the lines as they are

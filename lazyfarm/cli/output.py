@@ -1,0 +1,85 @@
+"""What a command prints: one JSON document, or lines and tables for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+_Rows = Sequence[Sequence[str]]
+
+
+class Output:
+    """A command's stdout and stderr; with *as_json*, everything but the document is left unsaid."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        # Kept: while a command acts, sys.stdout is turned away from what libraries may print.
+        self.stdout: TextIO = sys.stdout
+        self.stderr: TextIO = sys.stderr
+
+    @property
+    def is_live(self) -> bool:
+        """Tell whether a display that redraws itself has somewhere to be."""
+        return not self.as_json and self.stdout.isatty()
+
+    def document(self, document: Mapping[str, object]) -> None:
+        """Print the command's JSON document, if it was asked for."""
+        if self.as_json:
+            self._write(self.stdout, json.dumps(document, ensure_ascii=False))
+
+    def line(self, text: str) -> None:
+        """Print a line for people."""
+        if not self.as_json:
+            self._write(self.stdout, text)
+
+    def table(self, headers: Sequence[str], rows: _Rows, *, numbers: Sequence[str] = ()) -> None:
+        """Print a table for people; columns named in *numbers* are aligned to the right."""
+        if self.as_json:
+            return
+        if self.is_live:
+            self._rich_table(headers, rows, numbers)
+        else:
+            for row in _aligned([headers, *rows], [header in numbers for header in headers]):
+                self._write(self.stdout, row)
+
+    def error(self, type_name: str, message: str, hint: str) -> None:
+        """Print an error: one line on stderr, or the error document on stdout."""
+        message, hint = _one_line(message), _one_line(hint)
+        if self.as_json:
+            self.document({"error": {"type": type_name, "message": message, "hint": hint}})
+        else:
+            self._write(self.stderr, f"error: {message}" + (f" (hint: {hint})" if hint else ""))
+
+    def _rich_table(self, headers: Sequence[str], rows: _Rows, numbers: Sequence[str]) -> None:
+        from rich.console import Console  # noqa: PLC0415 - 0.1 s that only a terminal is worth
+        from rich.table import Table  # noqa: PLC0415 - likewise
+        from rich.text import Text  # noqa: PLC0415 - likewise
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for header in headers:
+            table.add_column(header, justify="right" if header in numbers else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))  # Text: a cell is data, not markup
+        Console(file=self.stdout).print(table)
+
+    @staticmethod
+    def _write(stream: TextIO, text: str) -> None:
+        stream.write(text + "\n")
+        stream.flush()
+
+
+def _aligned(rows: _Rows, is_number: Sequence[bool]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(is_number))]
+    return [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, is_number, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

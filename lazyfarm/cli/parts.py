@@ -1,0 +1,108 @@
+"""Where commands reach the farm: imported lazily, so that reading commands never pay for Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from cluster.errors import FarmNotRunningError
+from lazyfarm.cli.output import Output
+from lazyfarm.cli.reach import accepts, url_address
+from lazyfarm.settings import FarmSettings, load_settings
+
+if TYPE_CHECKING:
+    from lazyfarm.farm import Farm
+    from lazyfarm.records import FarmRecords
+
+T = TypeVar("T")
+
+#: Loopback answers in well under a millisecond, or has nobody there.
+_CONNECT_S = 1.0
+
+
+def running_settings(state_dir: Path | None) -> FarmSettings:
+    """Return the settings of a farm that was brought up.
+
+    Raises:
+        ConfigError: they have faults.
+        FarmNotRunningError: nothing was brought up there.
+    """
+    settings = load_settings(state_dir, None, os.environ)
+    if settings.running is None:
+        raise FarmNotRunningError(str(settings.state_dir), "nothing was brought up there")
+    return settings
+
+
+@contextlib.contextmanager
+def reading(settings: FarmSettings) -> Iterator[FarmRecords]:
+    """Open the farm's records, which need only Redis.
+
+    Raises:
+        FarmNotRunningError: the Redis that ``up`` started is gone: the machine was restarted, say.
+    """
+    address = url_address(settings.config.redis.url)
+    if not settings.wanted.redis.url and address and not accepts(address, timeout_s=_CONNECT_S):
+        # Asked first, as the client would go on trying for as long as a restart may take.
+        raise FarmNotRunningError(str(settings.state_dir), f"its Redis at {address.host}:{address.port} is gone")
+    records = open_records(settings)
+    try:
+        yield records
+    finally:
+        records.close()
+
+
+def open_records(settings: FarmSettings) -> FarmRecords:
+    """Return the farm's records."""
+    from lazyfarm.records import FarmRecords  # noqa: PLC0415 - see the module
+
+    return FarmRecords(settings)
+
+
+async def connect(state_dir: Path) -> Farm:
+    """Join the farm as a driver; what is made stays held after the command has ended."""
+    from lazyfarm.farm import Farm  # noqa: PLC0415 - see the module
+
+    return await Farm.connect(state_dir, keep=True)
+
+
+def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Farm], Awaitable[T]]) -> T:
+    """Join the farm, *act*, and leave it; Ctrl-C cancels *act*. One line in ``STATE/logs/cli.log``."""
+    from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - asyncio, which reading commands do without
+
+    async def joined() -> T:
+        async with await connect(settings.state_dir) as farm:
+            return await act(farm)
+
+    # What libraries print must not get between the document and its reader.
+    away = contextlib.redirect_stdout(out.stderr if out.as_json else sys.stdout)
+    with _driver_logs(settings, command), away:
+        return run_to_end(joined)
+
+
+@contextlib.contextmanager
+def _driver_logs(settings: FarmSettings, command: str) -> Iterator[None]:
+    """Send this process's logs to the state directory, and tell there how the command ended."""
+    import structlog  # noqa: PLC0415 - 0.25 s, which reading commands are spared
+
+    from actors.logs import logs_to  # noqa: PLC0415 - likewise
+
+    began_s = time.monotonic()
+    with logs_to(
+        settings.state_dir / "logs" / "cli.log", level=settings.config.log.level, command=command, pid=os.getpid()
+    ):
+        log = structlog.get_logger()
+        try:
+            yield
+        except BaseException as exc:
+            log.warning("command.failed", error_type=type(exc).__name__, error=str(exc), elapsed_s=_since(began_s))
+            raise
+        log.info("command.complete", elapsed_s=_since(began_s))
+
+
+def _since(began_s: float) -> float:
+    return round(time.monotonic() - began_s, 3)

