@@ -1,0 +1,75 @@
+"""One driver: a process of its own that uses the farm as a user's script does.
+
+Started by the demo and the benchmarks. Says ``{"ready": PID}`` on a line once it is connected and has its
+ref, waits there for a line on stdin, and then does what it is for and prints the result as JSON::
+
+    LAZYFARM_STATE_DIR=… python -m tests.demo.driver extract 127.0.0.1:5000/demo:1 --node n1
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from cluster.errors import ClusterError
+from lazyfarm import Farm
+
+
+async def _drive(do: str, image: str, node: str | None) -> dict[str, Any]:
+    async with await Farm.connect() as farm:
+        ref = await farm.pull(image)
+        _say({"ready": os.getpid(), "ref": ref.id})
+        # Readers of stdin in a thread: renewals and credentials go on meanwhile.
+        await asyncio.to_thread(sys.stdin.readline)
+        began = time.monotonic()
+        if do == "unlazy":
+            result = await ref.unlazy()
+            return {"layers": _layers(result.layers), "seconds": time.monotonic() - began}
+        extracted = await ref.extract(node=node)
+        return {
+            "node": extracted.node,
+            "path": str(extracted.path),
+            "layers": _layers(extracted.layers),
+            "seconds": time.monotonic() - began,
+        }
+
+
+def _layers(layers: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "digest": str(fetch.digest),
+            "source": fetch.source,
+            "bytes_fetched": fetch.bytes_fetched,
+            "joined": fetch.joined,
+        }
+        for fetch in layers
+    ]
+
+
+def _say(line: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Drive; exit 1 with the error as JSON where it fails."""
+    parser = argparse.ArgumentParser(prog="python -m tests.demo.driver")
+    parser.add_argument("do", choices=["unlazy", "extract"])
+    parser.add_argument("image")
+    parser.add_argument("--node", help="extract there")
+    options = parser.parse_args()
+    try:
+        _say(asyncio.run(_drive(options.do, options.image, options.node)))
+    except ClusterError as error:
+        _say({"error": {"type": type(error).__name__, "message": str(error)}})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,50 @@
+"""What a registry's own access log says of a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tests.doubles.oci_layout import LayoutImage
+from tests.doubles.registry import Request
+
+_OK = (200, 206)
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Counts for one image; filled when the step that is counted has ended."""
+
+    manifest_gets: int = 0
+    config_gets: int = 0
+    layer_gets: int = 0
+    mounts: int = 0
+    token_requests: int = 0
+    _bytes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of layers that the registry sent, ranges and repetitions included."""
+        return self._bytes.total()
+
+    def bytes_of(self, digest: str) -> int:
+        """Bytes of one layer that the registry sent."""
+        return self._bytes[digest]
+
+    def take(self, requests: Iterable[Request], image: LayoutImage) -> None:
+        """Count what was asked for *image* and answered."""
+        layers = {layer.digest for layer in image.layers}
+        for request in requests:
+            name = request.path.partition("?")[0].rpartition("/")[2]
+            if request.method == "POST" and "mount=" in request.path and request.status == 201:
+                self.mounts += 1
+            if request.method != "GET" or request.status not in _OK:
+                continue
+            if request.kind == "manifest":
+                self.manifest_gets += 1
+            elif request.kind == "blob" and name == image.config_digest:
+                self.config_gets += 1
+            elif request.kind == "blob" and name in layers:
+                self.layer_gets += 1
+                self._bytes[name] += request.size_bytes
