@@ -1,3 +1,9 @@
 """Fixtures for all tests, from the doubles."""
 
-pytest_plugins = ["tests.doubles.s3"]
+pytest_plugins = [
+    "tests.doubles.s3",
+    "tests.doubles.stores",
+    "tests.doubles.registry",
+    "tests.doubles.registry_faults",
+    "tests.doubles.token_server",
+]

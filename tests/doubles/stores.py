@@ -1,0 +1,204 @@
+"""The stores of one farm, on memory and on each real Redis, with time that tests can move."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from cluster.config import Config, RedisConfig, RegistryConfig
+from cluster.ports import FlightRenewer, FlightStore, HostLimiter, LeaseStore, ProgressStore, ProofStore, RefStore
+from storage.connect import connect
+from storage.flights import RedisFlightStore
+from storage.keys import Keys
+from storage.leases import RedisLeaseStore
+from storage.limits import RedisHostLimiter
+from storage.memory import (
+    Memory,
+    MemoryFlightRenewer,
+    MemoryFlightStore,
+    MemoryHostLimiter,
+    MemoryLeaseStore,
+    MemoryProgressStore,
+    MemoryProofStore,
+    MemoryRefStore,
+)
+from storage.progress import RedisProgressStore
+from storage.proofs import RedisProofStore
+from storage.refs import RedisRefStore
+from storage.renewer import RedisFlightRenewer
+from tests.doubles.redis import RedisServer, redis_binaries, redis_server
+
+#: Requests that the limited host may have under way.
+LIMIT = 4
+
+# Moves everything that a farm has recorded into the past, which is what the passing of time does to it.
+_AGE = """
+local prefix, ms = KEYS[1], tonumber(ARGV[1])
+for _, key in ipairs(redis.call('KEYS', prefix .. ':*')) do
+  local name = string.sub(key, #prefix + 2)
+  local kind = redis.call('TYPE', key).ok
+  if kind == 'zset' and not string.find(name, '^refs') then
+    local members = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
+    for i = 1, #members, 2 do
+      if members[i + 1] ~= 'inf' then
+        redis.call('ZINCRBY', key, -ms, members[i])
+      end
+    end
+  elseif kind == 'hash' then
+    for _, field in ipairs({'expires', 'not_before', 'halved'}) do
+      if redis.call('HEXISTS', key, field) == 1 then
+        redis.call('HINCRBY', key, field, -ms)
+      end
+    end
+  end
+  local left = redis.call('PTTL', key)
+  if left > 0 then
+    redis.call('PEXPIRE', key, left - ms)
+  end
+end
+"""
+
+
+class FakeClock:
+    """A clock that stands still but for :meth:`advance`."""
+
+    def __init__(self) -> None:
+        self.now_s = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@dataclass(kw_only=True)
+class Stores:
+    """All ports of one farm over one store."""
+
+    refs: RefStore
+    leases: LeaseStore
+    flights: FlightStore
+    proofs: ProofStore
+    limiter: HostLimiter
+    progress: ProgressStore
+    #: Lets seconds pass by the store's clock.
+    pass_time: Callable[[float], None]
+    new_renewer: Callable[[], FlightRenewer]
+    #: Another process's view of the same farm.
+    other: Callable[[], Stores]
+
+
+def memory_stores(memory: Memory, clock: FakeClock) -> Stores:
+    """Return the fakes over *memory*."""
+    flights = MemoryFlightStore(memory)
+    return Stores(
+        refs=MemoryRefStore(memory),
+        leases=MemoryLeaseStore(memory),
+        flights=flights,
+        proofs=MemoryProofStore(memory),
+        limiter=MemoryHostLimiter(memory, lambda _host: LIMIT),
+        progress=MemoryProgressStore(memory),
+        pass_time=clock.advance,
+        new_renewer=lambda: MemoryFlightRenewer(flights),
+        other=lambda: memory_stores(memory, clock),
+    )
+
+
+class RedisFarm:
+    """One farm in a real Redis, under a name of its own."""
+
+    def __init__(self, config: RedisConfig) -> None:
+        self.config = config
+        self.keys = Keys(f"test-{secrets.token_hex(4)}")
+        self.links = []
+
+    def stores(self) -> Stores:
+        """Return adapters over a client of their own."""
+        link = connect(self.config)
+        self.links.append(link)
+        config = Config(registries={"default": RegistryConfig(max_concurrency=LIMIT)})
+        return Stores(
+            refs=RedisRefStore(link, self.keys),
+            leases=RedisLeaseStore(link, self.keys),
+            flights=RedisFlightStore(link, self.keys),
+            proofs=RedisProofStore(link, self.keys),
+            limiter=RedisHostLimiter(link, self.keys, config),
+            progress=RedisProgressStore(link, self.keys),
+            pass_time=self.pass_time,
+            new_renewer=lambda: RedisFlightRenewer(self.config, self.keys),
+            other=self.stores,
+        )
+
+    def pass_time(self, seconds: float) -> None:
+        """Age everything of this farm."""
+        age_redis(self.config, self.keys, seconds)
+
+    async def close(self) -> None:
+        for link in self.links:
+            await link.close()
+
+
+def age_redis(config: RedisConfig, keys: Keys, seconds: float) -> None:
+    """Let *seconds* pass for everything of a farm."""
+    from storage.connect import connect_sync  # noqa: PLC0415
+
+    link = connect_sync(config)
+    link.execute("EVAL", _AGE, 1, keys.prefix, int(seconds * 1000))
+    link.close()
+
+
+@pytest.fixture(scope="session")
+def redis_servers() -> Iterator[Callable[[str], RedisServer]]:
+    """Start each server once a session, when first asked for."""
+    running: dict[str, object] = {}
+    servers: dict[str, RedisServer] = {}
+
+    def get(name: str) -> RedisServer:
+        if name not in servers:
+            if name not in redis_binaries():
+                pytest.skip(f"{name} is not installed")
+            running[name] = redis_server(redis_binaries()[name])
+            servers[name] = running[name].__enter__()
+        return servers[name]
+
+    yield get
+    for context in running.values():
+        context.__exit__(None, None, None)
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.redis) for name in ("redis7", "redis6.2")])
+def redis_any(request, redis_servers) -> RedisServer:
+    """A real Redis: each version in turn."""
+    return redis_servers(request.param)
+
+
+@pytest.fixture(params=["memory", *(pytest.param(name, marks=pytest.mark.redis) for name in ("redis7", "redis6.2"))])
+async def stores(request, redis_servers) -> AsyncIterator[Stores]:
+    """The stores of a fresh farm: fakes, and each version of Redis."""
+    if request.param == "memory":
+        clock = FakeClock()
+        yield memory_stores(Memory(clock), clock)
+        return
+    farm = RedisFarm(redis_servers(request.param).config)
+    yield farm.stores()
+    await farm.close()
+
+
+async def eventually(fact: Callable[[], object], *, timeout_s: float = 10.0) -> None:
+    """Wait until *fact* holds."""
+    async with asyncio.timeout(timeout_s):
+        while not fact():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def redis_farm(redis_servers) -> AsyncIterator[RedisFarm]:
+    """A fresh farm in one real Redis: the system's, or what there is."""
+    farm = RedisFarm(redis_servers(next(iter(redis_binaries()))).config)
+    yield farm
+    await farm.close()
