@@ -82,9 +82,13 @@ def translate_network_error(exc: BaseException, *, host: str, what: str) -> Clus
 def _ssl_cause(exc: BaseException) -> ssl.SSLError | None:
     seen: BaseException | None = exc
     while seen is not None:
-        if isinstance(seen, ssl.SSLError):
-            return seen
-        # aiohttp wraps them: ClientConnectorSSLError.os_error, ClientConnectorCertificateError.certificate_error.
+        # aiohttp's own are SSLErrors without a reason and wrap the one that has it: ClientConnectorSSLError in
+        # os_error, ClientConnectorCertificateError in certificate_error.
         wrapped = getattr(seen, "certificate_error", None) or getattr(seen, "os_error", None)
-        seen = wrapped if isinstance(wrapped, BaseException) else seen.__cause__
+        if isinstance(wrapped, BaseException):
+            seen = wrapped
+        elif isinstance(seen, ssl.SSLError):
+            return seen
+        else:
+            seen = seen.__cause__
     return None
