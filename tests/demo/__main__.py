@@ -66,7 +66,7 @@ def _demo(reference: str | None, say: Callable[[str], None]) -> list[tuple[str, 
         stack.callback(_be_deaf)
         image = _image(reference, stack, say)
         say(f"image: {len(image.layers)} layers, {image.size_bytes / 1e6:.1f} MB")
-        stage = stack.enter_context(Stage(say))
+        stage = stack.enter_context(Stage(say, steps.CONFIG))
         stack.callback(say, "taking everything down")
         stack.callback(_be_deaf)
         stage.push(image, _NAME)

@@ -1,7 +1,8 @@
 """One driver: a process of its own that uses the farm as a user's script does.
 
 Started by the demo and the benchmarks. Says ``{"ready": PID}`` on a line once it is connected and has its
-ref, waits there for a line on stdin, and then does what it is for and prints the result as JSON::
+ref (``pull+extract``: only connected), waits there for a line on stdin, and then does what it is for and
+prints the result as JSON::
 
     LAZYFARM_STATE_DIR=… python -m tests.demo.driver extract 127.0.0.1:5000/demo:1 --node n1
 """
@@ -22,15 +23,17 @@ from lazyfarm import Farm
 
 async def _drive(do: str, image: str, node: str | None) -> dict[str, Any]:
     async with await Farm.connect() as farm:
-        ref = await farm.pull(image)
-        _say({"ready": os.getpid(), "ref": ref.id})
-        # Readers of stdin in a thread: renewals and credentials go on meanwhile.
+        ref = None if do == "pull+extract" else await farm.pull(image)
+        _say({"ready": os.getpid()})
+        # Read in a thread: renewals and answers for credentials go on meanwhile.
         await asyncio.to_thread(sys.stdin.readline)
         began = time.monotonic()
+        if ref is None:
+            ref = await farm.pull(image)
         if do == "unlazy":
             result = await ref.unlazy()
             return {"layers": _layers(result.layers), "seconds": time.monotonic() - began}
-        extracted = await ref.extract(node=node)
+        extracted = await ref.extract(node)
         return {
             "node": extracted.node,
             "path": str(extracted.path),
@@ -59,7 +62,7 @@ def _say(line: dict[str, Any]) -> None:
 def main() -> int:
     """Drive; exit 1 with the error as JSON where it fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.demo.driver")
-    parser.add_argument("do", choices=["unlazy", "extract"])
+    parser.add_argument("do", choices=["unlazy", "extract", "pull+extract"])
     parser.add_argument("image")
     parser.add_argument("--node", help="extract there")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Everything that the demo's steps stand on: registries, a thin link, and a farm of three nodes."""
+"""Everything that the demo's steps and the benchmarks stand on: registries, a thin link, and a farm of three nodes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cluster.config import Config
 from lazyfarm.settings import load_running
 from storage.connect import connect_sync
 from storage.keys import Keys
@@ -40,10 +41,7 @@ name = "demo"
 nodes = {nodes}
 node_cpus = 1
 
-[fetch]
-part_bytes = {part_bytes}
-parallel_from_bytes = {parallel_from_bytes}
-ranges_per_layer = {ranges}
+{more}
 """
 
 
@@ -61,11 +59,9 @@ class Owner:
 class Stage:
     """Set up on entering, gone without a trace on leaving, whatever happened in between."""
 
-    part_bytes = 5 * _MIB
-    ranges_per_layer = 3
-
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], config: str = "") -> None:
         self.say = say
+        self._config = config
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -103,17 +99,27 @@ class Stage:
         environment = {"DOCKER_CONFIG": str(self._docker_config())} if with_credentials else None
         return self._farm.driver(do, image, node=node, environment=environment)
 
+    @property
+    def config(self) -> Config:
+        """Return the farm's configuration, with the addresses of what runs."""
+        return load_running(self._farm.state_dir, {}).config
+
+    def workers(self) -> dict[str, int]:
+        """Return each fetch worker's process ID by its node."""
+        actors = self._farm.cli("status", may_fail=True)["actors"]
+        return {actor["node"]: actor["pid"] for actor in actors if actor["kind"] == "fetch-worker"}
+
     def nodes(self) -> list[str]:
         """Return the live nodes' names."""
         return [node["id"] for node in self._farm.cli("status", may_fail=True)["nodes"] if node["alive"]]
 
     def owner(self, digest: str) -> Owner | None:
         """Return who owns the flight of a blob; None where there is none, or nobody knows it yet."""
-        settings = load_running(self._farm.state_dir, {})
-        link = connect_sync(settings.config.redis)
+        config = self.config
+        link = connect_sync(config.redis)
         try:
             [found] = link.run_many(
-                [("flight_state", (Keys(settings.config.farm.name).prefix, f"blob:{digest}"))], may_repeat=True
+                [("flight_state", (Keys(config.farm.name).prefix, f"blob:{digest}"))], may_repeat=True
             )
         finally:
             link.close()
@@ -142,9 +148,13 @@ class Stage:
         """Return the reference of an image of the open registry, over the thin link."""
         return f"{self._link.host}/{name}"
 
+    def direct_reference(self, name: str) -> str:
+        """Return the reference of an image of the open registry, past the link."""
+        return f"{self._registry.host}/{name}"
+
     def push(self, image: LayoutImage, name: str) -> None:
         """Push an image to the open registry, past the link."""
-        push(image, f"{self._registry.host}/{name}")
+        push(image, self.direct_reference(name))
 
     def private_reference(self, name: str) -> str:
         """Return the reference of an image of the registry with a token server."""
@@ -180,14 +190,7 @@ class Stage:
 
     def _farm_up(self) -> None:
         config = self.directory / "demo.toml"
-        config.write_text(
-            _CONFIG.format(
-                nodes=NODES,
-                part_bytes=self.part_bytes,
-                parallel_from_bytes=2 * self.part_bytes,
-                ranges=self.ranges_per_layer,
-            )
-        )
+        config.write_text(_CONFIG.format(nodes=NODES, more=self._config))
         began = time.monotonic()
         up = self._farm.cli("up", "--config", str(config))
         self.say(

@@ -21,6 +21,15 @@ CALLERS = 8
 _MEETING_S = 8.0
 #: Parts that the owner has moved when it is killed.
 _PARTS_BEFORE_KILL = 3
+_PART_BYTES = 5 << 20
+_RANGES_PER_LAYER = 3
+#: The farm's settings: parts of S3's least size, so that a layer has many.
+CONFIG = f"""\
+[fetch]
+part_bytes = {_PART_BYTES}
+parallel_from_bytes = {2 * _PART_BYTES}
+ranges_per_layer = {_RANGES_PER_LAYER}
+"""
 _PROGRAMS = (("/srv/app/hello",), ("/bin/sh", "-c", "echo hello from $0 in a layer"), ("/bin/busybox", "echo", "hello"))
 
 
@@ -135,7 +144,7 @@ def one_of_each_request(stage: Stage, image: LayoutImage) -> list[Row]:
 def owner_killed(stage: Stage, image: LayoutImage) -> list[Row]:
     """Kill -9 the process that fetches the biggest layer: another node takes over and resumes."""
     biggest = max(image.layers, key=lambda layer: layer.size_bytes)
-    if biggest.size_bytes < 2 * _PARTS_BEFORE_KILL * stage.part_bytes:
+    if biggest.size_bytes < 2 * _PARTS_BEFORE_KILL * _PART_BYTES:
         return [that("biggest layer", ok=True, value=f"{biggest.size_bytes / 1e6:.1f} MB: no time to kill", wanted="-")]
     variant = padded(image, stage.directory / "variant-killed", records=2)
     stage.push(variant, "demo/killed:1")
@@ -161,7 +170,7 @@ def owner_killed(stage: Stage, image: LayoutImage) -> list[Row]:
                 failed.append((node, str(error)))
             else:
                 ended += 1
-    spare_bytes = stage.ranges_per_layer * stage.part_bytes
+    spare_bytes = _RANGES_PER_LAYER * _PART_BYTES
     bystanders_failed = [error for node, error in failed if node != before.node]
     return [
         at_least("parts done when the owner is killed -9", before.parts, _PARTS_BEFORE_KILL, f"  (pid {before.pid})"),
