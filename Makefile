@@ -59,7 +59,7 @@ packages-test:
 
 .PHONY: environment
 environment: .venv/.is-current
-	@$(bin)/python -m storage.services.swift ensure
+	@$(bin)/python -c 'from storage.services.swift_environment import ensure_environment; ensure_environment()'
 
 .venv/.is-current: requirements.lock pyproject.toml .ci/environment | packages
 	@.ci/environment
