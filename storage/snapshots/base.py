@@ -1,0 +1,157 @@
+"""What both snapshotters do alike: unpack a layer in staging, check it, publish it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from cluster.descriptor import Descriptor
+from cluster.digest import EMPTY_CHAIN, Digest
+from cluster.errors import DiffIdMismatchError, LayerError, SnapshotError
+from cluster.ports import AppliedLayer, ByteStream
+from storage.snapshots.attributes import AttributeWriter, Ledger
+from storage.snapshots.diff import Changes, compare, write_layer
+from storage.snapshots.inflate import DamagedStreamError, LayerStream
+from storage.snapshots.names import shown
+from storage.snapshots.store import Store
+from storage.snapshots.tar import TarError, TarReader
+from storage.snapshots.tree import Tree
+from storage.snapshots.unpack import Unpacker
+
+
+class LayeredSnapshotter(ABC):
+    """A :class:`cluster.ports.Snapshotter` but for what a snapshot looks like on disk.
+
+    Args:
+        root: A directory of the node; several snapshotters and processes may share it.
+    """
+
+    name: str
+
+    def __init__(self, root: Path) -> None:
+        try:
+            self._store = Store(root / self.name)
+        except OSError as exc:
+            raise SnapshotError(str(root), "opening", str(exc)) from exc
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self._store.root.parent)!r})"
+
+    # -- what differs --
+
+    @abstractmethod
+    def _new_ledger(self) -> Ledger | None:
+        """Return where to record what can't be made; None where everything must be."""
+
+    @abstractmethod
+    def _tree(self, chain: Digest, doing: str) -> Tree:
+        """Return the tree of a published snapshot."""
+
+    @abstractmethod
+    def _finish(self, unpacker: Unpacker, writer: AttributeWriter, staged: Path, parent: Digest | None) -> None:
+        """Make of the unpacked layer in ``staged/fs`` what is published; *parent* is there."""
+
+    @abstractmethod
+    def _own_changes(self, chain: Digest, parent: Digest | None) -> Changes | None:
+        """Return what *chain* changes of *parent* where that can be read off; None where trees must be compared."""
+
+    # -- the port --
+
+    def has(self, chain: Digest) -> bool:
+        """Tell whether the snapshot of *chain* is published on this node."""
+        return chain == EMPTY_CHAIN or self._store.info(chain) is not None
+
+    def apply(
+        self,
+        *,
+        chain: Digest,
+        parent: Digest | None,
+        layer: Descriptor,
+        stream: ByteStream,
+        await_parent: Callable[[], None],
+    ) -> AppliedLayer:
+        """Unpack a layer and publish it; see the port."""
+        below = None if parent == EMPTY_CHAIN else parent
+        has_waited = False
+
+        def lower() -> Tree | None:
+            nonlocal has_waited
+            if below is None:
+                return None
+            if not has_waited:
+                await_parent()
+                has_waited = True
+            return self._tree(below, "unpacking onto")
+
+        try:
+            with self._store.stage() as staged:
+                files = staged / "fs"
+                files.mkdir(mode=0o700)
+                writer = AttributeWriter(self._new_ledger())
+                with Unpacker(layer=layer.digest, root=bytes(files), writer=writer, lower=lower) as unpacker:
+                    diff_id, tar_bytes = _unpack(unpacker, layer, stream)
+                    if layer.diff_id is not None and diff_id != layer.diff_id:
+                        raise DiffIdMismatchError(layer.digest, layer.diff_id, diff_id)
+                    lower()
+                    self._finish(unpacker, writer, staged, below)
+                return AppliedLayer(
+                    diff_id=diff_id,
+                    tar_bytes=tar_bytes,
+                    content_bytes=unpacker.content_bytes,
+                    entries=unpacker.entries,
+                    was_published=self._store.publish(staged, chain=chain, parent=below, diff_id=diff_id),
+                )
+        except OSError as exc:
+            raise SnapshotError(chain, "unpacking", str(exc)) from exc
+
+    def snapshots(self) -> Iterable[Digest]:
+        """List the published snapshots."""
+        return self._store.snapshots()
+
+    def remove(self, chain: Digest) -> None:
+        """Remove the snapshot; does nothing where there is none."""
+        try:
+            self._store.remove(chain)
+        except OSError as exc:
+            raise SnapshotError(chain, "removing", str(exc)) from exc
+
+    def diff(self, chain: Digest, parent: Digest | None, out: BinaryIO) -> Digest:
+        """Write the layer tar that makes *chain* out of *parent*; see the port."""
+        below = None if parent == EMPTY_CHAIN else parent
+        try:
+            changes = self._own_changes(chain, below)
+            if changes is None:
+                changes = compare(
+                    None if chain == EMPTY_CHAIN else self._tree(chain, "comparing"),
+                    None if below is None else self._tree(below, "comparing"),
+                )
+            return write_layer(changes, out)
+        except OSError as exc:
+            raise SnapshotError(chain, "comparing", str(exc)) from exc
+
+    def settle(self) -> int:
+        """Flush what was published to the disk, so that a crash of the machine doesn't cost it; return how much.
+
+        Until then a snapshot lasts as long as the machine does. May take seconds; once a minute is plenty.
+        """
+        try:
+            return self._store.settle()
+        except OSError as exc:
+            raise SnapshotError(str(self._store.root), "settling", str(exc)) from exc
+
+
+def _unpack(unpacker: Unpacker, layer: Descriptor, stream: ByteStream) -> tuple[Digest, int]:
+    """Unpack a whole stream; return diff ID and length of its tar."""
+    try:
+        with LayerStream(stream, layer.compression) as source:
+            reader = TarReader(source.next)
+            while (entry := reader.next()) is not None:
+                unpacker.add(entry, reader)
+            reader.drain()
+            return source.digest, source.length
+    except TarError as exc:
+        raise LayerError(layer.digest, shown(exc.entry), exc.reason) from exc
+    except DamagedStreamError as exc:
+        raise LayerError(layer.digest, "", f"its {layer.compression.value} stream is damaged: {exc}") from exc

@@ -1,0 +1,119 @@
+"""Snapshots that share their files: a layer each, merged by overlayfs when mounted."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from cluster.digest import Digest
+from cluster.errors import SnapshotError
+from storage.snapshots.attributes import AttributeWriter
+from storage.snapshots.base import LayeredSnapshotter
+from storage.snapshots.diff import Changes, read_upper
+from storage.snapshots.mounts import Mounts
+from storage.snapshots.store import short_name
+from storage.snapshots.tree import Tree
+from storage.snapshots.unpack import Unpacker
+
+
+class OverlaySnapshotter(LayeredSnapshotter):
+    """Keeps a layer's own files, and whiteouts as overlayfs has them. Needs root.
+
+    Layers are unpacked side by side: one waits for what is below only where it must look there.
+    """
+
+    name = "overlay"
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._mounts = Mounts(self._store.root)
+
+    def mount(self, chain: Digest, name: str) -> Path:
+        """Mount the snapshot read-only under *name*; see the port."""
+        chains = self._store.chain(chain, "mounting")
+        layers = [f"{short_name(each)}/fs" for each in chains]
+        return self._mounts.mount(name, chain, self._store.published, layers)
+
+    def unmount(self, name: str) -> None:
+        """Undo :meth:`mount`; does nothing where there is no such mount."""
+        self._mounts.unmount(name)
+
+    def mounts(self) -> dict[str, Path]:
+        """Return the live mounts by name, those that an earlier process made too."""
+        return self._mounts.mounts()
+
+    def recover(self) -> list[str]:
+        """Remove abandoned staging directories, unsure snapshots and mounts that show nothing published.
+
+        A mount whose snapshot is there stays: mounts outlive the process that made them, and programs may
+        run from them. :meth:`mounts` lists it, for whoever knows whether it is still wanted.
+        """
+        try:
+            removed = self._store.recover()
+            for name, chain in self._mounts.chains().items():
+                if chain is None or not self._is_whole(chain):
+                    self._mounts.unmount(name)
+                    removed.append(f"mnt/{name}")
+            return removed + self._mounts.recover()
+        except OSError as exc:
+            raise SnapshotError(str(self._store.root), "recovering", str(exc)) from exc
+
+    def _is_whole(self, chain: Digest) -> bool:
+        try:
+            self._store.chain(chain, "recovering")
+        except SnapshotError:
+            return False
+        return True
+
+    def _new_ledger(self) -> None:
+        return None
+
+    def _tree(self, chain: Digest, doing: str) -> Tree:
+        return Tree([bytes(self._store.files(each)) for each in self._store.chain(chain, doing)])
+
+    def _finish(
+        self,
+        unpacker: Unpacker,
+        writer: AttributeWriter,
+        staged: Path,
+        parent: Digest | None,  # noqa: ARG002  # the unpacker knows what is below
+    ) -> None:
+        root = bytes(staged / "fs")
+        for path in unpacker.directories:
+            directory = root + b"/" + path
+            # Only where there is something to hide: overlayfs shows whiteouts of a directory that it needn't
+            # merge, and a single layer is mounted as it is.
+            for name in unpacker.deleted_in(path):
+                os.mknod(directory + b"/" + name, stat.S_IFCHR, 0)
+            if unpacker.hides_below(path):
+                os.setxattr(directory, "trusted.overlay.opaque", b"y")
+            writer.write(directory, path, unpacker.attributes_of(path))
+
+    def _own_changes(self, chain: Digest, parent: Digest | None) -> Changes | None:
+        if not self._store.has_parent(chain, parent):
+            return None
+        lower = None if parent is None else self._tree(parent, "comparing")
+        return read_upper(bytes(self._store.files(chain)), self._tree(chain, "comparing"), lower)
+
+
+def can_mount(root: Path) -> bool:
+    """Tell whether this process can mount overlays of directories under *root*: by doing it."""
+    if os.geteuid() != 0:
+        return False
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=root, prefix="probe-") as scratch:
+        base = Path(scratch)
+        for layer in ("a", "b"):
+            (base / layer).mkdir()
+        chain = Digest("probe")
+        try:
+            os.mknod(base / "a" / "whiteout", stat.S_IFCHR, 0)
+            os.setxattr(base / "a", "trusted.overlay.opaque", b"y")
+            mounts = Mounts(base / "mounts")
+            mounts.mount("probe", chain, base, ["a", "b"])
+            mounts.unmount("probe")
+        except (OSError, SnapshotError):
+            return False
+    return True
