@@ -112,8 +112,10 @@ def program_from_root(stage: Stage, reference: str) -> list[Row]:
     command = next((command for command in _PROGRAMS if os.path.lexists(root / command[0][1:])), None)
     if command is None:
         return [that("a program from the extracted root", ok=True, value="the image has no shell", wanted="-")]
+    # Without root: root of a namespace of its own, which may change its root directory too.
+    as_root = [] if os.geteuid() == 0 else ["unshare", "--map-root-user"]
     done = subprocess.run(
-        ["chroot", str(root), *command],
+        [*as_root, "chroot", str(root), *command],
         capture_output=True,
         text=True,
         check=False,
