@@ -109,8 +109,10 @@ class RedisHostLimiter:
                 del self._waiting[host]
 
     def _nudge(self, host: str) -> None:
-        if waiting := self._waiting.get(host):
-            waiting[0].set()
+        for nudged in self._waiting.get(host, ()):
+            if not nudged.is_set():
+                nudged.set()
+                return
 
     def _renew_while_held(self) -> None:
         if self._renewing is None or self._renewing.done():

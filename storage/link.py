@@ -223,13 +223,23 @@ class RedisLink:
         return self._checked(reply)
 
     def run_soon(self, name: str, prefix: str, *args: Argument) -> None:
-        """Send the script without waiting; the outcome is nobody's affair. It is sent before what is submitted later.
+        """Send the script without waiting; its outcome is nobody's affair. What is submitted later runs later.
 
-        The source goes along each time the server might have lost it: never, in practice, as :meth:`run`
-        of the same name came first; if it has, this call does nothing.
+        (But for the first time a server sees the script: then it runs one round trip later.)
         """
-        future = self._submit(pack(("EVALSHA", script(name).sha, 1, prefix, *args)), 1, may_repeat=False)
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        lua = script(name)
+
+        def again_with_source(done: asyncio.Future[list[Reply]]) -> None:
+            if done.cancelled() or done.exception() is not None or self._is_closed:
+                return
+            (reply,) = done.result()
+            if isinstance(reply, ReplyError) and error_code(reply) == "NOSCRIPT":
+                again = self._submit(pack(("EVAL", lua.source, 1, prefix, *args)), 1, may_repeat=False)
+                again.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+        if not self._is_closed:
+            first = self._submit(pack(("EVALSHA", lua.sha, 1, prefix, *args)), 1, may_repeat=False)
+            first.add_done_callback(again_with_source)
 
     def subscribe(self, channel: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Subscribe to a channel; entered means subscribed.

@@ -1,0 +1,227 @@
+"""What every HostLimiter promises: memory, Redis 7 and Redis 6.2 alike."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+
+import pytest
+
+from cluster.errors import DeadlineExceededError
+from storage.limits import SLOT_TTL_S
+from tests.doubles.stores import LIMIT, RedisFarm
+
+HOST = "registry.example:5000"
+SOON_S = 0.1
+LONG_S = 20.0
+
+
+async def is_free(limiter, host=HOST) -> bool:
+    """Tell whether one more slot can be had."""
+    try:
+        async with limiter.slot(host, deadline_s=SOON_S):
+            return True
+    except DeadlineExceededError:
+        return False
+
+
+async def hold(stack: AsyncExitStack, limiter, count: int) -> None:
+    for _ in range(count):
+        await stack.enter_async_context(limiter.slot(HOST, deadline_s=LONG_S))
+
+
+async def test_no_more_than_the_limit_are_under_way(stores):
+    """With every slot held the next waits, up to its deadline, and gets one as soon as one is given back."""
+    async with AsyncExitStack() as held:
+        await hold(held, stores.limiter, LIMIT)
+
+        with pytest.raises(DeadlineExceededError, match=HOST):
+            async with stores.limiter.slot(HOST, deadline_s=SOON_S):
+                pass
+
+    assert await is_free(stores.limiter)
+
+
+async def test_the_limit_is_the_clusters(redis_any):
+    """Slots held by one process count for every other."""
+    async with two_processes(redis_any) as (one, two), AsyncExitStack() as held:
+        await hold(held, one.limiter, LIMIT - 1)
+        await hold(held, two.limiter, 1)
+
+        assert not await is_free(one.limiter)
+        assert not await is_free(two.limiter)
+
+
+async def test_hosts_have_limits_of_their_own(stores):
+    """A host whose slots are all held takes nothing from another."""
+    async with AsyncExitStack() as held:
+        await hold(held, stores.limiter, LIMIT)
+
+        assert await is_free(stores.limiter, "other.example")
+
+
+async def test_the_limit_holds_under_load(stores):
+    """Many requests at once, some cancelled: never more under way than the limit, and all of them end."""
+    under_way = most = done = 0
+
+    async def request():
+        nonlocal under_way, most, done
+        async with stores.limiter.slot(HOST, deadline_s=LONG_S):
+            under_way += 1
+            most = max(most, under_way)
+            try:
+                await asyncio.sleep(0)
+            finally:
+                under_way -= 1
+            done += 1
+
+    tasks = [asyncio.create_task(request()) for _ in range(40)]
+    await asyncio.sleep(0)
+    for task in tasks[::8]:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert most <= LIMIT
+    assert done == 35
+    assert await is_free(stores.limiter)
+
+
+async def test_who_waits_longest_is_next(stores):
+    """Slots are given in the order of arrival."""
+    order = []
+
+    async def request(number):
+        async with stores.limiter.slot(HOST, deadline_s=LONG_S):
+            order.append(number)
+
+    async with AsyncExitStack() as held:
+        await hold(held, stores.limiter, LIMIT - 1)
+        last = stores.limiter.slot(HOST, deadline_s=LONG_S)
+        await last.__aenter__()
+        tasks = []
+        for number in range(4):
+            tasks.append(asyncio.create_task(request(number)))
+            await asyncio.sleep(0.01)  # the order of arrival is by the store's clock
+        await last.__aexit__(None, None, None)
+        await asyncio.gather(*tasks)
+
+    assert order == [0, 1, 2, 3]
+
+
+async def test_a_cancelled_waiter_loses_its_place(stores):
+    """Who is cancelled while it waits holds up nobody."""
+    async with AsyncExitStack() as held:
+        await hold(held, stores.limiter, LIMIT)
+        waiting = asyncio.create_task(is_free(stores.limiter))
+        await asyncio.sleep(0.02)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    assert await is_free(stores.limiter)
+
+
+async def test_a_429_halves_the_limit_once_a_burst(stores):
+    """Each burst of 429s halves the limit, never below 1."""
+    for allowed in (LIMIT // 2, LIMIT // 4, 1, 1):
+        await stores.limiter.throttled(HOST, 0.0)
+        await stores.limiter.throttled(HOST, 0.0)
+        async with AsyncExitStack() as held:
+            await hold(held, stores.limiter, allowed)
+            assert not await is_free(stores.limiter)
+        stores.pass_time(1.5)
+
+
+async def test_successes_bring_the_limit_back(stores):
+    """Additive increase: about as many successes as the limit is high raise it by one, up to the configured."""
+    await stores.limiter.throttled(HOST, 0.0)
+    for _ in range(4):
+        await stores.limiter.succeeded(HOST)
+    async with AsyncExitStack() as held:
+        await hold(held, stores.limiter, LIMIT // 2 + 1)
+        assert not await is_free(stores.limiter)
+
+    for _ in range(30):
+        await stores.limiter.succeeded(HOST)
+    async with AsyncExitStack() as held:
+        await hold(held, stores.limiter, LIMIT)
+        assert not await is_free(stores.limiter)
+
+
+async def test_nobody_asks_before_retry_after(stores):
+    """After a 429 with Retry-After no slot is given, free or not, until that is over."""
+    await stores.limiter.throttled(HOST, 30.0)
+    await stores.limiter.throttled(HOST, 1.0)
+
+    stores.pass_time(20)
+    assert not await is_free(stores.limiter)
+    stores.pass_time(11)
+    assert await is_free(stores.limiter)
+
+
+async def test_entering_costs_one_round_trip_and_leaving_none(redis_farm):
+    """With a slot free, one command is sent on entering, and leaving doesn't wait for its own."""
+    limiter = redis_farm.stores().limiter
+    assert await is_free(limiter)  # the scripts are known from here on
+    assert await is_free(limiter)
+    link = redis_farm.links[0]
+    before = await calls(link)
+
+    context = limiter.slot(HOST, deadline_s=LONG_S)
+    await context.__aenter__()
+    entered = await calls(link)
+    leaving = context.__aexit__(None, None, None)
+    with pytest.raises(StopIteration):
+        leaving.send(None)  # ran through without waiting for anything
+
+    assert entered - before == 1
+
+
+async def test_a_dead_holders_slot_comes_back(redis_farm):
+    """A slot that nobody renews is free again after its time; one that is renewed is not."""
+    dead, alive = redis_farm.stores(), redis_farm.stores()
+    held = [dead.limiter.slot(HOST, deadline_s=LONG_S) for _ in range(LIMIT)]
+    for slot in held:
+        await slot.__aenter__()
+    dead.limiter._renewing.cancel()  # as kill -9 does
+
+    assert not await is_free(alive.limiter)
+    dead.pass_time(SLOT_TTL_S + 1)
+    assert await is_free(alive.limiter)
+
+
+async def test_waiting_is_no_busy_loop(redis_farm):
+    """Waiters ask a few times a second, rarer the more come before."""
+    limiter = redis_farm.stores().limiter
+    async with AsyncExitStack() as held:
+        await hold(held, limiter, LIMIT)
+        before, started = await calls(redis_farm.links[0]), time.monotonic()
+
+        await asyncio.gather(*(is_free(limiter) for _ in range(20)))
+
+        asked = await calls(redis_farm.links[0]) - before
+        assert asked / (time.monotonic() - started) / 20 < 60
+
+
+async def calls(link) -> int:
+    """Return how many scripts the server has run for this farm's client."""
+    stats = (await link.execute("INFO", "commandstats")).decode()
+    return sum(
+        int(line.partition("calls=")[2].partition(",")[0]) for line in stats.splitlines() if "cmdstat_eval" in line
+    )
+
+
+def two_processes(redis_any):
+    """Two clients of one farm, as two processes are."""
+    return _TwoProcesses(redis_any)
+
+
+class _TwoProcesses:
+    def __init__(self, server):
+        self._farm = RedisFarm(server.config)
+
+    async def __aenter__(self):
+        return self._farm.stores(), self._farm.stores()
+
+    async def __aexit__(self, *exc):
+        await self._farm.close()
