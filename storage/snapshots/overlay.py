@@ -14,7 +14,7 @@ from storage.snapshots.base import LayeredSnapshotter
 from storage.snapshots.diff import Changes, read_upper
 from storage.snapshots.mounts import Mounts
 from storage.snapshots.store import short_name
-from storage.snapshots.tree import Tree
+from storage.snapshots.tree import Tree, is_opaque
 from storage.snapshots.unpack import Unpacker
 
 
@@ -32,8 +32,7 @@ class OverlaySnapshotter(LayeredSnapshotter):
 
     def mount(self, chain: Digest, name: str) -> Path:
         """Mount the snapshot read-only under *name*; see the port."""
-        chains = self._store.chain(chain, "mounting")
-        layers = [f"{short_name(each)}/fs" for each in chains]
+        layers = [f"{short_name(each)}/fs" for each in self._layers(chain, "mounting")]
         return self._mounts.mount(name, chain, self._store.published, layers)
 
     def unmount(self, name: str) -> None:
@@ -71,7 +70,19 @@ class OverlaySnapshotter(LayeredSnapshotter):
         return None
 
     def _tree(self, chain: Digest, doing: str) -> Tree:
-        return Tree([bytes(self._store.files(each)) for each in self._store.chain(chain, doing)])
+        return Tree([bytes(self._store.files(each)) for each in self._layers(chain, doing)])
+
+    def _layers(self, chain: Digest, doing: str) -> list[Digest]:
+        """Return the layers that are seen in *chain*, uppermost first.
+
+        Overlayfs ignores the opaque mark of a layer's root: what is below one is left out here.
+        """
+        layers: list[Digest] = []
+        for each in self._store.chain(chain, doing):
+            layers.append(each)
+            if is_opaque(bytes(self._store.files(each))):
+                break
+        return layers
 
     def _finish(
         self,
