@@ -252,7 +252,7 @@ class TarReader:
                 self._read_pax_map(entry, sparse)
         elif kind == _GNU_SPARSE:
             self._read_gnu_map(entry, block)
-        elif kind in _KNOWN:
+        elif entry.kind in _KNOWN:
             entry.size = 0
         else:
             raise TarError(f"unknown type {kind!r}", self._name)
