@@ -88,3 +88,8 @@ def pull_scope(repository: str) -> str:
 def push_scope(repository: str) -> str:
     """Return the scope that writing to *repository* needs."""
     return f"repository:{repository}:pull,push"
+
+
+def drop_scope(repository: str) -> str:
+    """Return the scope that dropping an upload needs: distribution asks for ``delete`` there."""
+    return f"repository:{repository}:delete,pull,push"

@@ -95,7 +95,20 @@ class AuthorizationPool:
     def _slot(self, authorizer: Authorizer, endpoint: Endpoint, scopes: tuple[str, ...]) -> _Slot:
         slots = self._slots.setdefault(authorizer, {})
         identity = authorizer.identity(endpoint.registry)
-        return slots.setdefault((identity, endpoint.registry, endpoint.plain_http, merge_scopes(scopes)), _Slot())
+        key = (identity, endpoint.registry, endpoint.plain_http, merge_scopes(scopes))
+        found = slots.get(key)
+        if found is None:
+            self._tidy(slots)
+            found = slots[key] = _Slot()
+        return found
+
+    def _tidy(self, slots: dict[_Key, _Slot]) -> None:
+        """Forget what is over: a session that lives long pulls from many repositories."""
+        now_s = self._clock()
+        for key, slot in list(slots.items()):
+            # One that is being asked for has nothing yet, and somebody who waits for it.
+            if not slot.lock.locked() and (slot.held is None or slot.held.until_s <= now_s):
+                del slots[key]
 
     async def _ask(
         self,

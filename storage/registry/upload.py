@@ -23,7 +23,7 @@ from cluster.errors import (
 from cluster.ports import Authorizer, ByteStream
 from storage.registry.answers import FORBIDDEN, UNAUTHORIZED, error_detail
 from storage.registry.calls import ACCEPTED, CREATED, Call, RegistryCalls, expect
-from storage.registry.challenge import pull_scope, push_scope
+from storage.registry.challenge import drop_scope, pull_scope, push_scope
 from storage.registry.endpoint import Endpoint
 from storage.registry.pool import AuthorizationPool
 from storage.registry.pump import StreamPump
@@ -91,7 +91,7 @@ class Uploader:
         if answer.status == ACCEPTED:
             # Not mounted: the registry began an upload instead.
             location = _location(endpoint, url, answer)
-            await self._drop(endpoint, location, call.scopes, authorizer)
+            await self._drop(endpoint, location, authorizer)
         return answer.status == CREATED
 
     async def upload(self, upload: Upload) -> None:
@@ -123,7 +123,7 @@ class Uploader:
             )
         except BaseException:
             # Also when cancelled: an upload that nobody ends stays in the registry's storage for a week.
-            await asyncio.shield(self._drop(upload.endpoint, location, upload.scopes, upload.authorizer))
+            await asyncio.shield(self._drop(upload.endpoint, location, upload.authorizer))
             raise
 
     async def _put(self, upload: Upload, url: str) -> None:
@@ -138,6 +138,7 @@ class Uploader:
         except ClusterError as exc:
             await self._calls.tell_limiter(upload.endpoint, exc)
             raise
+        await self._calls.tell_limiter(upload.endpoint, None)
         if answer.status == UNAUTHORIZED and own:
             # The token expired between POST and PUT; the next try, from the start, has another.
             await self._authorizations.renew(
@@ -186,7 +187,7 @@ class Uploader:
                 raise pump.error from exc
             raise
 
-    async def _drop(self, endpoint: Endpoint, location: str, scopes: tuple[str, ...], authorizer: Authorizer) -> None:
+    async def _drop(self, endpoint: Endpoint, location: str, authorizer: Authorizer) -> None:
         """Drop an upload that was begun; best effort, as registries drop them by themselves in the end."""
         if not _is_own(endpoint, location):
             return
@@ -194,7 +195,9 @@ class Uploader:
             method="DELETE",
             url=location,
             endpoint=endpoint,
-            scopes=scopes,
+            # A right that not everybody who may push has. Its token is one of its own, so that a refusal here
+            # doesn't cost the other.
+            scopes=(drop_scope(endpoint.repository),),
             authorizer=authorizer,
             what=f"dropping an upload to {endpoint.source}",
         )

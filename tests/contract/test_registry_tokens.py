@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import io
 import weakref
 
 import pytest
 
 from cluster.config import Config, RegistryConfig
+from cluster.descriptor import Descriptor
 from cluster.digest import digest_of
 from cluster.errors import AccessDeniedError, InsecureRegistryError, RateLimitedError, RegistryProtocolError
 from cluster.ports import Authorization, AuthRequest
@@ -19,7 +21,7 @@ from storage.registry.auth import CredentialAuthorizer
 from storage.registry.client import RegistryClient
 from storage.registry.credentials import Credential, CredentialSource
 from tests.doubles.registry import random_image
-from tests.doubles.registry_faults import Respond, manifests, registry_fault_proxy
+from tests.doubles.registry_faults import Respond, manifests, registry_fault_proxy, uploads
 
 pytestmark = pytest.mark.registry
 
@@ -284,8 +286,29 @@ async def test_a_blob_is_mounted_only_with_rights_to_both(private, client, as_us
     assert await client.mount_blob(to_carol, digest, "team/app", carol) is True
     assert private.tokens.requests[-1].scopes == ("repository:carol/copy:pull,push", "repository:team/app:pull")
     assert await client.mount_blob(to_dave, digest, "team/app", dave) is False
+    private.tokens.allow("", "", {"team/app": {"pull"}})
+    before = len(private.tokens.requests)
+    assert await client.mount_blob(to_carol, digest_of(b"none"), "team/app", carol) is False, "202"
+    assert await client.mount_blob(to_carol, digest, "team/app", carol) is True
+    dropping = {one.scopes for one in private.tokens.requests[before:]}
+    assert dropping == {("repository:carol/copy:delete,pull,push",)}, "a refused drop costs no other token"
     private.tokens.is_strict = True
     assert await client.mount_blob(to_dave, digest_of(b"other"), "team/app", dave) is False, "403 of the token server"
+
+
+async def test_a_token_that_ends_during_an_upload_is_renewed(private, client, as_user):
+    """A 401 to the PUT begins the upload anew with a fresh token."""
+    data = b"x" * 1_000_000
+    wanted = Descriptor(media_type="x/y", digest=digest_of(data), size_bytes=len(data))
+    with registry_fault_proxy(private.registry.url) as proxy:
+        alice = as_user(proxy.host, "alice", "wonderland")
+        challenge = f'Bearer realm="{private.tokens.url}/token",service="test-registry",error="invalid_token"'
+        proxy.script(Respond(401, {"WWW-Authenticate": challenge}), of=uploads)
+        target = ProviderHandle(registry=proxy.host, repository="team/app")
+        await client.upload_blob(target, wanted, lambda: contextlib.closing(io.BytesIO(data)), alice)
+        scopes = [one.scopes for one in private.tokens.requests]
+        assert scopes.count(("repository:team/app:pull,push",)) == 2
+        assert await client.blob_exists(target, wanted.digest, alice) == len(data)
 
 
 async def test_what_a_caller_was_authorized_with_goes_with_it(private, client, as_user):

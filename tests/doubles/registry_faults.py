@@ -227,9 +227,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self._forward(seen, fault)
 
     def _respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        # What of the request's body wasn't read would be taken for the next request.
+        # Read first: closing on unread bytes would reset the connection and may lose the answer.
         length = int(self.headers.get("Content-Length", 0))
-        self.close_connection = length > 0
+        while length > 0 and (chunk := self.rfile.read1(min(length, _CHUNK_BYTES))):
+            length -= len(chunk)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
