@@ -53,7 +53,6 @@ class Owner:
     node: str
     pid: int
     parts: int
-    current_bytes: int
 
 
 class Stage:
@@ -113,34 +112,25 @@ class Stage:
         """Return the live nodes' names."""
         return [node["id"] for node in self._farm.cli("status", may_fail=True)["nodes"] if node["alive"]]
 
-    def owner(self, digest: str) -> Owner | None:
-        """Return who owns the flight of a blob; None where there is none, or nobody knows it yet."""
+    def wait_owner(self, digest: str, *, min_parts: int = 0, other_than: str = "") -> Owner:
+        """Wait until the flight of a blob has an owner, not *other_than*, that has done *min_parts*."""
         config = self.config
+        call = ("flight_state", (Keys(config.farm.name).prefix, f"blob:{digest}"))
         link = connect_sync(config.redis)
+        deadline = time.monotonic() + _FLIGHT_DEADLINE_S
         try:
-            [found] = link.run_many(
-                [("flight_state", (Keys(config.farm.name).prefix, f"blob:{digest}"))], may_repeat=True
-            )
+            while time.monotonic() < deadline:
+                [found] = link.run_many([call], may_repeat=True)
+                if found is not None:
+                    _fence, name, _left_ms, _aborting, _current, _total, _waiters, parts = found
+                    if name.decode() != other_than and parts >= min_parts:
+                        # Flights know a worker as NODE/TOKEN.
+                        node = name.decode().partition("/")[0]
+                        return Owner(name=name.decode(), node=node, pid=self.workers()[node], parts=parts)
+                time.sleep(_POLL_S)
         finally:
             link.close()
-        if found is None:
-            return None
-        _fence, name, _left_ms, _aborting, current, _total, _waiters, parts = found
-        for actor in self._farm.cli("status", may_fail=True)["actors"]:
-            if name.decode().startswith(actor["name"]):
-                return Owner(
-                    name=actor["name"], node=actor["node"], pid=actor["pid"], parts=parts, current_bytes=int(current)
-                )
-        return None
-
-    def wait_owner(self, digest: str, *, wanted: Callable[[Owner], bool]) -> Owner:
-        """Wait until the flight of a blob has an owner that is *wanted*."""
-        deadline = time.monotonic() + _FLIGHT_DEADLINE_S
-        while time.monotonic() < deadline:
-            if (owner := self.owner(digest)) is not None and wanted(owner):
-                return owner
-            time.sleep(_POLL_S)
-        raise CommandFailedError(f"the flight of {digest} never had the owner that is waited for")
+        raise CommandFailedError(f"after {_FLIGHT_DEADLINE_S:.0f} s the flight of {digest} has no such owner")
 
     # -- registries ---------------------------------------------------------------------------------------
 

@@ -159,11 +159,11 @@ def owner_killed(stage: Stage, image: LayoutImage) -> list[Row]:
         with stage.thin(variant.size_bytes / (3 * _MEETING_S)):
             for driver in drivers:
                 driver.go()
-            before = stage.wait_owner(target.digest, wanted=lambda owner: owner.parts >= _PARTS_BEFORE_KILL)
+            before = stage.wait_owner(target.digest, min_parts=_PARTS_BEFORE_KILL)
             os.kill(before.pid, signal.SIGKILL)
-            stage.say(f"killed {before.name} (pid {before.pid}, node {before.node}) after {before.parts} parts")
-            after = stage.wait_owner(target.digest, wanted=lambda owner: owner.name != before.name)
-            stage.say(f"{after.name} (pid {after.pid}, node {after.node}) has taken over")
+            stage.say(f"killed the owner on {before.node} (pid {before.pid}) after {before.parts} parts")
+            after = stage.wait_owner(target.digest, other_than=before.name)
+            stage.say(f"{after.node} (pid {after.pid}) has taken over")
         ended, failed = 0, []
         for driver, node in zip(drivers, nodes, strict=True):
             try:
