@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 from cluster.config import Config, RegistryConfig
@@ -74,10 +74,8 @@ def examine(plain: Mapping[str, object]) -> tuple[Config, tuple[Fault, ...]]:
 
 def key_type(section: str, key: str) -> object | None:
     """Return the type of a key, for reading it from text; None where there is no such key."""
-    if section == REGISTRIES:
-        return get_type_hints(RegistryConfig).get(key)
-    hint = get_type_hints(Config).get(section)
-    return None if hint is None else get_type_hints(hint).get(key)
+    cls = RegistryConfig if section == REGISTRIES else get_type_hints(Config).get(section)
+    return None if cls is None else _types(cls).get(key)
 
 
 def keys() -> tuple[str, ...]:
@@ -92,7 +90,7 @@ def keys() -> tuple[str, ...]:
 
 def _section(prefix: str, rules: str, cls: Any, plain: Mapping[str, object], faults: list[Fault]) -> Any:
     """Build *cls* from a table; *prefix* is shown, *rules* (``registries.*``) finds the checks."""
-    hints = get_type_hints(cls)
+    hints = _types(cls)
     values: dict[str, object] = {}
     for name, raw in plain.items():
         key = f"{prefix}.{name}"
@@ -125,6 +123,11 @@ def _registries(plain: Mapping[str, object], faults: list[Fault]) -> dict[str, R
             faults.append(Fault(f"{prefix}.mirrors", "names the registry itself, which is tried last anyway"))
         found[host] = entry
     return found
+
+
+def _types(cls: Any) -> dict[str, object]:
+    """Return the types of a section's keys; a choice of words is text, its rule knows the words."""
+    return {key: str if get_origin(hint) is Literal else hint for key, hint in get_type_hints(cls).items()}
 
 
 _TUPLE_OF_TEXT = tuple[str, ...]

@@ -51,14 +51,14 @@ class Finding:
     advice: str = ""
 
 
-def examine(state_dir: Path | None, environ: Mapping[str, str]) -> list[Finding]:
+def examine(state_dir: Path | str | None, environ: Mapping[str, str]) -> list[Finding]:
     """Run every check; one that can't be run is a finding, too. What needs a running farm is left out without one."""
     findings = [_python(), _packages()]
     try:
         settings = load_settings(state_dir, None, environ)
     except ClusterError as exc:
         findings.append(Finding(check="configuration", ok="fail", detail=str(exc), advice=exc.hint))
-        settings = FarmSettings(state_dir=(state_dir or default_state_dir(environ)).absolute(), wanted=Config())
+        settings = FarmSettings(state_dir=Path(state_dir or default_state_dir(environ)).absolute(), wanted=Config())
     else:
         source = settings.config_file or "defaults"
         findings.append(Finding(check="configuration", ok="ok", detail=f"{source}, and the environment"))

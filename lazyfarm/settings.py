@@ -40,7 +40,9 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("HOME") or Path.home(), ".local", "state", "lazyfarm")
 
 
-def load_settings(state_dir: Path | None, config_file: Path | None, environ: Mapping[str, str]) -> FarmSettings:
+def load_settings(
+    state_dir: Path | str | None, config_file: Path | str | None, environ: Mapping[str, str]
+) -> FarmSettings:
     """Read and check everything that is set for one farm.
 
     Args:
@@ -62,7 +64,7 @@ def load_settings(state_dir: Path | None, config_file: Path | None, environ: Map
     return FarmSettings(state_dir=root, wanted=layers.check(), config_file=file, running=running)
 
 
-def load_running(state_dir: Path | None, environ: Mapping[str, str]) -> FarmSettings:
+def load_running(state_dir: Path | str | None, environ: Mapping[str, str]) -> FarmSettings:
     """Return what runs, with defaults for the rest: for ``down``, which a broken configuration must not stop.
 
     Raises:
@@ -75,8 +77,8 @@ def load_running(state_dir: Path | None, environ: Mapping[str, str]) -> FarmSett
     )
 
 
-def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()
+def _absolute(path: Path | str) -> Path:
+    return Path(path).expanduser().absolute()
 
 
 @dataclass(slots=True)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import typer
-from typer._click.exceptions import ClickException
 
 from cluster.errors import ClusterError
 from lazyfarm.cli.output import Output
@@ -22,7 +21,7 @@ DEBUG_VARIABLE = "LAZYFARM_DEBUG"
 
 
 @contextmanager
-def reporting(*, as_json: bool, state_dir: Path | None) -> Iterator[Output]:
+def reporting(*, as_json: bool, state_dir: str | None) -> Iterator[Output]:
     """Give a command its output; turn every error into one line, exit 1, and Ctrl-C into exit 130.
 
     An error that is none of ours is a bug: its traceback goes to the state directory's log, and to stderr
@@ -31,8 +30,8 @@ def reporting(*, as_json: bool, state_dir: Path | None) -> Iterator[Output]:
     out = Output(as_json=as_json)
     try:
         yield out
-    except (typer.Exit, typer.Abort, ClickException, BrokenPipeError):
-        raise  # exits that were meant, wrong usage (2), and a reader such as `head` that has seen enough
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise  # exits that were meant, and a reader such as `head` that has seen enough
     except KeyboardInterrupt:
         if as_json:
             out.error("Interrupted", "interrupted; this call's part was cancelled", "")
@@ -54,9 +53,9 @@ def _show_traceback(out: Output) -> None:
         out.stderr.write(traceback.format_exc())
 
 
-def _record(state_dir: Path | None) -> str:
+def _record(state_dir: str | None) -> str:
     """Append the traceback to the state directory's log; return where it is to be found."""
-    log = (state_dir or default_state_dir(os.environ)).expanduser() / "logs" / "crashes.log"
+    log = Path(state_dir or default_state_dir(os.environ)).expanduser() / "logs" / "crashes.log"
     try:
         if not log.parent.is_dir():
             raise FileNotFoundError

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from typer import _click as click
 from typer.core import TyperGroup
 
 from lazyfarm.cli.options import example
+from lazyfarm.cli.quick import spare_pydantic
 
 #: In the order of `lazyfarm --help`: from nothing to a pushed image, then what looks after it.
 COMMANDS = ("up", "down", "status", "doctor", "pull", "refs", "unlazy", "extract", "push", "leases")
@@ -19,17 +19,20 @@ COMMANDS = ("up", "down", "status", "doctor", "pull", "refs", "unlazy", "extract
 class LazyGroup(TyperGroup):
     """Commands by name. Importing all of them would cost each a tenth of a second."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+    # Any: typer's vendored click has no public name, and older releases use click itself.
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - click's signature
         """Return every command, in order."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - likewise
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002 - likewise
         """Import the command's file."""
         if cmd_name not in COMMANDS:
             return None
         return typer.main.get_command(import_module(f"lazyfarm.cli.{cmd_name}").app)
 
 
+spare_pydantic()
 app = typer.Typer(
     name="lazyfarm",
     cls=LazyGroup,

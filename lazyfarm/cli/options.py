@@ -1,14 +1,16 @@
-"""Options that every command has."""
+"""Options that every command has.
+
+Paths are declared as texts: see :mod:`lazyfarm.cli.quick`.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
 
 StateDirOption: TypeAlias = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--state-dir",
         metavar="DIR",

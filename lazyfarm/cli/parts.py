@@ -25,7 +25,7 @@ T = TypeVar("T")
 _CONNECT_S = 1.0
 
 
-def running_settings(state_dir: Path | None) -> FarmSettings:
+def running_settings(state_dir: str | None) -> FarmSettings:
     """Return the settings of a farm that was brought up.
 
     Raises:

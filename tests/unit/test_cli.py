@@ -1,0 +1,775 @@
+"""The command line against a farm that is made up: documents, exit codes, error lines, interrupts.
+
+The cluster's own tests run the same commands against a real farm.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+from rich.progress import Progress
+from typer.testing import CliRunner
+
+from cluster.descriptor import Descriptor
+from cluster.digest import digest_of
+from cluster.errors import DigestMismatchError, FarmNotRunningError, NodeNotFoundError, RefNotFoundError
+from cluster.lease import Lease
+from cluster.messages import ActorRecord, ExtractResult, LayerFetch, LayerPush, NodeRecord, PushResult, UnlazyResult
+from cluster.progress import LayerPhase, ProgressItem
+from cluster.provider import ProviderHandle
+from cluster.ref import BlobRecord, RefRecord, RefState, RefUsage
+from cluster.settings import FarmSettings, Running
+from lazyfarm.cli import down as down_command
+from lazyfarm.cli import driving, parts, up
+from lazyfarm.cli.human import duration, short, size
+from lazyfarm.cli.layers import LiveLayers, PlainLayers
+from lazyfarm.cli.main import COMMANDS, app
+from lazyfarm.cli.output import Output
+from storage.farm_file import write_running
+
+MIB = 1024**2
+IMAGE = "docker.io/library/debian:12"
+MANIFEST = digest_of(b"manifest")
+
+
+def layer(name, parent=None, *, present=False):
+    blob = Descriptor(
+        media_type="application/vnd.oci.image.layer.v1.tar+gzip",
+        digest=digest_of(name.encode()),
+        size_bytes=20 * MIB,
+        diff_id=digest_of(name.encode() + b"-diff"),
+    )
+    record = RefRecord.over(blob, parent.record if parent else None, IMAGE)
+    found = BlobRecord(digest=blob.digest, key="blobs/x", size_bytes=blob.size_bytes, etag="e", fence=1)
+    handle = ProviderHandle(registry="registry-1.docker.io", repository="library/debian")
+    return RefState(record=record, present=found if present else None, providers=(handle,))
+
+
+BOTTOM = layer("bottom", present=True)
+TOP = layer("top", BOTTOM)
+LAYERS = (BOTTOM, TOP)
+NODE = NodeRecord(id="n0", ray_id="f00", address="127.0.0.1", alive=True)
+SUPERVISOR = ActorRecord(name="supervisor-0.1.0", kind="supervisor", node="n0", pid=42, state="ready")
+
+
+class FakeRef:
+    id = TOP.record.id
+    image = IMAGE
+    digest = MANIFEST
+    layers = LAYERS
+    is_lazy = True
+
+    def __init__(self, farm):
+        self._farm = farm
+
+    async def unlazy(self, *, progress=None):
+        await self._farm.step(progress)
+        fetch = LayerFetch(
+            digest=TOP.record.blob.digest,
+            source="registry-1.docker.io/library/debian",
+            bytes_fetched=20 * MIB,
+            seconds=1.5,
+            joined=False,
+        )
+        return UnlazyResult(ref_id=self.id, layers=(fetch,))
+
+    async def extract(self, node=None, *, progress=None):
+        await self._farm.step(progress)
+        if node not in {None, "n0"}:
+            raise NodeNotFoundError(node)
+        return ExtractResult(ref_id=self.id, node="n0", path="/nodes/n0/mounts/x", seconds=2.0, layers=())
+
+    async def extract_everywhere(self, *, progress=None):
+        first = await self.extract(progress=progress)
+        return [first, ExtractResult(ref_id=self.id, node="n1", path="/nodes/n1/mounts/x", seconds=3.0, layers=())]
+
+
+class FakeFarm:
+    """Answers at once, or does what *step* says in the middle of a call."""
+
+    def __init__(self):
+        self.is_closed = False
+        self.error = None
+        self.blocks = None
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        self.is_closed = True
+
+    async def step(self, progress):
+        if progress is not None:
+            item = "fetch:" + TOP.record.blob.digest
+            for phase, moved in ((LayerPhase.FETCHING, 0), (LayerPhase.FETCHING, 1), (LayerPhase.DONE, 20 * MIB)):
+                progress(ProgressItem(item=item, phase=phase, current_bytes=moved, total_bytes=20 * MIB))
+        if self.blocks is not None:
+            await self.blocks()
+        if self.error is not None:
+            raise self.error
+
+    async def pull(self, image, *, platform=None, plain_http=False, progress=None):
+        await self.step(progress)
+        return FakeRef(self)
+
+    async def get(self, ref):
+        if ref == "unknown":
+            raise RefNotFoundError(ref)
+        return FakeRef(self)
+
+    async def push(self, ref, target, *, plain_http=False, progress=None):
+        await self.step(progress)
+        pushed = LayerPush(digest=TOP.record.blob.digest, how="mounted", bytes=0)
+        return PushResult(target=target, digest=MANIFEST, layers=(pushed,))
+
+
+class FakeRecords:
+    def __init__(self):
+        self.node_records = [NODE]
+        self.actor_records = [SUPERVISOR]
+        self.is_closed = False
+
+    def nodes(self):
+        return self.node_records
+
+    def actors(self):
+        return self.actor_records
+
+    def refs(self):
+        return list(LAYERS)
+
+    def ref(self, name):
+        if name == "unknown":
+            raise RefNotFoundError(name)
+        usage = RefUsage(last_used_wall_s=1.7e9, usage_count=3)
+        return SimpleNamespace(
+            state=TOP, chain=LAYERS, leases=("l1",), usage=usage, images=(SimpleNamespace(name=IMAGE),)
+        )
+
+    def leases(self):
+        return [
+            Lease(id="l1", expires_wall_s=2.5e9, created_wall_s=1.7e9, labels={"a": "b"}, resources=("ref:x",)),
+            Lease(id="l2", expires_wall_s=None, created_wall_s=1.7e9),
+        ]
+
+    def close(self):
+        self.is_closed = True
+
+
+@pytest.fixture
+def port():
+    """A port that accepts connections: what status takes for S3, Ray and Redis."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def running(port):
+    return Running(
+        farm_id="7d5a",
+        farm_name="lazyfarm",
+        redis_url=f"redis://127.0.0.1:{port}/0",
+        s3_endpoint=f"http://127.0.0.1:{port}",
+        s3_region="us-east-1",
+        s3_bucket="lazyfarm",
+        ray_address=f"127.0.0.1:{port}",
+    )
+
+
+@pytest.fixture
+def state_dir(tmp_path, running, monkeypatch):
+    """A state directory in which a farm was brought up, named by the environment."""
+    for name in [name for name in os.environ if name.startswith("LAZYFARM")]:
+        monkeypatch.delenv(name)
+    state = tmp_path / "state"
+    (state / "logs").mkdir(parents=True)
+    write_running(state, running)
+    monkeypatch.setenv("LAZYFARM_STATE_DIR", str(state))
+    return state
+
+
+@pytest.fixture
+def farm(state_dir, monkeypatch):
+    fake = FakeFarm()
+
+    async def connect(where):
+        assert where == state_dir
+        return fake
+
+    monkeypatch.setattr(parts, "connect", connect)
+    return fake
+
+
+@pytest.fixture
+def records(state_dir, monkeypatch):
+    fake = FakeRecords()
+    monkeypatch.setattr(parts, "open_records", lambda settings: fake)
+    return fake
+
+
+def run(*args):
+    return CliRunner().invoke(app, list(args), prog_name="lazyfarm")
+
+
+def document(*args):
+    """Run with --json: stdout is one document, stderr is empty."""
+    result = run(*args, "--json")
+    assert result.stderr == ""
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout), result.exit_code
+
+
+def short_layer(state):
+    return {
+        "digest": state.record.blob.digest,
+        "size": 20 * MIB,
+        "lazy": state.is_lazy,
+        "ref": state.record.id,
+    }
+
+
+# -- documents -----------------------------------------------------------------------------------
+
+
+def test_pull_tells_the_ref_and_its_layers(farm):
+    """Lowest layer first, each with what is known of it."""
+    told, code = document("pull", "debian:12")
+    assert code == 0
+    assert told == {
+        "ref": TOP.record.id,
+        "image": IMAGE,
+        "digest": MANIFEST,
+        "layers": [short_layer(BOTTOM), short_layer(TOP)],
+    }
+    assert farm.is_closed
+
+
+def test_unlazy_tells_where_each_layer_came_from(farm):
+    """Source, bytes of this call, time, and whether another's flight was joined."""
+    told, code = document("unlazy", "debian:12")
+    assert code == 0
+    assert told == {
+        "ref": TOP.record.id,
+        "layers": [
+            {
+                "digest": TOP.record.blob.digest,
+                "source": "registry-1.docker.io/library/debian",
+                "bytes_fetched": 20 * MIB,
+                "seconds": 1.5,
+                "joined": False,
+            }
+        ],
+    }
+
+
+@pytest.mark.parametrize(("args", "nodes"), [([], ["n0"]), (["--node", "n0"], ["n0"]), (["--all-nodes"], ["n0", "n1"])])
+def test_extract_tells_the_path_on_each_node(args, nodes, farm):
+    """One shape for one node and for all."""
+    told, code = document("extract", "debian:12", *args)
+    assert code == 0
+    assert told["ref"] == TOP.record.id
+    assert [node["node"] for node in told["nodes"]] == nodes
+    assert all(node.keys() == {"node", "path", "seconds"} for node in told["nodes"])
+
+
+def test_push_tells_how_each_layer_got_there(farm):
+    """Exists, mounted or uploaded, with the bytes it took."""
+    told, code = document("push", "debian:12", "127.0.0.1:5000/debian:12")
+    assert code == 0
+    assert told == {
+        "target": "127.0.0.1:5000/debian:12",
+        "digest": MANIFEST,
+        "layers": [{"digest": TOP.record.blob.digest, "how": "mounted", "bytes": 0}],
+    }
+
+
+def test_status_tells_nodes_services_and_actors(records, running):
+    """Exactly these keys while all is well; exit 0."""
+    told, code = document("status")
+    assert code == 0
+    assert told == {
+        "nodes": [{"id": "n0", "address": "127.0.0.1", "alive": True}],
+        "redis": running.redis_url,
+        "s3": running.s3_endpoint,
+        "ray": running.ray_address,
+        "actors": [{"name": "supervisor-0.1.0", "kind": "supervisor", "node": "n0", "pid": 42, "state": "ready"}],
+    }
+    assert records.is_closed
+
+
+def test_refs_ls_lists_every_ref(records):
+    """One object a ref."""
+    told, code = document("refs", "ls")
+    assert code == 0
+    assert [ref["ref"] for ref in told["refs"]] == [BOTTOM.record.id, TOP.record.id]
+    assert [ref["lazy"] for ref in told["refs"]] == [False, True]
+
+
+def test_refs_show_tells_record_providers_leases_and_state(records):
+    """All that is recorded of one ref, and the layers below it."""
+    told, code = document("refs", "show", "debian:12")
+    assert code == 0
+    assert told["ref"] == TOP.record.id
+    assert told["state"] == "lazy"
+    assert told["parent"] == BOTTOM.record.id
+    assert told["leases"] == ["l1"]
+    assert told["providers"][0]["repository"] == "library/debian"
+    assert told["layers"] == [short_layer(BOTTOM), short_layer(TOP)]
+    assert told["usage_count"] == 3
+
+
+def test_leases_ls_tells_expiry_and_resources(records):
+    """A pinned lease has no expiry."""
+    told, code = document("leases", "ls")
+    assert code == 0
+    assert [(lease["id"], lease["expires"]) for lease in told["leases"]] == [("l1", 2.5e9), ("l2", None)]
+    assert told["leases"][0]["resources"] == ["ref:x"]
+
+
+@pytest.fixture
+def launched(records, running, state_dir, monkeypatch):
+    """Stands in for actors.launch; says what it was asked."""
+    calls = SimpleNamespace(changed=True, nodes=None, purge=None)
+
+    def bring_up(settings, nodes, report):
+        calls.nodes = nodes
+        report("redis: started")
+        up_settings = FarmSettings(state_dir=state_dir, wanted=settings.wanted, running=running)
+        return SimpleNamespace(changed=calls.changed, started=("redis",) if calls.changed else (), settings=up_settings)
+
+    def bring_down(settings, purge, report):
+        calls.purge = purge
+        report("redis: stopped")
+        return ["redis"]
+
+    monkeypatch.setattr(up, "bring_up", bring_up)
+    monkeypatch.setattr(down_command, "bring_down", bring_down)
+    return calls
+
+
+def test_up_tells_what_status_tells(launched):
+    """The same document, so that a script needs one reader."""
+    told, code = document("up", "--nodes", "3")
+    assert code == 0
+    assert launched.nodes == 3
+    assert told == document("status")[0]
+
+
+def test_up_again_says_that_nothing_was_changed(launched):
+    """Idempotent, and it says so."""
+    assert "already up" not in run("up").stdout
+    launched.changed = False
+    result = run("up")
+    assert result.exit_code == 0
+    assert "already up: nothing was changed" in result.stdout
+
+
+def test_down_tells_what_was_stopped(launched):
+    """And purges only when it is told to."""
+    assert document("down") == ({"stopped": ["redis"]}, 0)
+    assert launched.purge is False
+    run("down", "--purge")
+    assert launched.purge is True
+
+
+def test_down_works_with_a_broken_configuration(launched, state_dir, running, tmp_path):
+    """A configuration that was broken since `up` must not keep a farm running."""
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[redis\n")
+    write_running(state_dir, Running(**{**_fields(running), "config_file": broken}))
+    assert document("status")[0]["error"]["type"] == "ConfigError"
+    assert document("down")[1] == 0
+
+
+def _fields(running):
+    return {name: getattr(running, name) for name in running.__dataclass_fields__}
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+def test_an_error_is_one_line_on_stderr_with_its_hint(farm):
+    """Exit 1, nothing on stdout but the progress, no traceback."""
+    farm.error = DigestMismatchError("sha256:a", "sha256:b", "mirror")
+    result = run("unlazy", "debian:12")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: mirror served sha256:b for sha256:a (hint: ")
+    assert "Traceback" not in result.output
+    assert farm.is_closed
+
+
+def test_an_error_with_json_is_the_document(farm):
+    """Type, message and hint on stdout; stderr is empty."""
+    assert document("unlazy", "unknown") == (
+        {
+            "error": {
+                "type": "RefNotFoundError",
+                "message": "no ref or image 'unknown' is known to this farm",
+                "hint": RefNotFoundError("unknown").hint,
+            }
+        },
+        1,
+    )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["status"],
+        ["refs", "ls"],
+        ["refs", "show", "x"],
+        ["leases", "ls"],
+        ["pull", "debian:12"],
+        ["unlazy", "x"],
+        ["extract", "x"],
+        ["push", "x", "y"],
+    ],
+    ids=" ".join,
+)
+def test_without_a_farm_every_command_says_so(args, tmp_path):
+    """Not a missing file, not a refused connection: FarmNotRunningError, with what to do."""
+    told, code = document(*args, "--state-dir", str(tmp_path))
+    assert code == 1
+    assert told["error"]["type"] == "FarmNotRunningError"
+    assert str(tmp_path) in told["error"]["message"]
+    assert "lazyfarm up" in told["error"]["hint"]
+
+
+def test_a_farm_whose_redis_is_gone_is_not_running(state_dir, running):
+    """After a restart of the machine, farm.toml is still there; nobody waits for a time-out."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    write_running(state_dir, Running(**{**_fields(running), "redis_url": f"redis://127.0.0.1:{free}/0"}))
+    told, code = document("status")
+    assert code == 1
+    assert told["error"]["type"] == "FarmNotRunningError"
+
+
+def test_an_unexpected_exception_is_one_line_and_a_log(farm, state_dir):
+    """Our bugs don't throw tracebacks at users: they are in the named file."""
+    farm.error = RuntimeError("two\nlines")
+    result = run("unlazy", "debian:12")
+    log = state_dir / "logs" / "crashes.log"
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: RuntimeError: two lines (hint: ")
+    assert str(log) in result.stderr
+    assert "Traceback" in log.read_text()
+
+
+def test_the_debug_variable_shows_the_traceback(farm, monkeypatch):
+    """LAZYFARM_DEBUG=1, for us."""
+    monkeypatch.setenv("LAZYFARM_DEBUG", "1")
+    farm.error = RuntimeError("x")
+    result = run("unlazy", "debian:12")
+    assert "Traceback" in result.stderr
+    assert result.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["nosuch"],
+        ["pull"],
+        ["up", "--nodes", "0"],
+        ["up", "--nodes", "many"],
+        ["extract", "x", "--node", "n0", "--all-nodes"],
+        ["status", "--nosuch"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_2(args, farm):
+    """Before anything is done."""
+    result = run(*args)
+    assert result.exit_code == 2
+    assert "Error" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("args", [["pull", "Debian:12"], ["pull", "debian", "--platform", "x"], ["push", "x", "Y"]])
+def test_what_does_not_parse_is_refused_before_the_cluster_is_joined(args, state_dir):
+    """No second is spent on joining Ray for a typing error."""
+    told, code = document(*args)
+    assert code == 1
+    assert told["error"]["type"] in {"InvalidReferenceError", "InvalidPlatformError"}
+
+
+def test_faults_of_the_environment_are_errors_of_every_command(records, monkeypatch):
+    """All of them, in one line."""
+    monkeypatch.setenv("LAZYFARM__FETCH__ATTEMPTS", "0")
+    monkeypatch.setenv("LAZYFARM__FETCH__PART_BYTES", "x")
+    result = run("status")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "LAZYFARM__FETCH__ATTEMPTS" in result.stderr
+    assert "LAZYFARM__FETCH__PART_BYTES" in result.stderr
+
+
+# -- health --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"node_records": []}, "no node is alive"),
+        ({"node_records": [NODE, NodeRecord(id="n1", ray_id="", address="", alive=False)]}, "node n1 is dead"),
+        ({"actor_records": []}, "no supervisor runs"),
+        (
+            {"actor_records": [SUPERVISOR, ActorRecord(name="w", kind="fetch-worker", node="n0", pid=1, state="lost")]},
+            "actor w is lost",
+        ),
+    ],
+)
+def test_status_exits_1_and_names_what_is_wrong(change, says, records):
+    """The document is still there, with the problems in it."""
+    for name, value in change.items():
+        setattr(records, name, value)
+    told, code = document("status")
+    assert code == 1
+    assert told["problems"] == [says]
+    result = run("status")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {says} (hint: ")
+
+
+def test_status_notices_a_service_that_accepts_no_connection(records, state_dir, running):
+    """S3 is not read from, but it is asked whether it is there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    write_running(state_dir, Running(**{**_fields(running), "s3_endpoint": f"http://127.0.0.1:{free}"}))
+    told, code = document("status")
+    assert code == 1
+    assert told["problems"] == [f"s3 at 127.0.0.1:{free} accepts no connection"]
+
+
+# -- for people ----------------------------------------------------------------------------------
+
+
+def test_every_command_has_help_with_an_example():
+    """`lazyfarm X --help` is enough to use X; every one takes --state-dir and --json."""
+    for name in COMMANDS:
+        subcommands = {"refs": [["ls"], ["show"]], "leases": [["ls"]]}.get(name, [[]])
+        for sub in subcommands:
+            told = run(name, *sub, "--help").stdout
+            assert "Example:\n    lazyfarm " + " ".join([name, *sub]) in told
+            assert "--state-dir" in told
+            assert "--json" in told
+
+
+def test_the_version_is_told():
+    """From the installed package."""
+    assert run("--version").stdout.startswith("lazyfarm 0.")
+
+
+def test_people_see_sizes_states_and_progress(farm):
+    """Off a terminal: plain lines, one for each step, then the table."""
+    result = run("pull", "debian:12")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert "\x1b" not in result.stdout
+    assert f"fetch {short(TOP.record.blob.digest)}  fetching  0 B of 20.0 MiB" in result.stdout
+    assert f"fetch {short(TOP.record.blob.digest)}  done  20.0 MiB" in result.stdout
+    assert "20.0 MiB  present" in result.stdout
+    assert "2 layers, 1 lazy, 40.0 MiB" in result.stdout
+
+
+@pytest.mark.parametrize("args", [["status"], ["refs", "ls"], ["refs", "show", "x"], ["leases", "ls"]], ids=" ".join)
+def test_reading_commands_have_words_too(args, records):
+    """A table and exit 0."""
+    result = run(*args)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert result.stdout
+
+
+def test_plain_progress_tells_steps_not_chunks(capsys):
+    """A hundred chunks of a layer are a handful of lines."""
+    watch = PlainLayers(Output(as_json=False))
+    for moved in range(101):
+        watch(ProgressItem(item="fetch:sha256:aa", phase=LayerPhase.FETCHING, current_bytes=moved, total_bytes=100))
+    watch(ProgressItem(item="fetch:sha256:aa", phase=LayerPhase.FAILED, detail="it\nbroke", total_bytes=100))
+    watch(ProgressItem(item="", phase=LayerPhase.DONE))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[-1] == "fetch sha256:aa  failed  100 B  it broke"
+
+
+def test_live_progress_shows_a_bar_for_each_layer():
+    """A joined layer is whole, though this call moved nothing."""
+    progress = Progress(disable=True)
+    watch = LiveLayers(progress)
+    watch(ProgressItem(item="fetch:sha256:aa", phase=LayerPhase.FETCHING, current_bytes=5, total_bytes=10))
+    watch(ProgressItem(item="extract:n0:sha256:bb", phase=LayerPhase.WAITING))
+    watch(ProgressItem(item="fetch:sha256:aa", phase=LayerPhase.JOINED, total_bytes=10))
+    watch(ProgressItem(item="", phase=LayerPhase.DONE))
+    assert [task.description for task in progress.tasks] == ["fetch sha256:aa", "extract n0 sha256:bb"]
+    assert (progress.tasks[0].completed, progress.tasks[0].total) == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (20 * MIB, "20.0 MiB"), (5 * 1024**5, "5120.0 TiB")],
+)
+def test_sizes_are_in_binary_units(count, told):
+    """As BuildKit and containerd show them."""
+    assert size(count) == told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.42, "0.42 s"), (12, "12 s"), (180, "3 min"), (18000, "5 h"), (7 * 86400, "7 d")]
+)
+def test_durations_are_in_the_unit_that_fits(seconds, told):
+    """Nobody reads 604800 s."""
+    assert duration(seconds) == told
+
+
+# -- interrupts ----------------------------------------------------------------------------------
+
+
+def test_ctrl_c_cancels_the_call_and_leaves_the_farm(farm):
+    """The call is cancelled and awaited, the farm is left, exit 130, one line."""
+    ended = []
+
+    async def blocks():
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGINT)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    farm.blocks = blocks
+    result = run("unlazy", "debian:12")
+    assert result.exit_code == 130
+    assert ended == [True]
+    assert farm.is_closed
+    assert result.stderr == "interrupted; this call's part was cancelled\n"
+
+
+def test_ctrl_c_with_json_is_a_document(farm):
+    """One document on stdout, whatever happens."""
+
+    async def blocks():
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+
+    farm.blocks = blocks
+    told, code = document("unlazy", "debian:12")
+    assert code == 130
+    assert told["error"]["type"] == "Interrupted"
+
+
+def test_a_call_that_does_not_end_is_left_after_the_grace():
+    """A hang must not outlive the user's patience: the process ends, the leases lapse."""
+    left = asyncio.Event()
+    codes = []
+
+    def leave(code):
+        codes.append(code)
+        left.set()
+
+    async def stubborn():
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGINT)
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await left.wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        driving.run_to_end(stubborn, grace_s=0.01, leave=leave)
+    assert codes == [130]
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    """Who presses twice means it."""
+    left = asyncio.Event()
+    codes = []
+
+    def leave(code):
+        codes.append(code)
+        left.set()
+
+    async def stubborn():
+        loop = asyncio.get_running_loop()
+        loop.call_soon(os.kill, os.getpid(), signal.SIGINT)
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        loop.call_soon(os.kill, os.getpid(), signal.SIGINT)
+        await left.wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        driving.run_to_end(stubborn, grace_s=60.0, leave=leave)
+    assert codes == [130]
+
+
+def test_the_result_of_a_call_that_was_not_interrupted_is_returned():
+    """And its error raised."""
+
+    async def good():
+        return 7
+
+    async def bad():
+        raise FarmNotRunningError("x", "y")
+
+    assert driving.run_to_end(good) == 7
+    with pytest.raises(FarmNotRunningError):
+        driving.run_to_end(bad)
+
+
+# -- what is imported ----------------------------------------------------------------------------
+
+_HEAVY = {"ray", "boto3", "botocore", "aiohttp", "rich", "structlog", "redis", "pydantic", "click"}
+
+
+def python(*args, cwd=None, **environ):
+    return subprocess.run(
+        [sys.executable, *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **environ},
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("args", [["status"], ["refs", "ls"], ["refs", "show", "x"], ["leases", "ls"]], ids=" ".join)
+def test_reading_commands_import_nothing_heavy(args, state_dir):
+    """0.6 s from start to exit leaves no room for Ray, boto3, redis-py, structlog, pydantic or rich."""
+    code = (
+        "import atexit, sys\n"
+        "import lazyfarm.records\n"
+        "from lazyfarm.cli.main import run\n"
+        "atexit.register(lambda: print(*sorted({name.partition('.')[0] for name in sys.modules})))\n"
+        "run()\n"
+    )
+    told = python("-c", code, *args, "--state-dir", str(state_dir / "none"))
+    assert told.stderr.startswith("error: no farm is running")
+    assert _HEAVY & set(told.stdout.split()) == set()
+
+
+def test_a_folder_that_hides_a_package_of_ours_is_named(tmp_path):
+    """A driver's own `cluster/` would break an import somewhere deep inside: say it at once, in one line."""
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "__init__.py").touch()
+    told = python("-c", "import lazyfarm", cwd=tmp_path)
+    assert told.returncode == 1
+    assert told.stderr.splitlines()[-1].startswith(f"ImportError: {tmp_path / 'cluster'} hides lazyfarm's own package")
+
+    told = python("-m", "lazyfarm", "--version", cwd=tmp_path)
+    assert told.returncode == 1
+    assert told.stderr.startswith(f"error: {tmp_path / 'cluster'} hides")
+    assert told.stderr.count("\n") == 1
+
+
+def test_a_folder_that_hides_nothing_is_left_alone(tmp_path):
+    """Without an __init__.py it is a namespace, and ours is found all the same."""
+    (tmp_path / "storage").mkdir()
+    (tmp_path / "storage" / "notes.txt").touch()
+    assert python("-c", "import lazyfarm, storage.farm_file", cwd=tmp_path).returncode == 0
