@@ -72,7 +72,7 @@ def tree(tmp_path):
 @pytest.mark.parametrize("size", [512, 1 << 20])
 def test_gnu_tar_is_read_as_tarfile_reads_it(tree, form, size):
     """Every format that GNU tar writes, whatever the buffers' length."""
-    options = ["--exclude=" + "t" * 3, "--format=" + form]
+    options = ["--format=" + form]
     if form in ("v7", "ustar"):
         options += ["--exclude=link", "--exclude=" + "f" * 120]
     if form == "v7":
@@ -83,7 +83,7 @@ def test_gnu_tar_is_read_as_tarfile_reads_it(tree, form, size):
 
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         members = archive.getmembers()
-        assert len(members) == len(found) > 8
+        assert len(members) == len(found) >= 8
         for member, (entry, content) in zip(members, found, strict=True):
             assert os.fsdecode(entry.name).rstrip("/") == member.name
             assert entry.kind == (b"0" if member.type == b"\0" else member.type)
