@@ -32,9 +32,9 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``events:KEY`` | channel | payloads of flight events |
 | ``proof:LENGTH:IDENTITY:SOURCE`` | zset | digest → expiry, milliseconds |
 | ``host:HOST`` | hash, an hour | ``limit`` ``not_before`` ``halved`` |
-| ``slots:HOST`` | zset | slot → expiry, milliseconds |
-| ``queue:HOST`` | zset | who waits for a slot → when it came, milliseconds |
-| ``queue-seen:HOST`` | zset | who waits for a slot → until when, milliseconds |
+| ``slots:HOST`` | zset, seconds | slot → expiry, milliseconds |
+| ``queue:HOST`` | zset, seconds | who waits for a slot → its place |
+| ``queue-seen:HOST`` | zset, seconds | who waits for a slot → until when, milliseconds |
 | ``progress:STREAM`` | stream, a day | payloads ``progress`` |
 | ``nodes`` | string | payload ``nodes``: the nodes as the supervisor last saw them |
 | ``actors`` | hash | actor name → payload ``actor`` |

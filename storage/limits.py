@@ -86,6 +86,7 @@ class RedisHostLimiter:
         limit, slot_ms, place_ms = self._limit(host), int(SLOT_TTL_S * 1000), int(_PLACE_TTL_S * 1000)
         nudged = asyncio.Event()
         waiting = self._waiting.setdefault(host, deque())
+        waiting.append(nudged)
         try:
             while True:
                 taken, wait_ms, before, is_reduced = await self._link.run(
@@ -94,8 +95,6 @@ class RedisHostLimiter:
                 (self._reduced.add if is_reduced else self._reduced.discard)(host)
                 if taken:
                     return
-                if nudged not in waiting:
-                    waiting.append(nudged)
                 pause_s = max(wait_ms / 1000, _ASK_FIRST_S + before * _ASK_EACH_S)
                 # Jitter, so that processes don't ask in step; not a matter of security.
                 pause_s = min(pause_s, _ASK_MOST_S) * random.uniform(1.0, 1.3)  # noqa: S311
@@ -103,9 +102,8 @@ class RedisHostLimiter:
                     await asyncio.wait_for(nudged.wait(), pause_s)
                 nudged.clear()
         finally:
-            with contextlib.suppress(ValueError):
-                waiting.remove(nudged)
-            if not waiting and self._waiting.get(host) is waiting:
+            waiting.remove(nudged)
+            if not waiting:
                 del self._waiting[host]
 
     def _nudge(self, host: str) -> None:

@@ -32,7 +32,8 @@ if redis.call('ZSCORE', slots, slot) or (now >= not_before and before < free) th
   redis.call('PEXPIRE', slots, ARGV[4])
   return {1, 0, 0, reduced}
 end
-redis.call('ZADD', queue, 'NX', now, slot)
+local last = redis.call('ZRANGE', queue, -1, -1, 'WITHSCORES')
+redis.call('ZADD', queue, 'NX', (last[2] or 0) + 1, slot)
 redis.call('ZADD', seen, now + tonumber(ARGV[5]), slot)
 redis.call('PEXPIRE', queue, ARGV[5])
 redis.call('PEXPIRE', seen, ARGV[5])
