@@ -31,8 +31,7 @@ class Ratio:
             case "at least":
                 return self.value >= self.target
             case "exactly":
-                # Compared as it is shown: bytes are whole, their ratio to two decimals is what is promised.
-                return round(self.value, 2) == self.target
+                return self.value == self.target
 
     def as_json(self) -> dict[str, object]:
         """Return it as the report has it."""

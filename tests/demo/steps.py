@@ -98,7 +98,7 @@ def eight_extracts(stage: Stage, image: LayoutImage, reference: str) -> list[Row
         exactly("driver processes", len({driver.pid for driver in drivers}), CALLERS, f"  (pids {pids})"),
         exactly("processes that ended well", len(results), CALLERS, f"  ({seconds:.1f} s)"),
         exactly("nodes extracted on", len(used), len(nodes)),
-        exactly("bytes at the registry / unique bytes", traffic.layer_bytes / image.size_bytes, 1.0),
+        _once("bytes at the registry / unique bytes", traffic.layer_bytes, image.size_bytes),
         exactly("most fetchers of one layer", max(fetchers.values(), default=0), 1),
         at_least("callers that joined the biggest layer's flight", joined[biggest.digest], CALLERS - 1),
     ]
@@ -139,7 +139,7 @@ def one_of_each_request(stage: Stage, image: LayoutImage) -> list[Row]:
         exactly("manifest requests", traffic.manifest_gets, 1),
         exactly("configuration requests", traffic.config_gets, 1),
         exactly("token requests", traffic.token_requests, 1),
-        exactly("bytes at the registry / unique bytes", traffic.layer_bytes / variant.size_bytes, 1.0),
+        _once("bytes at the registry / unique bytes", traffic.layer_bytes, variant.size_bytes),
     ]
 
 
@@ -188,3 +188,8 @@ def owner_killed(stage: Stage, image: LayoutImage) -> list[Row]:
             "bytes of that layer at the registry", traffic.bytes_of(target.digest), target.size_bytes + spare_bytes
         ),
     ]
+
+
+def _once(what: str, served_bytes: int, unique_bytes: int) -> Row:
+    # Exact, down to the byte: the ratio is what is shown of it.
+    return exactly(what, served_bytes / unique_bytes, 1.0, f"  ({served_bytes:,} bytes)")

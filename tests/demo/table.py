@@ -21,9 +21,8 @@ class Row:
 
 
 def exactly(what: str, value: float, wanted: float, note: str = "") -> Row:
-    """Return the row of a number that must be *wanted*; figures are compared as they are shown."""
-    shown = _shown(value)
-    return Row(what=what, value=f"{shown}{note}", wanted=_shown(wanted), ok=shown == _shown(wanted))
+    """Return the row of a number that must be *wanted*."""
+    return Row(what=what, value=f"{_shown(value)}{note}", wanted=_shown(wanted), ok=value == wanted)
 
 
 def at_least(what: str, value: float, wanted: float, note: str = "") -> Row:
