@@ -7,6 +7,7 @@ import os
 
 import ray
 import ray.exceptions
+from ray._raylet import Config as RayConfig
 
 from actors.options import namespace
 from cluster.config import Config
@@ -20,6 +21,9 @@ def set_ray_environment(config: Config) -> None:
     if config.ray.token_file:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = config.ray.token_file
+        # Ray reads the mode when it is imported, which was before anybody could know it; its own
+        # `enable_token_auth` makes it read it again in this way.
+        RayConfig.initialize("")
 
 
 def join(config: Config, *, state_dir: str) -> None:

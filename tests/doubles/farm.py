@@ -1,0 +1,90 @@
+"""A real farm for tests: Redis, Swift, Ray nodes and actors of a state directory of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from actors import launch
+from cluster.settings import FarmSettings
+from lazyfarm.farm import Farm
+from lazyfarm.records import FarmRecords
+from lazyfarm.settings import load_settings
+
+#: Settings that make faults show within a test's patience.
+FAST = {
+    "LAZYFARM__FLIGHT__LEASE_TTL_S": "3",
+    "LAZYFARM__FLIGHT__POLL_S": "1",
+    "LAZYFARM__FETCH__PART_BYTES": "5242880",
+    "LAZYFARM__FETCH__PARALLEL_FROM_BYTES": "20971520",
+}
+
+
+@dataclass
+class RunningFarm:
+    """A farm that is up."""
+
+    state_dir: Path
+    settings: FarmSettings
+    environ: dict[str, str] = field(default_factory=dict)
+
+    async def connect(self, **options) -> Farm:
+        """Join it as a driver of this process."""
+        options.setdefault("credentials", {})
+        return await Farm.connect(self.state_dir, **options)
+
+    def cli(self, *arguments: str, timeout_s: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run the command line as a process of its own."""
+        done = subprocess.run(
+            [sys.executable, "-m", "lazyfarm", *arguments],
+            env={**os.environ, **self.environ, "LAZYFARM_STATE_DIR": str(self.state_dir)},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def cli_json(self, *arguments: str, **options) -> dict:
+        """Run the command line with ``--json`` and return its document."""
+        return json.loads(self.cli(*arguments, "--json", **options).stdout)
+
+    @contextmanager
+    def records(self) -> Iterator[FarmRecords]:
+        """Read what it has recorded."""
+        records = FarmRecords(self.settings)
+        try:
+            yield records
+        finally:
+            records.close()
+
+
+@contextmanager
+def running_farm(*, nodes: int, environ: Mapping[str, str] = FAST) -> Iterator[RunningFarm]:
+    """Bring a farm up in a new directory, and purge it at the end."""
+    root = Path(tempfile.mkdtemp(prefix="lf-test-"))
+    settings = load_settings(root, None, {**environ})
+    try:
+        report = launch.up(settings, nodes=nodes)
+        yield RunningFarm(state_dir=root, settings=report.settings, environ=dict(environ))
+    finally:
+        launch.down(settings, purge=True)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def farm() -> Iterator[RunningFarm]:
+    """Three nodes, shared by the tests of a session; whoever breaks something repairs it."""
+    with running_farm(nodes=3) as found:
+        yield found
