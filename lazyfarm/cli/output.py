@@ -35,14 +35,17 @@ class Output:
             self._write(self.stdout, text)
 
     def table(self, headers: Sequence[str], rows: _Rows, *, numbers: Sequence[str] = ()) -> None:
-        """Print a table for people; columns named in *numbers* are aligned to the right."""
-        if self.as_json:
-            return
-        if self.is_live:
-            self._rich_table(headers, rows, numbers)
-        else:
-            for row in _aligned([headers, *rows], [header in numbers for header in headers]):
-                self._write(self.stdout, row)
+        """Print a table for people; columns named in *numbers* are aligned to the right.
+
+        Plain text on a terminal, too: it wraps a long digest or path without breaking it, so that it can be copied.
+        """
+        for row in _aligned([headers, *rows], [header in numbers for header in headers]):
+            self.line(row)
+
+    def fields(self, fields: _Rows) -> None:
+        """Print names and values for people, one a line."""
+        for row in _aligned(fields, (False, False)):
+            self.line(row)
 
     def error(self, type_name: str, message: str, hint: str) -> None:
         """Print an error: one line on stderr, or the error document on stdout."""
@@ -51,18 +54,6 @@ class Output:
             self.document({"error": {"type": type_name, "message": message, "hint": hint}})
         else:
             self._write(self.stderr, f"error: {message}" + (f" (hint: {hint})" if hint else ""))
-
-    def _rich_table(self, headers: Sequence[str], rows: _Rows, numbers: Sequence[str]) -> None:
-        from rich.console import Console  # noqa: PLC0415 - 0.1 s that only a terminal is worth
-        from rich.table import Table  # noqa: PLC0415 - likewise
-        from rich.text import Text  # noqa: PLC0415 - likewise
-
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for header in headers:
-            table.add_column(header, justify="right" if header in numbers else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))  # Text: a cell is data, not markup
-        Console(file=self.stdout).print(table)
 
     @staticmethod
     def _write(stream: TextIO, text: str) -> None:

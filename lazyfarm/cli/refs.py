@@ -58,8 +58,7 @@ def show_ref(*, ref: RefArgument, state_dir: StateDirOption = None, as_json: Jso
         record = details.state.record
         usage = details.usage
         idle_s = max(time.time() - usage.last_used_wall_s, 0.0)
-        out.table(
-            ("FIELD", "VALUE"),
+        out.fields(
             [
                 ("ref", record.id),
                 ("state", "lazy" if details.state.is_lazy else "present"),
@@ -75,7 +74,7 @@ def show_ref(*, ref: RefArgument, state_dir: StateDirOption = None, as_json: Jso
                 ),
                 *(("provider", handle.source) for handle in details.state.providers),
                 *(("lease", str(lease)) for lease in details.leases),
-            ],
+            ]
         )
 
 
