@@ -110,21 +110,32 @@ async def test_many_pulls_at_once_cost_one_token(private, client, as_user):
     assert len(private.tokens.requests) == 1
 
 
-async def test_a_cancelled_caller_does_not_take_the_token_from_the_others(private, as_user):
+async def test_a_cancelled_caller_does_not_take_the_token_from_the_others(private, as_user, monkeypatch):
     """The request for a token that several wait for goes on when one of them is cancelled."""
     alice = as_user(private.registry.host, "alice", "wonderland")
     challenge = f'Bearer realm="{private.tokens.url}/token",service="test-registry"'
     request = AuthRequest(
         registry=private.registry.host, plain_http=True, scopes=("repository:team/app:pull",), challenge=challenge
     )
+    joined, bearer = asyncio.Semaphore(0), alice._bearer
+
+    def join(*args):
+        # Runs up to the shared request before anything else does.
+        joined.release()
+        return bearer(*args)
+
+    monkeypatch.setattr(alice, "_bearer", join)
+    private.tokens.gate.clear()
     first, second = (asyncio.create_task(alice.authorize(request)) for _ in range(2))
-    while not alice._under_way:  # noqa: ASYNC110 -- there is no event for it, by design
-        await asyncio.sleep(0)
+    await joined.acquire()
+    await joined.acquire()
+    await asyncio.sleep(0)
     first.cancel()
-    assert (await second).header.startswith("Bearer ")
-    assert len(private.tokens.requests) == 1
     with pytest.raises(asyncio.CancelledError):
         await first
+    private.tokens.gate.set()
+    assert (await second).header.startswith("Bearer ")
+    assert len(private.tokens.requests) == 1
 
 
 async def test_without_rights_access_is_denied(private, client, as_user):

@@ -66,6 +66,8 @@ class TokenServer:
     #: (status, headers) of the next answers, before anything else is done.
     script: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     requests: list[TokenRequest] = field(default_factory=list)
+    #: While it is clear, requests wait.
+    gate: threading.Event = field(default_factory=threading.Event, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -94,6 +96,7 @@ class TokenServer:
     def answer(self, method: str, authorization: str | None, form: Mapping[str, list[str]]) -> tuple[int, dict, dict]:
         """Return (status, headers, body) for one request."""
         scopes = tuple(word for scope in form.get("scope", []) for word in scope.split())
+        self.gate.wait(30)
         with self._lock:
             status, headers, body, user = self._decide(method, authorization, form, scopes)
             self.requests.append(TokenRequest(method, user or "", scopes, status))
@@ -215,6 +218,7 @@ def token_server(directory: Path) -> Iterator[TokenServer]:
     handler = type("Handler", (_Handler,), {})
     server = _Server(("127.0.0.1", 0), handler)
     handler.tokens = TokenServer(f"http://127.0.0.1:{server.server_port}", bundle, key, x5c)
+    handler.tokens.gate.set()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
