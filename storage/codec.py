@@ -36,6 +36,6 @@ class Codec(Generic[T]):
         if data.startswith(self._header):
             try:
                 return self._decoder.decode(memoryview(data)[self._skip :])
-            except (msgspec.DecodeError, ClusterError):
-                pass  # told properly below
+            except (msgspec.DecodeError, ValueError, RecursionError, ClusterError):
+                pass  # told properly below; ValueError: msgspec lets bad UTF-8 through as such
         return wire.decode(self.kind, self._type, data)
