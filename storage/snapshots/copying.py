@@ -17,7 +17,7 @@ from storage.snapshots.copy import copy_tree
 from storage.snapshots.diff import Changes
 from storage.snapshots.mounts import check_name
 from storage.snapshots.names import join
-from storage.snapshots.store import remove_tree
+from storage.snapshots.store import LEDGER, remove_tree
 from storage.snapshots.tree import Tree
 from storage.snapshots.unpack import Unpacker
 
@@ -84,7 +84,7 @@ class CopyingSnapshotter(LayeredSnapshotter):
 
     def _tree(self, chain: Digest, doing: str) -> Tree:
         self._store.require(chain, doing)
-        return Tree([bytes(self._store.files(chain))], Ledger.load(self._store.path(chain) / "ledger"))
+        return Tree([bytes(self._store.files(chain))], Ledger.load(self._store.path(chain) / LEDGER))
 
     def _own_changes(self, chain: Digest, parent: Digest | None) -> Changes | None:  # noqa: ARG002  # trees don't say
         return None
@@ -104,7 +104,7 @@ class CopyingSnapshotter(LayeredSnapshotter):
             attributes = unpacker.attributes_of(path)
             writer.write(bytes(staged / "fs") + b"/" + path, path, attributes, is_new=False)
         if len(ledger) or ledger.owner_is_root:
-            ledger.save(staged / "ledger")
+            ledger.save(staged / LEDGER)
 
 
 class _Carrier:

@@ -69,8 +69,6 @@ def read_upper(upper: bytes, tree: Tree, lower: Tree | None) -> Changes:
                     pending.append(path)
                     if is_opaque(item.path):
                         changes.opaque.add(path)
-        if not directory and is_opaque(upper):
-            changes.opaque.add(b"")
     _compare_roots(changes, tree.root, None if lower is None else lower.root)
     return changes
 

@@ -13,8 +13,8 @@ from storage.snapshots.attributes import AttributeWriter
 from storage.snapshots.base import LayeredSnapshotter
 from storage.snapshots.diff import Changes, read_upper
 from storage.snapshots.mounts import Mounts
-from storage.snapshots.store import short_name
-from storage.snapshots.tree import Tree, is_opaque
+from storage.snapshots.store import OPAQUE_ROOT, short_name
+from storage.snapshots.tree import Tree
 from storage.snapshots.unpack import Unpacker
 
 
@@ -75,14 +75,17 @@ class OverlaySnapshotter(LayeredSnapshotter):
     def _layers(self, chain: Digest, doing: str) -> list[Digest]:
         """Return the layers that are seen in *chain*, uppermost first.
 
-        Overlayfs ignores the opaque mark of a layer's root: what is below one is left out here.
+        Overlayfs ignores the opaque mark of a layer's root: what is below such a layer is left out here.
         """
         layers: list[Digest] = []
         for each in self._store.chain(chain, doing):
             layers.append(each)
-            if is_opaque(bytes(self._store.files(each))):
+            if self._has_opaque_root(each):
                 break
         return layers
+
+    def _has_opaque_root(self, chain: Digest) -> bool:
+        return (self._store.path(chain) / OPAQUE_ROOT).exists()
 
     def _finish(
         self,
@@ -99,14 +102,20 @@ class OverlaySnapshotter(LayeredSnapshotter):
             for name in unpacker.deleted_in(path):
                 os.mknod(directory + b"/" + name, stat.S_IFCHR, 0)
             if unpacker.hides_below(path):
-                os.setxattr(directory, "trusted.overlay.opaque", b"y")
+                if path:
+                    os.setxattr(directory, "trusted.overlay.opaque", b"y")
+                else:
+                    (staged / OPAQUE_ROOT).touch()
             writer.write(directory, path, unpacker.attributes_of(path))
 
     def _own_changes(self, chain: Digest, parent: Digest | None) -> Changes | None:
         if not self._store.has_parent(chain, parent):
             return None
         lower = None if parent is None else self._tree(parent, "comparing")
-        return read_upper(bytes(self._store.files(chain)), self._tree(chain, "comparing"), lower)
+        changes = read_upper(bytes(self._store.files(chain)), self._tree(chain, "comparing"), lower)
+        if self._has_opaque_root(chain):
+            changes.opaque.add(b"")
+        return changes
 
 
 def can_mount(root: Path) -> bool:

@@ -6,6 +6,7 @@
                      fs/           its files: the layer's alone (overlay) or the whole tree (copying)
                      snapshot.json which chain it is, on top of which, published in which boot
                      ledger        what could not be made without root
+                     opaque-root   there if the layer hides all that is below it
                      settled       there once all of it is known to be on the disk
     ROOT/KIND/staging/NONCE/     being unpacked, or being removed; locked by who does
     ROOT/KIND/mnt/NAME/          a mount, and beside it ROOT/KIND/mounted/NAME: of which chain
@@ -41,6 +42,10 @@ from storage.snapshots.locks import locked
 
 #: 120 bits of the chain ID: two chains that share them can't be found, and 140 names fit a mount's option page.
 _NAME_LENGTH: Final = 24
+#: Files beside a snapshot's own.
+LEDGER: Final = "ledger"
+OPAQUE_ROOT: Final = "opaque-root"
+
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -169,8 +174,9 @@ class Store:
         inner = staged / "snapshot"
         inner.mkdir(mode=0o700)
         (staged / "fs").rename(inner / "fs")
-        if (staged / "ledger").exists():
-            (staged / "ledger").rename(inner / "ledger")
+        for kept in (LEDGER, OPAQUE_ROOT):
+            with suppress(FileNotFoundError):
+                (staged / kept).rename(inner / kept)
         (inner / "snapshot.json").write_bytes(msgspec.json.encode(info))
         target = self.path(chain)
         while True:
