@@ -1,0 +1,251 @@
+"""Ray nodes on one machine: a head and workers, each ``ray start --block`` in a session of its own.
+
+Never ``ray stop``, which ends whatever on the machine looks like Ray. Each node has an address of its own
+out of 127.0.0.0/8, so the cluster doesn't depend on the machine's network, and drivers use the address as
+it is (Ray replaces 127.0.0.1 by the machine's outer address). Ray's own servers listen on every interface
+all the same; whoever has no token is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cluster.config import RayConfig
+from cluster.errors import StartError
+from storage.services.loopback import choose_ports, is_listening
+from storage.services.process import FARM_MARK, SERVICE_MARK, ServiceProcess, marked_pids
+from storage.services.state_dir import StateDir
+
+#: Which node a process belongs to, in the environment of all that runs on it: ``n0``, ``n1``, …
+NODE_VARIABLE = "LAZYFARM_NODE"
+STATE_VARIABLE = "LAZYFARM_STATE_DIR"
+#: The same as a label of the Ray node.
+NODE_LABEL = "lazyfarm-node"
+
+_READY_S = 90.0
+_STARTED = b"Ray runtime started."
+#: Unix socket paths end at 107 bytes, and Ray's are some 70 long: no state directory is sure to be short.
+_SHORT_TEMP = Path("/tmp")  # noqa: S108 - a directory of mkdtemp's goes there
+
+
+class RayNode:
+    """Node *index* of the farm's Ray cluster; 0 is the head. Callers hold the lock ``ray``."""
+
+    def __init__(self, state: StateDir, index: int) -> None:
+        self.index = index
+        self.name = f"n{index}"
+        self._state = state
+        self.process = ServiceProcess(state, f"ray-{self.name}")
+
+    def __repr__(self) -> str:
+        return f"RayNode({self.name!r}, {self.process!r})"
+
+    @property
+    def ip(self) -> str:
+        """Return the node's own address on loopback."""
+        return f"127.0.{(self.index + 2) // 250}.{(self.index + 2) % 250}"
+
+    def is_alive(self) -> bool:
+        """Tell whether its parent process, its raylet and, on the head, the GCS all run.
+
+        ``ray start`` itself looks for dead children only every second, so asking it alone says "alive" too long.
+        """
+        if not self.process.is_alive():
+            return False
+        marks = {FARM_MARK: self._state.farm_id(), SERVICE_MARK: self.process.name}
+        running = {_command_name(pid) for pid in marked_pids(marks)}
+        return {"raylet", "gcs_server"} <= running if self.index == 0 else "raylet" in running
+
+    def start(self, config: RayConfig, temp: Path, gcs_port: int, *, include_dashboard: bool) -> None:
+        """Start the node and wait until the cluster knows it.
+
+        Raises:
+            StartError: it did not start.
+        """
+        before = self.process.ports
+        self.process.stop()
+        ports = choose_ports(["metrics"], before)
+        if self.index == 0:
+            ports["gcs"] = gcs_port
+            role = ["--head", f"--port={gcs_port}", f"--include-dashboard={str(include_dashboard).lower()}"]
+        else:
+            role = [f"--address={RayNode(self._state, 0).ip}:{gcs_port}"]
+        seen_bytes = self.process.log.stat().st_size if self.process.log.exists() else 0
+        self.process.start(
+            # -P: the working directory is no place to import from.
+            [
+                sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *role, "--block",
+                f"--node-ip-address={self.ip}",
+                f"--temp-dir={temp / self.name}",
+                f"--num-cpus={config.node_cpus}",
+                f"--memory={config.node_memory_bytes}",
+                f"--object-store-memory={config.object_store_bytes}",
+                f"--metrics-export-port={ports['metrics']}",
+                f"--labels={NODE_LABEL}={self.name}",
+                "--include-log-monitor=false", "--no-monitor", "--disable-usage-stats",
+            ],
+            environment={
+                **ray_environment(self._state),
+                NODE_VARIABLE: self.name,
+                STATE_VARIABLE: str(self._state.root),
+                "RAY_ADDRESS": "",  # of whoever runs `lazyfarm up`
+                # A worker costs 100 MiB and a second: none before it is needed.
+                "RAY_prestart_worker_first_driver": "0",
+                "RAY_enable_worker_prestart": "0",
+            },
+            ports=ports,
+        )  # fmt: skip
+        self.process.wait_until(lambda: self._has_started(seen_bytes), deadline_s=_READY_S)
+
+    def _has_started(self, seen_bytes: int) -> bool:
+        with self.process.log.open("rb") as log:
+            log.seek(seen_bytes)
+            return _STARTED in log.read()
+
+
+class RayService:
+    """The farm's Ray nodes. Their sockets and logs are under ``STATE/ray``, a link to a short path."""
+
+    def __init__(self, state: StateDir) -> None:
+        self._state = state
+
+    @property
+    def nodes(self) -> list[RayNode]:
+        """Return the nodes that were ever started and not stopped, by index."""
+        indices = sorted(int(path.stem.removeprefix("ray-n")) for path in self._state.run.glob("ray-n*.json"))
+        return [node for node in (RayNode(self._state, index) for index in indices) if node.process.pid is not None]
+
+    @property
+    def processes(self) -> list[ServiceProcess]:
+        """Return the nodes' processes."""
+        return [node.process for node in self.nodes]
+
+    def reached_by(self, config: RayConfig, nodes: int) -> RayConfig:
+        """Return *config* with what is needed to reach this cluster."""
+        head = RayNode(self._state, 0)
+        return RayConfig(
+            address=f"{head.ip}:{head.process.ports.get('gcs', 0)}",
+            token_file=str(self._token_file()),
+            nodes=nodes,
+            node_cpus=config.node_cpus,
+            node_memory_bytes=config.node_memory_bytes,
+            object_store_bytes=config.object_store_bytes,
+            call_timeout_s=config.call_timeout_s,
+        )
+
+    def start(self, config: RayConfig, nodes: int, *, include_dashboard: bool = False) -> list[str]:
+        """Bring the cluster to *nodes* nodes and return the names of those that were started.
+
+        A dead worker node is started alone. A dead head takes the cluster's state with it, so all start anew.
+
+        Args:
+            config: What each node offers.
+            nodes: How many, the head included; what runs beyond is stopped.
+            include_dashboard: Start Ray's dashboard, which job submission needs (and ``ray[default]``).
+
+        Raises:
+            StartError: a node did not start.
+        """
+        wanted = [RayNode(self._state, index) for index in range(nodes)]
+        head, workers = wanted[0], wanted[1:]
+        self._stop(node for node in self.nodes if node.index >= nodes)
+        started: list[str] = []
+        if not (head.is_alive() and is_listening(head.process.ports.get("gcs", 0))):
+            self._stop(self.nodes)
+            self._start_head(head, config, include_dashboard=include_dashboard)
+            started.append(head.name)
+        temp, gcs_port = self._temp_dir(), head.process.ports["gcs"]
+
+        def start(node: RayNode) -> None:
+            self._try(node, config, temp, gcs_port, include_dashboard=include_dashboard)
+
+        dead = [node for node in workers if not node.is_alive()]
+        if dead:
+            with ThreadPoolExecutor(len(dead)) as pool:
+                list(pool.map(start, dead))
+        return started + [node.name for node in dead]
+
+    def stop(self) -> list[str]:
+        """End all nodes, the head last; return the names of the processes that ran."""
+        return self._stop(self.nodes)
+
+    def purge(self) -> None:
+        """Remove sockets and logs; nothing runs."""
+        link = self._state.root / "ray"
+        if link.is_symlink():
+            shutil.rmtree(link.readlink(), ignore_errors=True)
+            link.unlink()
+
+    def _start_head(self, head: RayNode, config: RayConfig, *, include_dashboard: bool) -> None:
+        temp = self._temp_dir()
+        for node_dir in temp.glob("n*"):
+            # Names a cluster that is gone, and makes a new head refuse to start.
+            (node_dir / "ray_current_cluster").unlink(missing_ok=True)
+            for session in sorted(node_dir.glob("session_2*"))[:-1]:
+                shutil.rmtree(session, ignore_errors=True)  # the last one's logs may still be wanted
+        gcs_port = choose_ports(["gcs"], head.process.ports)["gcs"]
+        self._try(head, config, temp, gcs_port, include_dashboard=include_dashboard)
+
+    def _try(self, node: RayNode, config: RayConfig, temp: Path, gcs_port: int, *, include_dashboard: bool) -> None:
+        try:
+            node.start(config, temp, gcs_port, include_dashboard=include_dashboard)
+        except StartError:
+            # Once more: Ray takes ports that it saw free and finds them taken, or gives up under load.
+            if node.index == 0:
+                gcs_port = choose_ports(["gcs"], node.process.ports)["gcs"]
+            node.start(config, temp, gcs_port, include_dashboard=include_dashboard)
+
+    @staticmethod
+    def _stop(nodes: Iterable[RayNode]) -> list[str]:
+        ending = sorted(nodes, key=lambda node: node.index, reverse=True)
+        workers = [node for node in ending if node.index > 0]
+        stopped = []
+        if workers:
+            with ThreadPoolExecutor(len(workers)) as pool:
+                ran = list(pool.map(lambda node: node.process.stop(), workers))
+            stopped = [node.process.name for node, did_run in zip(workers, ran, strict=True) if did_run]
+        return stopped + [node.process.name for node in ending if node.index == 0 and node.process.stop()]
+
+    def _temp_dir(self) -> Path:
+        """Return the cluster's short directory, ours alone, made unless ``STATE/ray`` links to one."""
+        link = self._state.root / "ray"
+        if link.is_symlink():
+            target = link.readlink()
+            if target.is_dir():
+                return target
+            link.unlink()  # /tmp was cleaned
+        base = _SHORT_TEMP if os.access(_SHORT_TEMP, os.W_OK) else None
+        target = Path(tempfile.mkdtemp(prefix="lf-", dir=base))
+        link.symlink_to(target)
+        return target
+
+    def _token_file(self) -> Path:
+        return _token_file(self._state)
+
+
+def ray_environment(state: StateDir) -> dict[str, str]:
+    """Return the environment with which processes join this farm's Ray cluster; holds no secret."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(_token_file(state)),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }
+
+
+def _token_file(state: StateDir) -> Path:
+    return state.secret_file("ray-token", lambda: secrets.token_hex(32))
+
+
+def _command_name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
