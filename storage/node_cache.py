@@ -1,276 +1,454 @@
-"""The node's blobs on disk: content-addressed, capped in size, shared by everything on the node.
+"""A node's cache of compressed blobs: files by digest, capped in size, least recently used out first.
 
-``sha256/HEX`` holds whole, verified blobs; ``staging/`` holds what is arriving. A blob gets its name by a
-rename once its bytes have hashed to its digest, so a killed process leaves only staging files, which
-:meth:`NodeCache.recover` removes once their owner is gone (each holds a lock on its file while it lives).
+    ROOT/blobs/<hex>       whole blobs; access time: last use; modification time: published, or verified
+    ROOT/staging/<nonce>   blobs that are arriving, each locked by the process that writes it
+    ROOT/lock              held while room is made and while staging files come and go
+
+The disk is the truth: there is no index to be out of step with it, and several processes may share a cache.
+A blob is published by a rename, so a killed process leaves whole blobs and staging files, no more; a staging
+file whose lock is free has lost its writer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
-import secrets
 import shutil
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+from uuid import uuid4
 
 from cluster.digest import Digest, hex_of
-from cluster.errors import ClusterError, InternalError, UnavailableError
+from cluster.errors import BlobDamagedError, ClusterError, DeadlineExceededError, UnavailableError
 
-#: Bytes that stay free on the disk, whatever the cache may use: logs and Redis live there too.
-_KEEP_FREE_BYTES = 256 * 1024**2
-_READ_TIMEOUT_S = 600.0
+#: Bytes of free disk that are never used: what else runs on the node must go on.
+HEADROOM_BYTES = 256 * 1024**2
+#: Seconds without a byte until a reader of an arriving blob gives up.
+STALL_S = 120.0
 
-
-class StagingFile:
-    """A blob that is arriving: written at any offset, readable from its start up to the frontier."""
-
-    def __init__(self, path: Path, digest: Digest, size_bytes: int, publish: Callable[[Path, Digest], None]) -> None:
-        self._path = path
-        self._digest = digest
-        self._size_bytes = size_bytes
-        self._publish = publish
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._changed = threading.Condition()
-        self._frontier = 0
-        self._error: ClusterError | None = None
-        self._is_ended = False
-        self._on_end: list[Callable[[ClusterError | None], object]] = []
-
-    def __repr__(self) -> str:
-        return f"<StagingFile {self._digest} {self._frontier}/{self._size_bytes}>"
-
-    @property
-    def size_bytes(self) -> int:
-        """Return the blob's size."""
-        return self._size_bytes
-
-    def pwrite(self, offset: int, data: memoryview) -> None:
-        """Write *data* at *offset*.
-
-        Raises:
-            UnavailableError: the disk refuses.
-        """
-        try:
-            while data:
-                count = os.pwrite(self._fd, data, offset)
-                data, offset = data[count:], offset + count
-        except OSError as exc:
-            raise UnavailableError(f"disk of {self._path.parent}", exc.strerror or str(exc)) from exc
-
-    def pread_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill *buffer* from what was written at *offset*."""
-        filled = 0
-        while filled < len(buffer):
-            count = os.preadv(self._fd, [buffer[filled:]], offset + filled)
-            if not count:
-                raise InternalError(f"staging of {self._digest} is read at {offset + filled}, where nothing is")
-            filled += count
-
-    def advance(self, frontier: int) -> None:
-        """Say that every byte before *frontier* is written: readers may go on."""
-        with self._changed:
-            self._frontier = frontier
-            self._changed.notify_all()
-
-    def fail(self, error: ClusterError) -> None:
-        """Say that the rest won't come; readers get *error*."""
-        with self._changed:
-            if self._error is None and not self._is_ended:
-                self._error = error
-            self._changed.notify_all()
-
-    def publish(self) -> None:
-        """Keep the file under its digest: its bytes are whole and hash to it."""
-        self.advance(self._size_bytes)
-        self._publish(self._path, self._digest)
-        self._end(None)
-
-    def discard(self) -> None:
-        """Drop the file; does nothing once it has ended."""
-        if self._is_ended:
-            return
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
-        self.fail(UnavailableError(f"blob {self._digest}", "its fetch was given up"))
-        self._end(self._error)
-
-    def on_end(self, call: Callable[[ClusterError | None], object]) -> None:
-        """Call *call* once, with None after :meth:`publish`, else with the error."""
-        with self._changed:
-            if not self._is_ended:
-                self._on_end.append(call)
-                return
-        call(self._error)
-
-    def open_reader(self) -> StagingReader:
-        """Read from the start; the reader has a descriptor of its own, so an eviction doesn't disturb it."""
-        return StagingReader(self, os.dup(self._fd))
-
-    def wait_beyond(self, offset: int) -> int:
-        """Block until bytes beyond *offset* may be read; return the frontier, or the size at the end."""
-        with self._changed:
-            while self._frontier <= offset < self._size_bytes:
-                if self._error is not None:
-                    raise self._error
-                if not self._changed.wait(_READ_TIMEOUT_S):
-                    raise UnavailableError(f"blob {self._digest}", f"nothing arrived in {_READ_TIMEOUT_S:.0f} s")
-            if self._error is not None:
-                raise self._error
-            return self._frontier
-
-    def _end(self, error: ClusterError | None) -> None:
-        with self._changed:
-            if self._is_ended:
-                return
-            self._is_ended = True
-            calls, self._on_end = self._on_end, []
-            self._changed.notify_all()
-        os.close(self._fd)
-        for call in calls:
-            call(error)
+_OnClose = Callable[[], None]
 
 
-class StagingReader:
-    """A :class:`cluster.ports.ByteStream` over an arriving blob."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeCacheStatistics:
+    """What is on the disk, and what this process has seen."""
 
-    def __init__(self, staging: StagingFile, fd: int) -> None:
-        self._staging = staging
-        self._fd = fd
-        self._offset = 0
-        self._lock = threading.Lock()
-
-    def readinto(self, buffer: memoryview) -> int:
-        """Read what is there, waiting until something is; 0 at the end."""
-        frontier = self._staging.wait_beyond(self._offset)
-        count = min(len(buffer), frontier - self._offset)
-        if not count:
-            return 0
-        with self._lock:
-            if self._fd < 0:
-                raise UnavailableError("blob", "its reader was closed")
-            count = os.preadv(self._fd, [buffer[:count]], self._offset)
-        self._offset += count
-        return count
-
-    def close(self) -> None:
-        """Close; a read under way ends with an error or the end."""
-        with self._lock:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+    blobs: int
+    blob_bytes: int
+    staging_bytes: int
+    max_bytes: int
+    hits: int
+    misses: int
+    evicted: int
 
 
-class FileReader:
-    """A :class:`cluster.ports.ByteStream` over a whole file."""
-
-    def __init__(self, fd: int) -> None:
-        self._file = os.fdopen(fd, "rb", buffering=0)
-
-    def readinto(self, buffer: memoryview) -> int:
-        """Read up to ``len(buffer)`` bytes; 0 at the end."""
-        return self._file.readinto(buffer)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    path: Path
+    size_bytes: int
+    used_ns: int
 
 
 class NodeCache:
-    """The node's cache of compressed blobs. Thread-safe; several processes may share one directory."""
+    """The blobs on this node's disk. Thread-safe, and safe between processes.
 
-    def __init__(self, root: Path, max_bytes: int) -> None:
-        self._blobs = root / "sha256"
-        self._staging = root / "staging"
+    Args:
+        root: Its directory; made if missing.
+        max_bytes: Blobs are evicted down to this before another arrives. What is arriving or being read at
+            the time is never evicted, so that many big blobs at once may exceed it for as long.
+        headroom_bytes: Bytes of free disk that must be left after a blob is given its room.
+    """
+
+    def __init__(self, root: Path, max_bytes: int, *, headroom_bytes: int = HEADROOM_BYTES) -> None:
+        self.root = root
         self._max_bytes = max_bytes
-        self._lock = threading.Lock()
+        self._headroom_bytes = headroom_bytes
+        self._blobs = root / "blobs"
+        self._staging = root / "staging"
         self._blobs.mkdir(parents=True, exist_ok=True)
-        self._staging.mkdir(parents=True, exist_ok=True)
+        self._staging.mkdir(exist_ok=True)
+        self._state_lock = threading.Lock()
+        self._reading: Counter[str] = Counter()
+        self._hits = 0
+        self._misses = 0
+        self._evicted = 0
 
     def __repr__(self) -> str:
-        return f"<NodeCache {self._blobs.parent}>"
+        return f"NodeCache({str(self.root)!r}, {self.statistics()})"
 
-    def open(self, digest: Digest) -> FileReader | None:
-        """Open a whole blob for reading, and mark it used; None where it isn't here."""
-        path = self._path(digest)
+    def path_of(self, digest: Digest) -> Path | None:
+        """Return the path of a blob that is here, and mark it used; None where it is not.
+
+        It may be evicted before the path is opened: :meth:`open` can't meet that. A blob written before the
+        machine last started is verified first, because a power failure keeps names and loses bytes.
+        """
+        path = self._blobs / hex_of(digest)
+        is_here = self._touch(digest, path)
+        with self._state_lock:
+            self._hits += is_here
+            self._misses += not is_here
+        return path if is_here else None
+
+    def open(self, digest: Digest) -> CachedBlob | None:
+        """Open a blob that is here, and keep it from being evicted until it is closed; None where it is not."""
+        name = hex_of(digest)
+        with self._state_lock:
+            self._reading[name] += 1
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            path = self.path_of(digest)
+            if path is not None:
+                return CachedBlob(os.open(path, os.O_RDONLY | os.O_CLOEXEC), lambda: self._stop_reading(name))
         except FileNotFoundError:
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(path)
-        return FileReader(fd)
-
-    def has(self, digest: Digest) -> bool:
-        """Tell whether a whole blob is here."""
-        return self._path(digest).exists()
+            pass  # evicted by another process just now
+        except BaseException:
+            self._stop_reading(name)
+            raise
+        self._stop_reading(name)
+        return None
 
     def staging(self, digest: Digest, size_bytes: int) -> StagingFile:
-        """Make a staging file, with room on the disk for all of it.
+        """Make room for a blob of *size_bytes* and return the file to write it to.
+
+        Several for one digest at once are possible; each is whole by itself, and the last to be published
+        replaces the same bytes.
 
         Raises:
-            UnavailableError: the disk is too full, also after older blobs were evicted.
+            UnavailableError: the disk is too full, also after evicting all that may be.
         """
-        self._make_room(size_bytes)
-        return StagingFile(
-            self._staging / f"{hex_of(digest)}.{secrets.token_hex(6)}", digest, size_bytes, self._publish
-        )
+        with self._exclusively():
+            self._make_room(size_bytes)
+            path = self._staging / f"{hex_of(digest)[:16]}-{uuid4().hex}"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if size_bytes:
+                    os.posix_fallocate(fd, 0, size_bytes)
+            except OSError as exc:
+                os.close(fd)
+                path.unlink(missing_ok=True)
+                raise self._too_full(size_bytes) from exc
+        return StagingFile(fd, path, self._blobs / hex_of(digest), digest, size_bytes)
 
-    def evict(self, wanted_bytes: int) -> int:
-        """Remove the least recently used blobs until *wanted_bytes* are freed; return how many were.
+    def verify(self, digest: Digest) -> bool:
+        """Read a blob and compare its digest; a damaged one is removed. Tell whether it is here and whole."""
+        path = self._blobs / hex_of(digest)
+        try:
+            with path.open("rb") as blob:
+                if hashlib.file_digest(blob, "sha256").hexdigest() == hex_of(digest):
+                    os.utime(path)
+                    return True
+        except FileNotFoundError:
+            return False
+        path.unlink(missing_ok=True)
+        return False
 
-        Who reads a blob keeps its bytes: its descriptor outlives the name.
-        """
-        freed = 0
-        for _used_s, size, path in sorted(self._entries()):
-            if freed >= wanted_bytes:
-                break
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-                freed += size
-        return freed
-
-    def used_bytes(self) -> int:
-        """Return how many bytes the whole blobs have."""
-        return sum(size for _used_s, size, _path in self._entries())
+    def remove(self, digest: Digest) -> None:
+        """Remove a blob; who reads it reads on. Does nothing where there is none."""
+        (self._blobs / hex_of(digest)).unlink(missing_ok=True)
 
     def recover(self) -> list[str]:
-        """Remove staging files whose process is gone; return their names."""
+        """Remove staging files whose writer is gone; return their names. Live ones, of any process, stay."""
         removed = []
-        for path in list(self._staging.iterdir()):
-            with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        with self._exclusively():
+            for path in self._staging.iterdir():
                 try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its owner lives
-                    path.unlink()
+                    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    continue  # published or discarded just now
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink(missing_ok=True)
                     removed.append(path.name)
+                except BlockingIOError:
+                    continue
                 finally:
                     os.close(fd)
         return removed
 
-    def _publish(self, path: Path, digest: Digest) -> None:
-        path.replace(self._path(digest))
-        with self._lock:
-            over = self.used_bytes() - self._max_bytes
-            if over > 0:
-                self.evict(over)
+    def statistics(self) -> NodeCacheStatistics:
+        """Return what is here now."""
+        entries = list(_entries(self._blobs))
+        with self._state_lock:
+            return NodeCacheStatistics(
+                blobs=len(entries),
+                blob_bytes=sum(entry.size_bytes for entry in entries),
+                staging_bytes=sum(entry.size_bytes for entry in _entries(self._staging)),
+                max_bytes=self._max_bytes,
+                hits=self._hits,
+                misses=self._misses,
+                evicted=self._evicted,
+            )
 
     def _make_room(self, size_bytes: int) -> None:
-        with self._lock:
-            lacking = size_bytes + _KEEP_FREE_BYTES - shutil.disk_usage(self._staging).free
-            if lacking > 0 and self.evict(lacking) < lacking:
-                raise UnavailableError(
-                    f"disk of {self._staging}", f"{lacking} bytes are lacking for a blob of {size_bytes} bytes"
-                )
+        entries = sorted(_entries(self._blobs), key=lambda entry: entry.used_ns)
+        held = sum(entry.size_bytes for entry in entries) + sum(entry.size_bytes for entry in _entries(self._staging))
+        for entry in entries:
+            is_capped = held + size_bytes > self._max_bytes
+            if not is_capped and self._free_bytes() >= size_bytes:
+                return
+            if self._is_read(entry.path.name):
+                continue
+            entry.path.unlink(missing_ok=True)
+            held -= entry.size_bytes
+            with self._state_lock:
+                self._evicted += 1
+        if self._free_bytes() < size_bytes:
+            raise self._too_full(size_bytes)
 
-    def _entries(self) -> Iterator[tuple[float, int, Path]]:
-        for entry in os.scandir(self._blobs):
-            with contextlib.suppress(FileNotFoundError):
-                status = entry.stat()
-                yield status.st_mtime, status.st_size, Path(entry.path)
+    def _free_bytes(self) -> int:
+        return shutil.disk_usage(self.root).free - self._headroom_bytes
 
-    def _path(self, digest: Digest) -> Path:
-        return self._blobs / hex_of(digest)
+    def _too_full(self, size_bytes: int) -> UnavailableError:
+        free = max(0, self._free_bytes())
+        return UnavailableError(
+            f"node cache {self.root}",
+            f"a blob of {size_bytes:,} bytes doesn't fit: {free:,} bytes of disk are free beyond the "
+            f"{self._headroom_bytes:,} kept in reserve",
+        )
+
+    def _is_read(self, name: str) -> bool:
+        with self._state_lock:
+            return self._reading[name] > 0
+
+    def _stop_reading(self, name: str) -> None:
+        with self._state_lock:
+            self._reading[name] -= 1
+            if self._reading[name] <= 0:
+                del self._reading[name]
+
+    def _touch(self, digest: Digest, path: Path) -> bool:
+        try:
+            if path.stat().st_mtime < _boot_time() and not self.verify(digest):
+                return False
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+        except FileNotFoundError:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """Hold the cache's lock; held for a directory listing or an eviction, never for a transfer."""
+        fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+
+class CachedBlob:
+    """An open blob as a :class:`cluster.ports.ByteStream`; a context manager."""
+
+    def __init__(self, fd: int, on_close: _OnClose) -> None:
+        self._file = os.fdopen(fd, "rb", buffering=0)
+        self._on_close: _OnClose | None = on_close
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Read up to ``len(buffer)`` bytes; 0 at the end."""
+        return self._file.readinto(buffer) or 0
+
+    def close(self) -> None:
+        """Close it, and let it be evicted."""
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            self._file.close()
+            on_close()
+
+
+class StagingFile:
+    """A blob while it arrives: written anywhere by one or several threads, read in order behind them.
+
+    The writer says with :meth:`advance` up to where the bytes are whole *and good*; readers never see beyond
+    that. It ends by :meth:`publish` or :meth:`discard`, once; readers that are open go on after either. As a
+    context manager it discards what was not published.
+    """
+
+    def __init__(self, fd: int, path: Path, target: Path, digest: Digest, size_bytes: int) -> None:
+        self.digest = digest
+        self.size_bytes = size_bytes
+        self._fd = fd
+        self._path = path
+        self._target = target
+        self._changed = threading.Condition()
+        self._frontier = 0
+        self._error: ClusterError | None = None
+        self._is_ended = False
+
+    def __repr__(self) -> str:
+        return f"StagingFile({self.digest}, {self._frontier} of {self.size_bytes} bytes)"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+    @property
+    def frontier_bytes(self) -> int:
+        """Return up to where readers may read."""
+        with self._changed:
+            return self._frontier
+
+    def pwrite(self, offset: int, data: memoryview) -> None:
+        """Write *data* at *offset*, all of it. Readers don't see it yet.
+
+        Raises:
+            UnavailableError: the disk refused.
+        """
+        if offset + data.nbytes > self.size_bytes:
+            raise BlobDamagedError(self.digest, f"bytes beyond its size of {self.size_bytes}")
+        view = data.cast("B")
+        try:
+            while view.nbytes:
+                count = os.pwrite(self._fd, view, offset)
+                view, offset = view[count:], offset + count
+        except OSError as exc:
+            raise UnavailableError(f"node cache {self._path.parent.parent}", f"{exc.strerror}") from exc
+
+    def pread(self, offset: int, buffer: memoryview) -> int:
+        """Read back what was written at *offset*, the frontier notwithstanding; return how many bytes."""
+        return os.preadv(self._fd, [buffer], offset)
+
+    def advance(self, frontier_bytes: int) -> None:
+        """Let readers read up to *frontier_bytes*, counted from the start; never goes back."""
+        with self._changed:
+            self._frontier = max(self._frontier, min(frontier_bytes, self.size_bytes))
+            self._changed.notify_all()
+
+    def fail(self, error: ClusterError) -> None:
+        """Give readers *error* where they run out of bytes; the first one counts."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def open_reader(self, *, stall_s: float = STALL_S) -> StagingReader:
+        """Open a reader from the start; it waits *stall_s* seconds at most for the next byte."""
+        with self._changed:
+            if self._is_ended:
+                raise UnavailableError(f"staging file of {self.digest}", "it was published or discarded")
+            return StagingReader(self, os.dup(self._fd), stall_s)
+
+    def publish(self) -> Path:
+        """Make it a blob of the cache and return its path; the bytes were all advanced over.
+
+        Raises:
+            BlobDamagedError: some bytes never came, or it failed; it is discarded.
+            UnavailableError: the disk refused.
+        """
+        with self._changed:
+            error, frontier = self._error, self._frontier
+        if error is not None or frontier != self.size_bytes:
+            self.discard()
+            raise error or BlobDamagedError(self.digest, f"{frontier} of {self.size_bytes} bytes came")
+        try:
+            os.utime(self._path)
+            self._path.rename(self._target)
+        except OSError as exc:
+            self.discard()
+            raise UnavailableError(f"node cache {self._path.parent.parent}", f"{exc.strerror}") from exc
+        self._end()
+        return self._target
+
+    def discard(self) -> None:
+        """Remove it unless it was published; readers that wait for more get an error."""
+        with self._changed:
+            if self._is_ended:
+                return
+        if self._frontier < self.size_bytes:
+            self.fail(UnavailableError(f"staging file of {self.digest}", "it was discarded"))
+        self._path.unlink(missing_ok=True)
+        self._end()
+
+    def wait_beyond(self, offset: int, stall_s: float) -> int:
+        """Wait until readers may read beyond *offset*, or there is no more; return up to where they may.
+
+        Raises:
+            DeadlineExceededError: nothing came for *stall_s* seconds.
+            ClusterError: what :meth:`fail` was given.
+        """
+        give_up_at = time.monotonic() + stall_s
+        with self._changed:
+            while self._frontier <= offset < self.size_bytes:
+                if self._error is not None:
+                    # A copy: each reader raises it in a thread of its own, with a traceback of its own.
+                    raise type(self._error)(*self._error.args) from self._error
+                left_s = give_up_at - time.monotonic()
+                if left_s <= 0.0:
+                    raise DeadlineExceededError(
+                        f"blob {self.digest}", f"not a byte beyond {offset} of {self.size_bytes} for {stall_s:.0f} s"
+                    )
+                self._changed.wait(left_s)
+            return self._frontier
+
+    def _end(self) -> None:
+        with self._changed:
+            was_ended, self._is_ended = self._is_ended, True
+        if not was_ended:
+            os.close(self._fd)
+
+
+class StagingReader:
+    """Follows a :class:`StagingFile` from its start, as a :class:`cluster.ports.ByteStream`; a context manager."""
+
+    def __init__(self, staging: StagingFile, fd: int, stall_s: float) -> None:
+        self._staging = staging
+        self._fd: int | None = fd
+        self._stall_s = stall_s
+        self._next = 0
+        self._frontier = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Read up to ``len(buffer)`` bytes, waiting for at least one; 0 at the end of the blob."""
+        if self._fd is None or self._next >= self._staging.size_bytes:
+            return 0
+        if self._next >= self._frontier:
+            self._frontier = self._staging.wait_beyond(self._next, self._stall_s)
+        count = os.preadv(self._fd, [buffer[: self._frontier - self._next]], self._next)
+        self._next += count
+        return count
+
+    def close(self) -> None:
+        """Close it."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+
+def _entries(directory: Path) -> Iterator[_Entry]:
+    with os.scandir(directory) as found:
+        for item in found:
+            try:
+                stat = item.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            yield _Entry(Path(item.path), stat.st_size, stat.st_atime_ns)
+
+
+def _boot_time() -> float:
+    """Return when the machine started, by its wall clock; a clock that is set only causes a verification more."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
