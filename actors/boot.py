@@ -191,7 +191,11 @@ def new_token() -> str:
     return secrets.token_hex(12)
 
 
+def nodes_dir(config: Config, state_dir: str) -> Path:
+    """Return the directory with one directory a node of this machine."""
+    return Path(config.node.root or Path(state_dir, "nodes"))
+
+
 def node_root(boot: Boot) -> Path:
     """Return the directory for this node's cache, snapshots and mounts."""
-    base = Path(boot.config.node.root or Path(boot.state_dir) / "nodes")
-    return base / boot.node
+    return nodes_dir(boot.config, boot.state_dir) / boot.node

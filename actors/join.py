@@ -7,7 +7,7 @@ import os
 
 import ray
 import ray.exceptions
-from ray._raylet import Config as RayConfig
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]  # compiled
 
 from actors.options import namespace
 from cluster.config import Config

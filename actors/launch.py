@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import Any
 
 import ray
 
-from actors.boot import VERSION, Boot
+from actors.boot import VERSION, Boot, nodes_dir
 from actors.join import join, leave
 from actors.options import options
 from actors.supervisor import Supervisor
@@ -27,9 +28,13 @@ from storage.farm_file import forget_running, write_running
 from storage.keys import Keys
 from storage.presence import Presence
 from storage.services.local import LocalServices
+from storage.services.state_dir import StateDir
+from storage.snapshots import choose
 
 _READY_S = 120.0
 _POLL_S = 0.2
+#: Seconds that one ``up`` or ``down`` waits for another; the S3 server's first start installs it.
+_LOCK_S = 900.0
 
 Report = Callable[[str], None]
 
@@ -59,27 +64,21 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
     """
     wanted = settings.wanted
     services = LocalServices(settings.state_dir, wanted)
-    started: list[str] = []
-    with services.locked():
-        with ThreadPoolExecutor(3, thread_name_prefix="up") as pool:
-            redis = None if wanted.redis.url else pool.submit(services.up_redis)
-            s3 = None if wanted.s3.endpoint else pool.submit(services.up_s3)
-            nodes_up = None if wanted.ray.address else pool.submit(services.up_ray, nodes)
-            config = replace(
-                wanted,
-                redis=redis.result() if redis else wanted.redis,
-                s3=s3.result() if s3 else wanted.s3,
-                ray=nodes_up.result() if nodes_up else wanted.ray,
-            )
-        for name in services.started:
+    with StateDir(settings.state_dir).lock("up", deadline_s=_LOCK_S):
+        count = nodes or _running_nodes(services) or wanted.ray.nodes
+        config, started = _up_services(services, wanted, count)
+        for name in started:
             report(f"started {name}")
-        started += services.started
         link = connect_sync(config.redis)
         try:
             check_policy_sync(link)
         finally:
             link.close()
-        S3ContentStore(config.s3).ensure_bucket()
+        store = S3ContentStore(config.s3)
+        try:
+            store.ensure_bucket()
+        finally:
+            store.close()
         running = Running(
             farm_id=services.farm_id,
             config_file=settings.config_file,
@@ -95,10 +94,35 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
         )
         write_running(settings.state_dir, running)
         settings = replace(settings, running=running)
-        actors = _up_actors(config, settings, expected_nodes=services.node_count())
+        actors = _up_actors(config, settings, expected_nodes=1 if wanted.ray.address else count)
         for name in actors:
             report(f"started {name}")
     return UpReport(changed=bool(started or actors), started=(*started, *actors), settings=settings)
+
+
+def _up_services(services: LocalServices, wanted: Config, nodes: int) -> tuple[Config, list[str]]:
+    """Start what *wanted* doesn't name, side by side; return how all of it is reached and what was started."""
+    config = wanted
+    started: list[str] = []
+    with ThreadPoolExecutor(3, thread_name_prefix="up") as pool:
+        redis = None if wanted.redis.url else pool.submit(services.up_redis)
+        s3 = None if wanted.s3.endpoint else pool.submit(services.up_s3)
+        ray_nodes = None if wanted.ray.address else pool.submit(services.up_ray, nodes)
+    if redis is not None:
+        config = replace(config, redis=redis.result().config)
+        started += redis.result().started
+    if s3 is not None:
+        config = replace(config, s3=s3.result().config)
+        started += s3.result().started
+    if ray_nodes is not None:
+        config = replace(config, ray=ray_nodes.result().config)
+        started += ray_nodes.result().started
+    return config, started
+
+
+def _running_nodes(services: LocalServices) -> int:
+    """Return how many Ray nodes were brought up and not taken down, dead or alive."""
+    return sum(status.name.startswith("ray-") for status in services.status())
 
 
 def _up_actors(config: Config, settings: FarmSettings, *, expected_nodes: int) -> list[str]:
@@ -164,12 +188,17 @@ def _ready_names(actors: list[ActorRecord]) -> set[str]:
 def down(settings: FarmSettings, *, purge: bool, report: Report = lambda _line: None) -> list[str]:
     """End exactly what ``up`` started, and keep the data; with *purge* remove that too. Returns what was ended."""
     services = LocalServices(settings.state_dir, settings.wanted)
-    with services.locked():
+    with StateDir(settings.state_dir).lock("up", deadline_s=_LOCK_S):
         stopped = services.down()
+        for root in nodes_dir(settings.wanted, str(settings.state_dir)).glob("*/snapshots"):
+            snapshotter = choose(root, "auto")
+            for name in snapshotter.mounts():
+                snapshotter.unmount(name)
         for name in stopped:
             report(f"stopped {name}")
         forget_running(settings.state_dir)
         if purge:
+            shutil.rmtree(nodes_dir(settings.wanted, str(settings.state_dir)), ignore_errors=True)
             services.purge()
             report(f"removed {settings.state_dir}")
     return stopped

@@ -28,7 +28,7 @@ from cluster.fetch.runner import Caller, Fetched
 from cluster.flight.values import Fence, UploadState
 from cluster.ports import AuthRequest, Authorization, ByteStream, ContentStore, FlightStore, HostLimiter, ObjectInfo
 from cluster.ref import BlobRecord
-from storage.local_blobs import NodeBlobs
+from storage.local_blobs import ArrivingBlob, NodeBlobs
 from storage.registry.blob import BlobSource
 from storage.registry.endpoint import Endpoint
 from storage.transfer import (
@@ -78,7 +78,7 @@ class _RegistrySource:
     def __init__(
         self,
         endpoint: Endpoint,
-        digest: Digest,
+        descriptor: Descriptor,
         caller: Caller,
         blobs: BlobSource,
         limiter: HostLimiter,
@@ -86,7 +86,7 @@ class _RegistrySource:
     ) -> None:
         self.name = endpoint.source
         self._endpoint = endpoint
-        self._digest = digest
+        self._descriptor = descriptor
         self._caller = caller
         self._blobs = blobs
         self._limiter = limiter
@@ -116,9 +116,10 @@ class _RegistrySource:
             try:
                 return self._blobs.open(
                     self._endpoint,
-                    self._digest,
+                    self._descriptor.digest,
                     offset=offset,
                     length=length,
+                    size_bytes=self._descriptor.size_bytes,
                     authorization=authorization.header if authorization else None,
                 )
             except ChallengedError as exc:
@@ -126,7 +127,7 @@ class _RegistrySource:
                     break
                 authorization = self._authorize(challenge=exc.challenge, was_refused=authorization is not None)
         raise AccessDeniedError(
-            f"{self._endpoint.repository}@{self._digest}", self._endpoint.registry, "401 after a refresh"
+            f"{self._endpoint.repository}@{self._descriptor.digest}", self._endpoint.registry, "401 after a refresh"
         )
 
     def _authorize(self, *, challenge: str | None, was_refused: bool) -> Authorization | None:
@@ -196,7 +197,7 @@ class ThreadedTransfers:
         self._threads = threads
         self._limits = limits
         self._pool = BufferPool(buffers, limits.part_bytes)
-        self._arrived: dict[str, Transferred] = {}
+        self._arrived: dict[str, Transferred[ArrivingBlob]] = {}
 
     async def fetch(
         self,
@@ -214,7 +215,7 @@ class ThreadedTransfers:
         if not live:
             raise SessionGoneError("of every caller")
         sources = [
-            _RegistrySource(endpoint, digest, caller, self._sources, self._limiter, bridge)
+            _RegistrySource(endpoint, descriptor, caller, self._sources, self._limiter, bridge)
             for caller in live
             for handle in caller.providers.get(digest, ())
             for endpoint in self._sources.endpoints(handle)
@@ -259,7 +260,7 @@ class ThreadedTransfers:
         """Keep the staged bytes as this node's copy, or drop them."""
         done = self._arrived.pop(fetched.blob.key)
         if committed:
-            self._blobs.publish(fetched.blob.digest, done.staging)
+            self._blobs.publish(done.staging)
         else:
             done.staging.fail(UnavailableError(f"blob {fetched.blob.digest}", "its flight was lost"))
             done.staging.discard()

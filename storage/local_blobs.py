@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from cluster.digest import Digest
-from cluster.errors import BlobNotFoundError, ClusterError, DigestMismatchError, UnavailableError
+from cluster.errors import BlobNotFoundError, ClusterError, DigestMismatchError, InternalError, UnavailableError
 from cluster.ports import ByteStream, ContentStore, RefStore
 from cluster.ref import BlobRecord
 from storage.node_cache import NodeCache, StagingFile
@@ -17,16 +17,56 @@ _CHUNK = 1024 * 1024
 
 
 class ArrivingBlob:
-    """A blob that is being written to this node's disk, or was."""
+    """A blob that is being written to this node's disk, for its writer's threads and for those who wait for it.
 
-    def __init__(self, digest: Digest, staging: StagingFile, settled: asyncio.Future[ClusterError | None]) -> None:
+    A staging file whose end the event loop hears of. Made by :meth:`NodeBlobs.begin` only.
+    """
+
+    def __init__(self, digest: Digest, staging: StagingFile, loop: asyncio.AbstractEventLoop) -> None:
         self.digest = digest
-        self.staging = staging
-        self.settled = settled
+        self._staging = staging
+        self._loop = loop
+        self._error: ClusterError | None = None
+        self.settled: asyncio.Future[ClusterError | None] = loop.create_future()
+
+    # -- the writer's half, from any thread --------------------------------------------------------------
+
+    def pwrite(self, offset: int, data: memoryview) -> None:
+        """Write *data* at *offset*."""
+        self._staging.pwrite(offset, data)
+
+    def pread_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill *buffer* with what was written at *offset*."""
+        if self._staging.pread(offset, buffer) != len(buffer):
+            raise InternalError(f"{self._staging!r} is read at {offset}, where nothing was written")
+
+    def advance(self, frontier: int) -> None:
+        """Say that every byte before *frontier* is written."""
+        self._staging.advance(frontier)
+
+    def fail(self, error: ClusterError) -> None:
+        """Say that the rest won't come."""
+        self._error = error
+        self._staging.fail(error)
+
+    def publish(self) -> None:
+        """Keep it as this node's copy: it is whole and hashes to its digest."""
+        self._staging.publish()
+        self._settle(None)
+
+    def discard(self) -> None:
+        """Drop it; :meth:`fail` said why."""
+        self._staging.discard()
+        self._settle(self._error or UnavailableError(f"blob {self.digest}", "its fetch was given up"))
+
+    def _settle(self, error: ClusterError | None) -> None:
+        self._loop.call_soon_threadsafe(_resolve, self.settled, error)
+
+    # -- the readers' half ---------------------------------------------------------------------------------
 
     def open(self) -> ByteStream:
         """Read it from the start, as far as it is here, and on as it comes."""
-        return self.staging.open_reader()
+        return self._staging.open_reader()
 
     async def verified(self) -> None:
         """Return once it is whole and right; raises what went wrong instead."""
@@ -35,7 +75,7 @@ class ArrivingBlob:
             raise error
 
 
-class CachedBlob:
+class WholeBlob:
     """A blob in the node's cache: it was verified when it came."""
 
     def __init__(self, stream: ByteStream) -> None:
@@ -77,22 +117,20 @@ class NodeBlobs:
 
     # -- what the byte path says -----------------------------------------------------------------------
 
-    def begin(self, digest: Digest, size_bytes: int) -> StagingFile:
-        """Make the staging file of a fetch that begins; called from its thread.
+    def begin(self, digest: Digest, size_bytes: int) -> ArrivingBlob:
+        """Make room for a fetch that begins; called from its thread.
 
         Raises:
             UnavailableError: the disk has no room for it.
         """
-        staging = self._cache.staging(digest, size_bytes)
-        future: asyncio.Future[ClusterError | None] = self._loop.create_future()
-        staging.on_end(lambda error: self._loop.call_soon_threadsafe(_resolve, future, error))
-        self._loop.call_soon_threadsafe(self._note_arriving, ArrivingBlob(digest, staging, future))
-        return staging
+        arriving = ArrivingBlob(digest, self._cache.staging(digest, size_bytes), self._loop)
+        self._loop.call_soon_threadsafe(self._note_arriving, arriving)
+        return arriving
 
-    def publish(self, digest: Digest, staging: StagingFile) -> None:
+    def publish(self, arriving: ArrivingBlob) -> None:
         """Keep the bytes of a fetch as this node's copy: they are verified and committed."""
-        staging.publish()
-        self._forget(digest, staging)
+        arriving.publish()
+        self._forget(arriving)
 
     def note_present(self, blob: BlobRecord) -> None:
         """Say that the blob is in the content store."""
@@ -101,7 +139,7 @@ class NodeBlobs:
 
     # -- what unpacking asks ---------------------------------------------------------------------------
 
-    async def get(self, digest: Digest) -> ArrivingBlob | CachedBlob:
+    async def get(self, digest: Digest) -> ArrivingBlob | WholeBlob:
         """Wait until the blob's bytes are here or arriving; bring them from S3 where they are only there.
 
         Raises:
@@ -112,7 +150,7 @@ class NodeBlobs:
                 raise error
             stream = await self._loop.run_in_executor(self._threads, self._cache.open, digest)
             if stream is not None:
-                return CachedBlob(stream)
+                return WholeBlob(stream)
             arriving = self._arriving.get(digest)
             if arriving is not None and not (arriving.settled.done() and arriving.settled.result() is not None):
                 return arriving
@@ -165,7 +203,7 @@ class NodeBlobs:
             staging.discard()
             raise
         finally:
-            self._loop.call_soon_threadsafe(self._forget, blob.digest, staging)
+            self._loop.call_soon_threadsafe(self._forget, staging)
 
     # -- bookkeeping -------------------------------------------------------------------------------------
 
@@ -173,10 +211,9 @@ class NodeBlobs:
         self._arriving[arriving.digest] = arriving
         self._wake()
 
-    def _forget(self, digest: Digest, staging: StagingFile) -> None:
-        known = self._arriving.get(digest)
-        if known is not None and known.staging is staging:
-            del self._arriving[digest]
+    def _forget(self, arriving: ArrivingBlob) -> None:
+        if self._arriving.get(arriving.digest) is arriving:
+            del self._arriving[arriving.digest]
         self._wake()
 
     def _wake(self) -> None:

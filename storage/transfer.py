@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import NoReturn, Protocol, assert_never
+from typing import Generic, NoReturn, Protocol, TypeVar, assert_never
 
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
@@ -52,7 +52,6 @@ from cluster.fetch.plan import (
 )
 from cluster.flight.values import UploadState
 from cluster.ports import ContentStore, ObjectInfo, Part
-from storage.node_cache import StagingFile
 
 _CHUNK = 1024 * 1024
 _HTTP_OK = 200
@@ -80,6 +79,33 @@ class Source(Protocol):
     def open(self, offset: int, length: int | None) -> AbstractContextManager[SourceResponse]:
         """Ask for the bytes from *offset* on (*length* None: to the end)."""
         ...
+
+
+class StagingFile(Protocol):
+    """Where the blob's bytes are kept on this node while they arrive."""
+
+    def pwrite(self, offset: int, data: memoryview) -> None:
+        """Write *data* at *offset*."""
+        ...
+
+    def pread_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill *buffer* with what was written at *offset*."""
+        ...
+
+    def advance(self, frontier: int) -> None:
+        """Say that every byte before *frontier* is written: who unpacks may go on."""
+        ...
+
+    def fail(self, error: ClusterError) -> None:
+        """Say that the rest won't come."""
+        ...
+
+    def discard(self) -> None:
+        """Drop it."""
+        ...
+
+
+StagingT = TypeVar("StagingT", bound=StagingFile)
 
 
 class Journal(Protocol):
@@ -125,7 +151,7 @@ class BufferPool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Transferred:
+class Transferred(Generic[StagingT]):
     """A blob that is in S3 whole and hashes to its digest, though not yet committed."""
 
     object: ObjectInfo
@@ -133,7 +159,7 @@ class Transferred:
     bytes_fetched: int
     #: Source of its bytes.
     source: str
-    staging: StagingFile
+    staging: StagingT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +247,7 @@ class _Cursor:
         return part, buffer
 
 
-class BlobTransfer:
+class BlobTransfer(Generic[StagingT]):
     """One fetch of one blob; :meth:`run` blocks its thread, :meth:`stop` ends it from another."""
 
     def __init__(
@@ -234,7 +260,7 @@ class BlobTransfer:
         limits: TransferLimits,
         journal: Journal,
         new_key: Callable[[], str],
-        new_staging: Callable[[], StagingFile],
+        new_staging: Callable[[], StagingT],
         resume: UploadState | None = None,
     ) -> None:
         self._descriptor = descriptor
@@ -260,7 +286,7 @@ class BlobTransfer:
         """Make :meth:`run` raise TransferStoppedError soon."""
         self._stop.set()
 
-    def run(self) -> Transferred:
+    def run(self) -> Transferred[StagingT]:
         """Fetch, hash and store the blob.
 
         Raises:
@@ -287,7 +313,7 @@ class BlobTransfer:
 
     # -- one attempt -----------------------------------------------------------------------------
 
-    def _attempt(self, staging: StagingFile, resume: UploadState | None) -> Transferred:
+    def _attempt(self, staging: StagingT, resume: UploadState | None) -> Transferred[StagingT]:
         size = self._descriptor.size_bytes
         part_bytes = resume.part_bytes if resume else part_size(size, self._limits.part_bytes)
         if size <= part_bytes and resume is None:
@@ -315,7 +341,7 @@ class BlobTransfer:
             self._blame_source(hasher.digest())
         return self._transferred(info, staging)
 
-    def _attempt_whole(self, staging: StagingFile) -> Transferred:
+    def _attempt_whole(self, staging: StagingT) -> Transferred[StagingT]:
         """Fetch a blob of at most one part: one GET, one PUT."""
         size = self._descriptor.size_bytes
         hasher = _OrderedHash(staging)
@@ -336,7 +362,7 @@ class BlobTransfer:
                 self._pool.release(buffer)
         return self._transferred(info, staging)
 
-    def _transferred(self, info: ObjectInfo, staging: StagingFile) -> Transferred:
+    def _transferred(self, info: ObjectInfo, staging: StagingT) -> Transferred[StagingT]:
         size = self._descriptor.size_bytes
         if info.size_bytes != size:
             raise UnavailableError("the content store", f"it kept {info.size_bytes} of {size} bytes of {info.key}")
