@@ -237,7 +237,7 @@ def test_what_is_being_read_is_not_evicted(cache):
         assert is_here(cache, oldest)
         assert not is_here(cache, other)
         assert len(read_all(blob)) == 40 * KIB
-    fill(cache, bytes_of(60 * KIB, 4))
+    fill(cache, bytes_of(90 * KIB, 4))
     assert not is_here(cache, oldest)
 
 
