@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import AsyncIterator, Mapping
 
@@ -21,14 +22,32 @@ from cluster.wire import decode_error
 #: Seconds without an open poll after which a session counts as gone. A poll is reopened at once, from a
 #: thread of the driver's own, so only a dead or cut-off driver is silent for so long.
 SESSION_GRACE_S = 10.0
+#: Seconds between looks at whether a session is silent.
+_WATCH_S = 1.0
 #: Seconds that a driver may take to answer: a token server is asked meanwhile.
 ANSWER_TIMEOUT_S = 60.0
+#: Seconds without an answer after which a question is put again: the poll that took it may have had nobody
+#: at its other end any more. A driver that is asked twice answers twice, and the first answer counts.
+_PUT_AGAIN_S = 1.0
+
+
+class _Asked:
+    """A question that waits for its answer."""
+
+    def __init__(self, question: SessionQuestion) -> None:
+        self.question = question
+        self.answer: asyncio.Future[SessionAnswer] = asyncio.get_running_loop().create_future()
+        #: When it may be put (again).
+        self.due_s = -math.inf
 
 
 class _Session:
     def __init__(self) -> None:
-        self.questions: asyncio.Queue[SessionQuestion] = asyncio.Queue()
-        self.pending: dict[str, asyncio.Future[SessionAnswer]] = {}
+        self.pending: dict[str, _Asked] = {}
+        #: Set, and replaced, when a poll has to look again.
+        self.changed = asyncio.Event()
+        #: Counts polls; a driver keeps one open, so all but the latest are stale.
+        self.latest_poll = 0
         self.polls = 0
         self.calls = 0
         self.seen_s = time.monotonic()
@@ -38,6 +57,27 @@ class _Session:
     @property
     def is_live(self) -> bool:
         return self.polls > 0 or time.monotonic() - self.seen_s < SESSION_GRACE_S
+
+    def wake(self) -> None:
+        """Make polls look again."""
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+    def take_due(self) -> list[SessionQuestion]:
+        """Return the questions that are to be put now, and note that they are."""
+        now_s = time.monotonic()
+        due = [asked for asked in self.pending.values() if asked.due_s <= now_s and not asked.answer.done()]
+        for asked in due:
+            asked.due_s = now_s + _PUT_AGAIN_S
+        return [asked.question for asked in due]
+
+    async def wait_due(self) -> None:
+        """Wait until something changes or a question is due again."""
+        due_s = min((asked.due_s for asked in self.pending.values()), default=math.inf)
+        changed = self.changed
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None if due_s == math.inf else max(0.01, due_s - time.monotonic())):
+                await changed.wait()
 
 
 class SessionHost:
@@ -54,30 +94,31 @@ class SessionHost:
         Raises:
             SessionGoneError: the driver is gone: nobody waits for this call any more.
         """
-        session = self._sessions.setdefault(info.session_id, _Session())
+        session = self._sessions.get(info.session_id)
+        if session is None or session.gone.is_set():
+            session = self._sessions[info.session_id] = _Session()
         session.calls += 1
         session.seen_s = time.monotonic()
         task = asyncio.current_task()
         watch = asyncio.create_task(self._watch(session, task))
         try:
             yield SessionAuthorizer(self, info)
-        except asyncio.CancelledError:
-            if session.gone.is_set() and task is not None and task.uncancel() == 0:
+        except (asyncio.CancelledError, SessionGoneError):
+            # The watch ends by itself only where it has cancelled this task: that request is taken back.
+            if watch.done() and task is not None and task.uncancel() == 0:
                 raise SessionGoneError(info.session_id) from None
             raise
         finally:
             watch.cancel()
             session.calls -= 1
-            if not session.calls:
-                self._sessions.pop(info.session_id, None)
+            self._forget_if_idle(info.session_id, session)
 
     async def _watch(self, session: _Session, task: asyncio.Task[object] | None) -> None:
-        while session.is_live:
-            await asyncio.sleep(1.0)
+        while session.is_live:  # noqa: ASYNC110  # silence is what is watched for, and it wakes nobody
+            await asyncio.sleep(_WATCH_S)
         session.gone.set()
-        for future in session.pending.values():
-            if not future.done():
-                future.cancel()
+        for asked in session.pending.values():
+            asked.answer.cancel()
         if task is not None:
             task.cancel()
 
@@ -88,32 +129,37 @@ class SessionHost:
 
     async def next_questions(self, session_id: str, *, wait_s: float) -> list[SessionQuestion]:
         """Wait up to *wait_s* seconds for questions to the driver; the driver's long poll."""
-        session = self._sessions.get(session_id)
-        if session is None:
-            # The poll may overtake the call that it serves.
-            session = self._sessions.setdefault(session_id, _Session())
+        # The poll may overtake the call that it serves, and outlive one call to serve the next.
+        session = self._sessions.setdefault(session_id, _Session())
         session.polls += 1
+        session.latest_poll += 1
+        this_poll = session.latest_poll
+        session.wake()
         try:
             async with asyncio.timeout(wait_s):
-                questions = [await session.questions.get()]
-            while not session.questions.empty():
-                questions.append(session.questions.get_nowait())
+                while this_poll == session.latest_poll:
+                    if questions := session.take_due():
+                        return questions
+                    await session.wait_due()
         except TimeoutError:
-            return []
-        else:
-            return questions
+            pass
         finally:
             session.polls -= 1
             session.seen_s = time.monotonic()
-            if not session.calls and not session.polls:
-                self._sessions.pop(session_id, None)
+            self._forget_if_idle(session_id, session)
+        return []
 
     def answer(self, session_id: str, answer: SessionAnswer) -> None:
         """Take the driver's answer; dropped where nobody waits for it any more."""
         session = self._sessions.get(session_id)
-        future = session.pending.get(answer.question_id) if session is not None else None
-        if future is not None and not future.done():
-            future.set_result(answer)
+        asked = session.pending.get(answer.question_id) if session is not None else None
+        if asked is not None and not asked.answer.done():
+            asked.answer.set_result(answer)
+
+    def _forget_if_idle(self, session_id: str, session: _Session) -> None:
+        """Forget a session, and the answers it keeps, once it has neither calls nor polls."""
+        if not session.calls and not session.polls and self._sessions.get(session_id) is session:
+            del self._sessions[session_id]
 
     async def ask(self, info: SessionInfo, request: AuthRequest) -> Authorization | None:
         """Put a question to the driver and wait for its answer; answers are reused until they expire."""
@@ -134,16 +180,15 @@ class SessionHost:
             challenge=request.challenge,
             was_refused=request.was_refused,
         )
-        future: asyncio.Future[SessionAnswer] = asyncio.get_running_loop().create_future()
-        session.pending[question.question_id] = future
-        session.questions.put_nowait(question)
+        asked = session.pending[question.question_id] = _Asked(question)
+        session.wake()
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                answer = await future
+                answer = await asked.answer
         except TimeoutError:
             raise SessionGoneError(info.session_id) from None
         except asyncio.CancelledError:
-            if session.gone.is_set() and future.cancelled():
+            if session.gone.is_set() and asked.answer.cancelled():
                 raise SessionGoneError(info.session_id) from None
             raise
         finally:
