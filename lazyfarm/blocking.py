@@ -1,0 +1,215 @@
+"""The blocking twin of :mod:`lazyfarm.farm`: the same methods, run on an event loop of its own.
+
+One source: every method is its asynchronous original, wrapped, with the original's signature and docstring.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
+
+from cluster.messages import PushResult
+from cluster.ref import ImageRecord, RefId, RefState
+from lazyfarm import farm as asynchronous
+from storage.registry.credentials import CredentialSource
+
+T = TypeVar("T")
+P = ParamSpec("P")
+OriginalT = TypeVar("OriginalT")
+
+
+class _LoopThread:
+    """An event loop on a thread: where the asynchronous originals live."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lazyfarm-blocking", daemon=True)
+        self._thread.start()
+
+    def run(self, make: Callable[[], Awaitable[T]]) -> T:
+        """Run what *make* returns and wait; an interrupt of the waiting thread cancels it and waits for its end."""
+        ended = threading.Event()
+
+        async def work() -> T:
+            try:
+                return await make()
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(work(), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            if not ended.is_set():
+                future.cancel()
+                ended.wait(10.0)
+            raise
+
+    def close(self) -> None:
+        """Stop the loop and its thread."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5.0)
+        self._loop.close()
+
+
+class _Twin(Generic[OriginalT]):
+    """An object whose methods run the original's on the loop's thread."""
+
+    def __init__(self, original: OriginalT, loop: _LoopThread) -> None:
+        self._original = original
+        self._loop = loop
+
+    def __repr__(self) -> str:
+        return f"<blocking {self._original!r}>"
+
+
+def _blocking(
+    method: Callable[Concatenate[OriginalT, P], Awaitable[T]],
+) -> Callable[Concatenate[_Twin[OriginalT], P], T]:
+    """Return the blocking twin of an asynchronous method."""
+
+    def call(self: _Twin[OriginalT], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._loop.run(lambda: method(self._original, *args, **kwargs))
+
+    call.__doc__ = method.__doc__
+    return call
+
+
+class Ref(_Twin[asynchronous.Ref]):
+    """Blocking twin of :class:`lazyfarm.farm.Ref`."""
+
+    @property
+    def id(self) -> RefId:
+        """Return the ID of the top layer's ref."""
+        return self._original.id
+
+    @property
+    def image(self) -> str:
+        """Return the normalised name of the image it came from."""
+        return self._original.image
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the image's manifest."""
+        return self._original.digest
+
+    @property
+    def record(self) -> ImageRecord | None:
+        """Return the image's record."""
+        return self._original.record
+
+    @property
+    def layers(self) -> tuple[RefState, ...]:
+        """Return the layers, lowest first, as they were when this was read."""
+        return self._original.layers
+
+    @property
+    def is_lazy(self) -> bool:
+        """Tell whether any layer was not in the content store when this was read."""
+        return self._original.is_lazy
+
+    def release(self) -> None:
+        """Say that this object is not used any more."""
+        self._original.release()
+
+    unlazy = _blocking(asynchronous.Ref.unlazy)
+    extract = _blocking(asynchronous.Ref.extract)
+    extract_everywhere = _blocking(asynchronous.Ref.extract_everywhere)
+    refresh = _blocking(asynchronous.Ref.refresh)
+
+
+class Farm(_Twin[asynchronous.Farm]):
+    """Blocking twin of :class:`lazyfarm.farm.Farm`.
+
+    ::
+
+        with Farm.connect() as farm:
+            print(farm.pull("debian:12").extract().path)
+    """
+
+    @classmethod
+    def connect(
+        cls,
+        state_dir: Path | str | None = None,
+        *,
+        config: Path | str | None = None,
+        credentials: CredentialSource | Mapping[str, tuple[str, str]] | None = None,
+        keep: bool = False,
+    ) -> Self:
+        """Join a farm; see :meth:`lazyfarm.farm.Farm.connect`."""
+        loop = _LoopThread()
+        try:
+            original = loop.run(
+                lambda: asynchronous.Farm.connect(state_dir, config=config, credentials=credentials, keep=keep)
+            )
+        except BaseException:
+            loop.close()
+            raise
+        return cls(original, loop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back what this driver holds, and leave."""
+        try:
+            self._loop.run(self._original.close)
+        finally:
+            self._loop.close()
+
+    def pull(
+        self,
+        image: str,
+        *,
+        platform: str | None = None,
+        plain_http: bool = False,
+        progress: asynchronous.ProgressCallback | None = None,
+    ) -> Ref:
+        """Resolve *image*; see :meth:`lazyfarm.farm.Farm.pull`."""
+        found = self._loop.run(
+            lambda: self._original.pull(image, platform=platform, plain_http=plain_http, progress=progress)
+        )
+        return Ref(found, self._loop)
+
+    def get(self, ref: str) -> Ref:
+        """Look up a ref; see :meth:`lazyfarm.farm.Farm.get`."""
+        return Ref(self._loop.run(lambda: self._original.get(ref)), self._loop)
+
+    def push(
+        self,
+        ref: Ref | str,
+        target: str,
+        *,
+        plain_http: bool = False,
+        progress: asynchronous.ProgressCallback | None = None,
+    ) -> PushResult:
+        """Push an image; see :meth:`lazyfarm.farm.Farm.push`."""
+        original = ref._original if isinstance(ref, Ref) else ref  # noqa: SLF001  # its own twin
+        return self._loop.run(lambda: self._original.push(original, target, plain_http=plain_http, progress=progress))
+
+    @contextmanager
+    def lease(
+        self, *, ttl_s: float | None = None, labels: Mapping[str, str] | None = None
+    ) -> Iterator[asynchronous.FarmLease]:
+        """Hold a lease while the body runs; see :meth:`lazyfarm.farm.Farm.lease`."""
+        manager = self._original.lease(ttl_s=ttl_s, labels=labels)
+        lease = self._loop.run(manager.__aenter__)
+        try:
+            yield lease
+        finally:
+            self._loop.run(lambda: manager.__aexit__(None, None, None))
+
+    refs = _blocking(asynchronous.Farm.refs)
+    images = _blocking(asynchronous.Farm.images)
+    leases = _blocking(asynchronous.Farm.leases)
+    nodes = _blocking(asynchronous.Farm.nodes)
