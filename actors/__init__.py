@@ -1,0 +1,1 @@
+"""Who does it: Ray shells that build adapters, forward calls, and nothing else."""

@@ -43,7 +43,7 @@ def answers(
                 raise
             except ClusterError as exc:
                 return ERROR + encode_error(exc)
-            except BaseException as exc:  # noqa: BLE001  # the last line of defence of the process
+            except BaseException as exc:  # the last line of defence of the process
                 log.exception("call.crashed", call=kind)
                 return ERROR + encode_error(InternalError(f"{kind}: {type(exc).__name__}: {exc}"))
 

@@ -28,11 +28,12 @@ class ClusterError(Exception):
 
     #: True where the same call may succeed if it is simply made again.
     retryable: ClassVar[bool] = False
+    _hint: ClassVar[str] = ""
 
     @property
     def hint(self) -> str:
         """Return what the user can do next, as one sentence; empty where there is nothing."""
-        return ""
+        return self._hint
 
 
 # -- configuration ---------------------------------------------------------------------------
@@ -41,6 +42,8 @@ class ClusterError(Exception):
 class ConfigError(ClusterError):
     """The configuration can't be used; all faults are listed, each as ``key: what is wrong``."""
 
+    _hint = "see configs/default.toml for every key, its unit and its default"
+
     def __init__(self, source: str, faults: tuple[str, ...]) -> None:
         super().__init__(source, tuple(faults))
         self.source = source
@@ -48,10 +51,6 @@ class ConfigError(ClusterError):
 
     def __str__(self) -> str:
         return f"configuration {self.source} has {len(self.faults)} fault(s): {'; '.join(self.faults)}"
-
-    @property
-    def hint(self) -> str:
-        return "see configs/default.toml for every key, its unit and its default"
 
 
 # -- what the caller gave ---------------------------------------------------------------------
@@ -64,6 +63,8 @@ class InputError(ClusterError):
 class InvalidReferenceError(InputError):
     """An image reference doesn't parse."""
 
+    _hint = "write it as [HOST[:PORT]/]REPOSITORY[:TAG][@sha256:HEX]"
+
     def __init__(self, text: str, reason: str) -> None:
         super().__init__(text, reason)
         self.text = text
@@ -72,13 +73,11 @@ class InvalidReferenceError(InputError):
     def __str__(self) -> str:
         return f"invalid image reference {self.text!r}: {self.reason}"
 
-    @property
-    def hint(self) -> str:
-        return "write it as [HOST[:PORT]/]REPOSITORY[:TAG][@sha256:HEX]"
-
 
 class InvalidDigestError(InputError):
     """A digest is not ``algorithm:hex`` of an algorithm we compute."""
+
+    _hint = "a digest is sha256: and 64 lower-case hexadecimal digits"
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -86,10 +85,6 @@ class InvalidDigestError(InputError):
 
     def __str__(self) -> str:
         return f"invalid digest {self.text!r}"
-
-    @property
-    def hint(self) -> str:
-        return "a digest is sha256: and 64 lower-case hexadecimal digits"
 
 
 class InvalidDescriptorError(InputError):
@@ -107,16 +102,14 @@ class InvalidDescriptorError(InputError):
 class InvalidPlatformError(InputError):
     """A platform is not ``os/architecture[/variant]``."""
 
+    _hint = "write it as os/architecture[/variant], for example linux/amd64"
+
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.text = text
 
     def __str__(self) -> str:
         return f"invalid platform {self.text!r}"
-
-    @property
-    def hint(self) -> str:
-        return "write it as os/architecture[/variant], for example linux/amd64"
 
 
 # -- bytes --------------------------------------------------------------------------------------
@@ -141,6 +134,8 @@ class BlobNotFoundError(ContentError):
 class DigestMismatchError(ContentError):
     """Bytes arrived whole but hash to another digest: their source is wrong."""
 
+    _hint = "the source serves wrong bytes; try another mirror, or push the image again"
+
     def __init__(self, expected: str, actual: str, source: str) -> None:
         super().__init__(expected, actual, source)
         self.expected = expected
@@ -149,10 +144,6 @@ class DigestMismatchError(ContentError):
 
     def __str__(self) -> str:
         return f"{self.source} served {self.actual} for {self.expected}"
-
-    @property
-    def hint(self) -> str:
-        return "the source serves wrong bytes; try another mirror, or push the image again"
 
 
 class SizeMismatchError(ContentError):
@@ -166,11 +157,15 @@ class SizeMismatchError(ContentError):
         self.source = source
 
     def __str__(self) -> str:
-        return f"{self.source} has {self.actual_bytes} bytes for {self.digest}, its descriptor says {self.expected_bytes}"
+        return (
+            f"{self.source} has {self.actual_bytes} bytes for {self.digest}, its descriptor says {self.expected_bytes}"
+        )
 
 
 class BlobDamagedError(ContentError):
     """A blob that was present is gone from the content store or damaged, and no provider is known."""
+
+    _hint = "pull the image again, so that a provider is known and the blob can be fetched anew"
 
     def __init__(self, digest: str, reason: str) -> None:
         super().__init__(digest, reason)
@@ -179,10 +174,6 @@ class BlobDamagedError(ContentError):
 
     def __str__(self) -> str:
         return f"blob {self.digest} in the content store is lost: {self.reason}"
-
-    @property
-    def hint(self) -> str:
-        return "pull the image again, so that a provider is known and the blob can be fetched anew"
 
 
 class LayerError(ContentError):
@@ -206,13 +197,13 @@ class UnsafeEntryError(LayerError):
 class UnprivilegedEntryError(LayerError):
     """A tar entry needs a privilege that this node lacks, and leaving it out would change the result."""
 
-    @property
-    def hint(self) -> str:
-        return "run the farm as root, or extract on a node where it runs as root"
+    _hint = "run the farm as root, or extract on a node where it runs as root"
 
 
 class DiffIdMismatchError(ContentError):
     """A layer unpacks to another diff ID than the image's config promises."""
+
+    _hint = "the image's config and layers don't belong together; push the image again"
 
     def __init__(self, digest: str, expected: str, actual: str) -> None:
         super().__init__(digest, expected, actual)
@@ -222,10 +213,6 @@ class DiffIdMismatchError(ContentError):
 
     def __str__(self) -> str:
         return f"layer {self.digest} unpacks to diff ID {self.actual}, its image says {self.expected}"
-
-    @property
-    def hint(self) -> str:
-        return "the image's config and layers don't belong together; push the image again"
 
 
 class SnapshotError(ContentError):
@@ -251,6 +238,8 @@ class RefError(ClusterError):
 class RefNotFoundError(RefError):
     """No ref or image is known by that name."""
 
+    _hint = "`lazyfarm refs ls` lists what is known; `lazyfarm pull IMAGE` makes a ref"
+
     def __init__(self, ref: str) -> None:
         super().__init__(ref)
         self.ref = ref
@@ -258,13 +247,11 @@ class RefNotFoundError(RefError):
     def __str__(self) -> str:
         return f"no ref or image {self.ref!r} is known to this farm"
 
-    @property
-    def hint(self) -> str:
-        return "`lazyfarm refs ls` lists what is known; `lazyfarm pull IMAGE` makes a ref"
-
 
 class AmbiguousRefError(RefError):
     """A shortened ref ID names several refs."""
+
+    _hint = "give more digits of the ref ID"
 
     def __init__(self, ref: str, matches: int) -> None:
         super().__init__(ref, matches)
@@ -273,10 +260,6 @@ class AmbiguousRefError(RefError):
 
     def __str__(self) -> str:
         return f"{self.ref!r} names {self.matches} refs"
-
-    @property
-    def hint(self) -> str:
-        return "give more digits of the ref ID"
 
 
 class RefReleasedError(RefError):
@@ -307,16 +290,14 @@ class NeedsRemoteProvidersError(RefError):
     Lists *every* such digest, so that a caller can come back once with handlers for all of them.
     """
 
+    _hint = "pull the image again with credentials that may read it"
+
     def __init__(self, digests: tuple[str, ...]) -> None:
         super().__init__(tuple(digests))
         self.digests = tuple(digests)
 
     def __str__(self) -> str:
         return f"no usable provider for {len(self.digests)} lazy blob(s): {', '.join(self.digests)}"
-
-    @property
-    def hint(self) -> str:
-        return "pull the image again with credentials that may read it"
 
 
 # -- leases and fences ------------------------------------------------------------------------------
@@ -340,16 +321,14 @@ class LeaseRequiredError(LeaseError):
 class LeaseLostError(LeaseError):
     """A lease has expired or was deleted: what it held may be collected."""
 
+    _hint = "take a new lease and look the refs up again"
+
     def __init__(self, lease_id: str) -> None:
         super().__init__(lease_id)
         self.lease_id = lease_id
 
     def __str__(self) -> str:
         return f"lease {self.lease_id} is lost: it expired or was deleted"
-
-    @property
-    def hint(self) -> str:
-        return "take a new lease and look the refs up again"
 
 
 class StaleFenceError(LeaseError):
@@ -374,16 +353,14 @@ class RegistryError(ClusterError):
 class ManifestNotFoundError(RegistryError):
     """A registry has no such tag or manifest."""
 
+    _hint = "check the repository and the tag"
+
     def __init__(self, reference: str) -> None:
         super().__init__(reference)
         self.reference = reference
 
     def __str__(self) -> str:
         return f"{self.reference} is not in its registry"
-
-    @property
-    def hint(self) -> str:
-        return "check the repository and the tag"
 
 
 class AccessDeniedError(RegistryError):
@@ -400,11 +377,14 @@ class AccessDeniedError(RegistryError):
 
     @property
     def hint(self) -> str:
+        """Return what the user can do next."""
         return f"log in to {self.registry} (docker login, or an entry in config.json) with an account that may"
 
 
 class UnsupportedManifestError(RegistryError):
     """A manifest is of a kind that is not supported."""
+
+    _hint = "push the image again with a current client (OCI or Docker schema 2)"
 
     def __init__(self, reference: str, media_type: str, reason: str) -> None:
         super().__init__(reference, media_type, reason)
@@ -415,13 +395,11 @@ class UnsupportedManifestError(RegistryError):
     def __str__(self) -> str:
         return f"manifest of {self.reference} ({self.media_type}): {self.reason}"
 
-    @property
-    def hint(self) -> str:
-        return "push the image again with a current client (OCI or Docker schema 2)"
-
 
 class PlatformNotFoundError(RegistryError):
     """An image index has no manifest for the platform."""
+
+    _hint = "choose one of them with --platform"
 
     def __init__(self, reference: str, platform: str, available: tuple[str, ...]) -> None:
         super().__init__(reference, platform, tuple(available))
@@ -432,13 +410,11 @@ class PlatformNotFoundError(RegistryError):
     def __str__(self) -> str:
         return f"{self.reference} has no manifest for {self.platform} (it has {', '.join(self.available) or 'none'})"
 
-    @property
-    def hint(self) -> str:
-        return "choose one of them with --platform"
-
 
 class InsecureRegistryError(RegistryError):
     """Plain HTTP to a registry that is neither on loopback nor configured for it."""
+
+    _hint = 'set registries."HOST".plain_http = true in the configuration, or pass --plain-http for this call'
 
     def __init__(self, registry: str) -> None:
         super().__init__(registry)
@@ -446,10 +422,6 @@ class InsecureRegistryError(RegistryError):
 
     def __str__(self) -> str:
         return f"{self.registry} would be reached over plain HTTP"
-
-    @property
-    def hint(self) -> str:
-        return "set registries.\"HOST\".plain_http = true in the configuration, or pass --plain-http for this call"
 
 
 class RegistryProtocolError(RegistryError):
@@ -473,6 +445,8 @@ def doing_status(doing: str, status: int) -> str:
 class MalformedManifestError(RegistryError):
     """A manifest, index or image config doesn't parse or contradicts itself."""
 
+    _hint = "the image was damaged or made by a broken tool; push it again"
+
     def __init__(self, reference: str, reason: str) -> None:
         super().__init__(reference, reason)
         self.reference = reference
@@ -480,10 +454,6 @@ class MalformedManifestError(RegistryError):
 
     def __str__(self) -> str:
         return f"{self.reference} is malformed: {self.reason}"
-
-    @property
-    def hint(self) -> str:
-        return "the image was damaged or made by a broken tool; push it again"
 
 
 class ChallengedError(RegistryError):
@@ -516,6 +486,8 @@ class RangeRefusedError(RegistryError):
 class UntrustedCertificateError(RegistryError):
     """A registry's TLS certificate can't be verified."""
 
+    _hint = 'set registries."HOST".ca_file in the configuration to the PEM file of the authority that signed it'
+
     def __init__(self, registry: str, reason: str) -> None:
         super().__init__(registry, reason)
         self.registry = registry
@@ -523,10 +495,6 @@ class UntrustedCertificateError(RegistryError):
 
     def __str__(self) -> str:
         return f"the certificate of {self.registry} is not trusted: {self.reason}"
-
-    @property
-    def hint(self) -> str:
-        return 'set registries."HOST".ca_file in the configuration to the PEM file of the authority that signed it'
 
 
 class CredentialHelperError(RegistryError):
@@ -552,6 +520,8 @@ class WireError(ClusterError):
 class UnknownVersionError(WireError):
     """A payload is of a version or kind that this process doesn't know."""
 
+    _hint = "the two ends run different releases: upgrade the older one"
+
     def __init__(self, kind: str, version: int) -> None:
         super().__init__(kind, version)
         self.kind = kind
@@ -559,10 +529,6 @@ class UnknownVersionError(WireError):
 
     def __str__(self) -> str:
         return f"payload {self.kind!r} of version {self.version} is unknown here"
-
-    @property
-    def hint(self) -> str:
-        return "the two ends run different releases: upgrade the older one"
 
 
 class MalformedPayloadError(WireError):
@@ -599,6 +565,8 @@ class FarmError(ClusterError):
 class FarmNotRunningError(FarmError):
     """No farm runs under that state directory."""
 
+    _hint = "start it with `lazyfarm up`, or name another with --state-dir or LAZYFARM_STATE_DIR"
+
     def __init__(self, state_dir: str, reason: str) -> None:
         super().__init__(state_dir, reason)
         self.state_dir = state_dir
@@ -607,13 +575,11 @@ class FarmNotRunningError(FarmError):
     def __str__(self) -> str:
         return f"no farm is running in {self.state_dir}: {self.reason}"
 
-    @property
-    def hint(self) -> str:
-        return "start it with `lazyfarm up`, or name another with --state-dir or LAZYFARM_STATE_DIR"
-
 
 class StartError(FarmError):
     """A part of the farm did not start; *log* is the file that says why."""
+
+    _hint = "`lazyfarm doctor` says what is missing on this machine"
 
     def __init__(self, part: str, reason: str, log: str) -> None:
         super().__init__(part, reason, log)
@@ -623,10 +589,6 @@ class StartError(FarmError):
 
     def __str__(self) -> str:
         return f"{self.part} did not start: {self.reason}" + (f" (see {self.log})" if self.log else "")
-
-    @property
-    def hint(self) -> str:
-        return "`lazyfarm doctor` says what is missing on this machine"
 
 
 class UnsafeStoreError(FarmError):
@@ -643,11 +605,14 @@ class UnsafeStoreError(FarmError):
 
     @property
     def hint(self) -> str:
+        """Return what the user can do next."""
         return self.advice
 
 
 class NodeNotFoundError(FarmError):
     """No live node has that ID."""
+
+    _hint = "`lazyfarm status` lists the nodes"
 
     def __init__(self, node: str) -> None:
         super().__init__(node)
@@ -655,10 +620,6 @@ class NodeNotFoundError(FarmError):
 
     def __str__(self) -> str:
         return f"no live node {self.node!r}"
-
-    @property
-    def hint(self) -> str:
-        return "`lazyfarm status` lists the nodes"
 
 
 class SessionGoneError(FarmError):
@@ -678,6 +639,8 @@ class SessionGoneError(FarmError):
 class UnavailableError(ClusterError):
     """*what* did not answer, or answered that it can't just now; the outcome is unknown."""
 
+    _hint = "try again; `lazyfarm doctor` says what is wrong if it stays so"
+
     retryable = True
 
     def __init__(self, what: str, reason: str) -> None:
@@ -687,10 +650,6 @@ class UnavailableError(ClusterError):
 
     def __str__(self) -> str:
         return f"{self.what} is unavailable: {self.reason}"
-
-    @property
-    def hint(self) -> str:
-        return "try again; `lazyfarm doctor` says what is wrong if it stays so"
 
 
 class RateLimitedError(UnavailableError):
@@ -716,16 +675,14 @@ class DeadlineExceededError(UnavailableError):
 class InternalError(ClusterError):
     """Our bug: please report it with the story."""
 
+    _hint = "this is a bug in lazyfarm: please report it with the logs of the state directory"
+
     def __init__(self, story: str) -> None:
         super().__init__(story)
         self.story = story
 
     def __str__(self) -> str:
         return f"internal error: {self.story}"
-
-    @property
-    def hint(self) -> str:
-        return "this is a bug in lazyfarm: please report it with the logs of the state directory"
 
 
 class InvalidTransitionError(InternalError):

@@ -360,9 +360,7 @@ class RefStore(Protocol):
 class LeaseStore(Protocol):
     """Leases by the store's clock. What a lease holds is written with it in one step."""
 
-    async def create(
-        self, lease_id: LeaseId, *, ttl_s: float | None, labels: Mapping[str, str] | None = None
-    ) -> Lease:
+    async def create(self, lease_id: LeaseId, *, ttl_s: float | None, labels: Mapping[str, str] | None = None) -> Lease:
         """Make a lease (ttl_s None: pinned). An existing live one of that ID is renewed instead."""
         ...
 

@@ -24,9 +24,7 @@ class LayerPhase(Enum):
         return self in _ENDS
 
 
-_ENDS = frozenset(
-    {LayerPhase.DONE, LayerPhase.JOINED, LayerPhase.PRESENT, LayerPhase.CANCELLED, LayerPhase.FAILED}
-)
+_ENDS = frozenset({LayerPhase.DONE, LayerPhase.JOINED, LayerPhase.PRESENT, LayerPhase.CANCELLED, LayerPhase.FAILED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

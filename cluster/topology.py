@@ -68,9 +68,7 @@ def supervisor_name(version: str) -> str:
     return f"{Kind.SUPERVISOR.value}@{version}"
 
 
-def reconcile(
-    nodes: Sequence[NodeView], actors: Collection[ActorView], *, shards: int, version: str
-) -> list[Step]:
+def reconcile(nodes: Sequence[NodeView], actors: Collection[ActorView], *, shards: int, version: str) -> list[Step]:
     """Return what must be done so that there is one fetch worker a live node and each shard somewhere.
 
     Idempotent: once its steps are performed it returns nothing. An actor of this version whose node is

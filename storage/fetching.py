@@ -26,7 +26,7 @@ from cluster.errors import (
 )
 from cluster.fetch.runner import Caller, Fetched
 from cluster.flight.values import Fence, UploadState
-from cluster.ports import AuthRequest, Authorization, ByteStream, ContentStore, FlightStore, HostLimiter, ObjectInfo
+from cluster.ports import Authorization, AuthRequest, ByteStream, ContentStore, FlightStore, HostLimiter, ObjectInfo
 from cluster.ref import BlobRecord
 from storage.local_blobs import ArrivingBlob, NodeBlobs
 from storage.registry.blob import BlobSource
@@ -35,8 +35,8 @@ from storage.transfer import (
     BlobTransfer,
     BufferPool,
     SourceResponse,
-    Transferred,
     TransferLimits,
+    Transferred,
     TransferStoppedError,
 )
 
@@ -80,6 +80,7 @@ class _RegistrySource:
         endpoint: Endpoint,
         descriptor: Descriptor,
         caller: Caller,
+        *,
         blobs: BlobSource,
         limiter: HostLimiter,
         bridge: _Bridge,
@@ -215,7 +216,7 @@ class ThreadedTransfers:
         if not live:
             raise SessionGoneError("of every caller")
         sources = [
-            _RegistrySource(endpoint, descriptor, caller, self._sources, self._limiter, bridge)
+            _RegistrySource(endpoint, descriptor, caller, blobs=self._sources, limiter=self._limiter, bridge=bridge)
             for caller in live
             for handle in caller.providers.get(digest, ())
             for endpoint in self._sources.endpoints(handle)

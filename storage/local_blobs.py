@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
 from concurrent.futures import Executor
 
 from cluster.digest import Digest
@@ -183,27 +182,30 @@ class NodeBlobs:
         self._wake()
 
     def _copy(self, blob: BlobRecord) -> None:
-        staging = self.begin(blob.digest, blob.size_bytes)
+        arriving = self.begin(blob.digest, blob.size_bytes)
         try:
-            hasher = hashlib.sha256()
-            offset = 0
-            buffer = memoryview(bytearray(_CHUNK))
-            with self._store.open(blob.key) as stream:
-                while count := stream.readinto(buffer):
-                    staging.pwrite(offset, buffer[:count])
-                    hasher.update(buffer[:count])
-                    offset += count
-                    staging.advance(offset)
-            actual = Digest("sha256:" + hasher.hexdigest())
-            if actual != blob.digest:
-                raise DigestMismatchError(blob.digest, actual, "the content store")
-            staging.publish()
+            self._copy_into(arriving, blob)
+            arriving.publish()
         except BaseException as exc:
-            staging.fail(exc if isinstance(exc, ClusterError) else UnavailableError(f"blob {blob.digest}", str(exc)))
-            staging.discard()
+            arriving.fail(exc if isinstance(exc, ClusterError) else UnavailableError(f"blob {blob.digest}", str(exc)))
+            arriving.discard()
             raise
         finally:
-            self._loop.call_soon_threadsafe(self._forget, staging)
+            self._loop.call_soon_threadsafe(self._forget, arriving)
+
+    def _copy_into(self, arriving: ArrivingBlob, blob: BlobRecord) -> None:
+        hasher = hashlib.sha256()
+        offset = 0
+        buffer = memoryview(bytearray(_CHUNK))
+        with self._store.open(blob.key) as stream:
+            while count := stream.readinto(buffer):
+                arriving.pwrite(offset, buffer[:count])
+                hasher.update(buffer[:count])
+                offset += count
+                arriving.advance(offset)
+        actual = Digest("sha256:" + hasher.hexdigest())
+        if actual != blob.digest:
+            raise DigestMismatchError(blob.digest, actual, "the content store")
 
     # -- bookkeeping -------------------------------------------------------------------------------------
 

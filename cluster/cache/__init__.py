@@ -1,0 +1,1 @@
+"""Refs: found, made and looked up, with access proven."""

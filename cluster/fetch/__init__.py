@@ -1,0 +1,1 @@
+"""Bringing bytes: pull, unlazy, extract, push."""

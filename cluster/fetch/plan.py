@@ -138,8 +138,8 @@ class SourceState:
     """Which source a fetch reads from, and what a failure means for it.
 
     A transient failure is tried again at the same source with a growing, jittered pause, within a
-    number of tries and a budget of seconds that only progress refills; then the next source is asked.
-    A definite one (404, refused, wrong size or bytes) goes to the next source at once. Only when no
+    number of tries, which progress refills, and a budget of seconds, which it does not; then the next
+    source is asked. A definite one (404, refused, wrong size or bytes) goes to the next source at once. Only when no
     source is left does the fetch fail, with the error that says most: a definite one before a
     transient one, so that a caller isn't told to try again in vain.
     """
@@ -175,9 +175,10 @@ class SourceState:
                 self._waited_s += delay_s
                 return TryAgain(delay_s=delay_s)
             return self._advance(error, NextSource())
-        if isinstance(error, DigestMismatchError | SizeMismatchError):
+        if isinstance(error, DigestMismatchError):
             return self._advance(error, StartOver())
-        if isinstance(error, BlobNotFoundError | RegistryError | SessionGoneError):
+        # A wrong size shows before a byte is taken: what came so far is kept.
+        if isinstance(error, SizeMismatchError | BlobNotFoundError | RegistryError | SessionGoneError):
             return self._advance(error, NextSource())
         return GiveUp(error=error)
 

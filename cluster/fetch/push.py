@@ -146,10 +146,10 @@ class Pusher:
             return LayerPush(digest=layer.digest, how="exists", bytes=0)
         await ahit(FaultPoint.PUSH_MOUNT_BEFORE)
         for source in providers:
-            if source.kind == "registry" and source.registry == target.registry and source != target:
-                # A repository that this token can't read must not fail the push (BuildKit #2530, #3509).
-                if await self._mounted(target, layer.digest, source.repository, caller):
-                    return LayerPush(digest=layer.digest, how="mounted", bytes=0)
+            is_mountable = source.kind == "registry" and source.registry == target.registry and source != target
+            # A repository that this token can't read must not fail the push (BuildKit #2530, #3509).
+            if is_mountable and await self._mounted(target, layer.digest, source.repository, caller):
+                return LayerPush(digest=layer.digest, how="mounted", bytes=0)
         await self._unlazier.unlazy(layer, caller)
         await ahit(FaultPoint.PUSH_UPLOAD_BEFORE)
         if not await self._upload(layer, target, caller):
@@ -166,9 +166,10 @@ class Pusher:
             return False
 
     async def _config(self, config: Descriptor, target: ProviderHandle, caller: Caller) -> None:
-        if await self._target.blob_exists(target, config.digest, caller.authorizer) is None:
-            if not await self._upload(config, target, caller):
-                raise BlobDamagedError(config.digest, "the image's config is not in the content store")
+        if await self._target.blob_exists(target, config.digest, caller.authorizer) is not None:
+            return
+        if not await self._upload(config, target, caller):
+            raise BlobDamagedError(config.digest, "the image's config is not in the content store")
 
     async def _upload(self, descriptor: Descriptor, target: ProviderHandle, caller: Caller) -> bool:
         """Upload a blob from the content store; False where it isn't there (any more)."""

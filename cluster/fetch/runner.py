@@ -121,8 +121,18 @@ class _Ownership:
         self.fence: Fence = owned.fence
         self.upload: UploadState | None = owned.upload
         self.task: asyncio.Task[_Arrival] | None = None
-        self.current_bytes = 0
-        self.total_bytes = 0
+        #: True once the renewer found that another owns the flight, or may by now.
+        self.is_lost = False
+        self._loop = asyncio.get_running_loop()
+
+    def lose_from_thread(self) -> None:
+        """End the task: what it does from now on would be in vain."""
+        self._loop.call_soon_threadsafe(self._lose)
+
+    def _lose(self) -> None:
+        self.is_lost = True
+        if self.task is not None:
+            self.task.cancel()
 
 
 class Unlazier:
@@ -257,43 +267,43 @@ class Unlazier:
         """
         context.report(joined.current_bytes, joined.total_bytes)
         self._renewer.keep_waiting(key, worker=self._worker, ttl_s=self._ttl_s)
-        left = False
         try:
-            async with self._store.events(key) as events:
-                # What ended between the join and the subscription was not heard.
-                ended = await self._store.outcome(key, joined.fence_number)
-                due_s = self._clock() + min(self._poll_s, joined.lease_remaining_s + 0.05)
-                while ended is None:
-                    try:
-                        async with asyncio.timeout(max(0.01, due_s - self._clock())):
-                            event = await anext(events)
-                    except (TimeoutError, StopAsyncIteration):
-                        ended = await self._store.outcome(key, joined.fence_number)
-                        if ended is None:
-                            return None
-                        break
-                    if event.fence_number != joined.fence_number:
-                        continue
-                    if isinstance(event, Progressed):
-                        context.report(event.current_bytes, event.total_bytes)
-                    else:
-                        ended = event
-            match ended:
-                case Committed(blob=blob):
-                    return _Arrival(blob=blob, bytes_fetched=0, source=f"flight of {joined.owner}", elsewhere=True)
-                case Failed(error=error):
-                    raise decode_error(error)
-                case Vacated():
-                    return None
-                case _:
-                    assert_never(ended)
+            ended = await self._hear_end(key, joined, context)
         except asyncio.CancelledError:
-            left = True
+            await asyncio.shield(self._spawn(self._leave(key, joined)))
             raise
         finally:
             self._renewer.drop_waiting(key)
-            if left:
-                await asyncio.shield(self._spawn(self._leave(key, joined)))
+        match ended:
+            case Committed(blob=blob):
+                return _Arrival(blob=blob, bytes_fetched=0, source=f"flight of {joined.owner}", elsewhere=True)
+            case Failed(error=error):
+                raise decode_error(error)
+            case Vacated() | None:
+                return None
+            case _:
+                assert_never(ended)
+
+    async def _hear_end(
+        self, key: str, joined: Joined, context: FlightContext[Caller]
+    ) -> Committed | Failed | Vacated | None:
+        """Listen until the flight under that fence ends; None: its lease lapsed, or a poll is due."""
+        async with self._store.events(key) as events:
+            # What ended between the join and the subscription was not heard.
+            ended = await self._store.outcome(key, joined.fence_number)
+            due_s = self._clock() + min(self._poll_s, joined.lease_remaining_s + 0.05)
+            while ended is None:
+                try:
+                    async with asyncio.timeout(max(0.01, due_s - self._clock())):
+                        event = await anext(events)
+                except (TimeoutError, StopAsyncIteration):
+                    return await self._store.outcome(key, joined.fence_number)
+                if event.fence_number != joined.fence_number:
+                    continue
+                if not isinstance(event, Progressed):
+                    return event
+                context.report(event.current_bytes, event.total_bytes)
+            return ended
 
     async def _leave(self, key: str, joined: Joined) -> None:
         """Stop waiting; the last waiter of the cluster waits until the owner has stopped."""
@@ -361,56 +371,49 @@ class Unlazier:
     ) -> _Arrival:
         """Fetch, commit and end the flight; whatever happens, the flight is told of it."""
         fence = ownership.fence
-        loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
-        lost = False
-
-        def on_lost() -> None:
-            nonlocal lost
-            lost = True
-            if task is not None:
-                task.cancel()
-
-        def on_lost_in_thread() -> None:
-            loop.call_soon_threadsafe(on_lost)
-
-        self._renewer.keep(fence, ttl_s=self._ttl_s, on_lost=on_lost_in_thread)
+        self._renewer.keep(fence, ttl_s=self._ttl_s, on_lost=ownership.lose_from_thread)
         try:
-            async with self._slots:
-                fetched = await self._transfers.fetch(
-                    descriptor, lambda: context.callers, fence, ownership.upload, context.report
-                )
-            await ahit(FaultPoint.COMMIT_BEFORE)
-            try:
-                await self._store.commit(fence, fetched.blob)
-            except BaseException:
-                self._transfers.settle(fetched, committed=False)
-                raise
-            self._transfers.settle(fetched, committed=True)
-            await ahit(FaultPoint.COMMIT_AFTER)
-            return _Arrival(
-                blob=fetched.blob, bytes_fetched=fetched.bytes_fetched, source=fetched.source, elsewhere=False
-            )
+            return await self._fetch_and_commit(descriptor, ownership, context)
         except StaleFenceError as exc:
             raise _OwnershipLostError from exc
         except asyncio.CancelledError:
             await self._end(self._store.vacate(fence))
-            if lost:
+            if ownership.is_lost:
                 raise _OwnershipLostError from None
             raise
-        except (SessionGoneError, AccessDeniedError) as exc:
-            # Our callers can't answer, or not well enough; a waiter elsewhere may: it takes over and resumes.
+        except AccessDeniedError:
+            # Our callers may not; a waiter elsewhere may: it takes over and resumes.
             await self._end(self._store.vacate(fence))
-            if isinstance(exc, AccessDeniedError):
-                raise
+            raise
+        except SessionGoneError as exc:
+            # Our callers can't answer any more; likewise.
+            await self._end(self._store.vacate(fence))
             if any(caller.is_live() for caller in context.callers):
-                raise _OwnershipLostError from None  # somebody joined meanwhile who can answer
-            raise NeedsRemoteProvidersError((descriptor.digest,)) from None
+                raise _OwnershipLostError from exc  # somebody joined meanwhile who can answer
+            raise NeedsRemoteProvidersError((descriptor.digest,)) from exc
         except ClusterError as exc:
             await self._end(self._store.fail(fence, encode_error(exc)))
             raise
         finally:
             self._renewer.drop(fence)
+
+    async def _fetch_and_commit(
+        self, descriptor: Descriptor, ownership: _Ownership, context: FlightContext[Caller]
+    ) -> _Arrival:
+        fence = ownership.fence
+        async with self._slots:
+            fetched = await self._transfers.fetch(
+                descriptor, lambda: context.callers, fence, ownership.upload, context.report
+            )
+        is_committed = False
+        try:
+            await ahit(FaultPoint.COMMIT_BEFORE)
+            await self._store.commit(fence, fetched.blob)
+            is_committed = True
+        finally:
+            self._transfers.settle(fetched, committed=is_committed)
+        await ahit(FaultPoint.COMMIT_AFTER)
+        return _Arrival(blob=fetched.blob, bytes_fetched=fetched.bytes_fetched, source=fetched.source, elsewhere=False)
 
     async def _end(self, step: Coroutine[object, object, None]) -> None:
         """Tell the flight store how it ended; where that can't be told, the lease lapses and says so."""

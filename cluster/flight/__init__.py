@@ -1,0 +1,1 @@
+"""Flights: one run of some work for all who want it."""
