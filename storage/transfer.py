@@ -29,7 +29,6 @@ from cluster.errors import (
     ClusterError,
     DigestMismatchError,
     InternalError,
-    InternalError,
     RangeRefusedError,
     RateLimitedError,
     SizeMismatchError,
@@ -111,10 +110,21 @@ StagingT = TypeVar("StagingT", bound=StagingFile)
 class Journal(Protocol):
     """What the flight must know of a transfer; each call fails with StaleFenceError once the flight is lost."""
 
-    def begin_upload(self, upload: UploadState) -> None: ...
-    def record_part(self, number: int, etag: str) -> None: ...
-    def drop_upload(self) -> None: ...
-    def report(self, current_bytes: int, total_bytes: int) -> None: ...
+    def begin_upload(self, upload: UploadState) -> None:
+        """Record the upload that was begun."""
+        ...
+
+    def record_part(self, number: int, etag: str) -> None:
+        """Record a part that S3 has."""
+        ...
+
+    def drop_upload(self) -> None:
+        """Forget the recorded upload."""
+        ...
+
+    def report(self, current_bytes: int, total_bytes: int) -> None:
+        """Tell how far the transfer is."""
+        ...
 
 
 class TransferStoppedError(Exception):
@@ -247,6 +257,19 @@ class _Cursor:
         return part, buffer
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Sink:
+    """Where a reader puts what it reads."""
+
+    staging: StagingFile
+    #: None where the object will be read back: then nothing is staged either.
+    hasher: _OrderedHash | None
+    #: Owns each full buffer.
+    on_part: Callable[[PartRange, bytearray], None]
+    #: True once another reader or uploader has failed, so that more bytes are of no use.
+    is_abandoned: Callable[[], bool] = lambda: False
+
+
 class BlobTransfer(Generic[StagingT]):
     """One fetch of one blob; :meth:`run` blocks its thread, :meth:`stop` ends it from another."""
 
@@ -281,6 +304,10 @@ class BlobTransfer(Generic[StagingT]):
         self._reported_s = 0.0
         #: True once a source refused ranges: then the blob is read in one piece, from its start.
         self._in_one_piece = False
+        #: The upload of this attempt: known to the journal, of no use to anybody if the attempt starts over.
+        self._upload: UploadState | None = None
+        #: Indexes of the sources that this attempt's bytes came from.
+        self._contributors: set[int] = set()
 
     def stop(self) -> None:
         """Make :meth:`run` raise TransferStoppedError soon."""
@@ -309,17 +336,26 @@ class BlobTransfer(Generic[StagingT]):
                 staging.discard()
                 if not isinstance(exc, _StartOverError):
                     raise
+                self._undo_upload()
                 resume = None
 
     # -- one attempt -----------------------------------------------------------------------------
 
     def _attempt(self, staging: StagingT, resume: UploadState | None) -> Transferred[StagingT]:
         size = self._descriptor.size_bytes
+        self._contributors.clear()
         part_bytes = resume.part_bytes if resume else part_size(size, self._limits.part_bytes)
         if size <= part_bytes and resume is None:
             return self._attempt_whole(staging)
         parts = parts_of(size, part_bytes)
-        upload, stored = self._open_upload(resume, part_bytes)
+        if resume is None:
+            upload, stored = self._begin_upload(part_bytes), {}
+        else:
+            upload = self._upload = resume
+            try:
+                stored = {p.number: p for p in self._store.list_parts(upload.key, upload.upload_id)}
+            except BlobNotFoundError:
+                return self._take_over_object(upload, staging)
         todo = missing_parts(parts, {p.number: p.size_bytes for p in stored.values()})
         self._arrived_bytes = size - sum(p.length_bytes for p in todo)
         # What an earlier owner uploaded was hashed by nobody who lives: then the object is read back.
@@ -329,16 +365,22 @@ class BlobTransfer(Generic[StagingT]):
         try:
             info = self._store.complete_upload(upload.key, upload.upload_id, [stored[p.number] for p in parts])
         except BlobNotFoundError as exc:
-            raise self._upload_is_gone(upload) from exc
+            raise _StartOverError(f"upload {upload.key} is gone from the content store") from exc
         hit(FaultPoint.UPLOAD_COMPLETE_AFTER)
         if hasher is None:
-            hasher = self._read_back(staging, info.key)
-            if hasher.digest() != self._descriptor.digest:
-                self._undo(upload)
-                raise _StartOverError("a resumed upload came to other bytes")
+            self._read_back(staging, info)
         elif hasher.digest() != self._descriptor.digest:
-            self._undo(upload)
+            self._undo_upload()
             self._blame_source(hasher.digest())
+        return self._transferred(info, staging)
+
+    def _take_over_object(self, upload: UploadState, staging: StagingT) -> Transferred[StagingT]:
+        """Use the object that an earlier owner completed before it died: all its bytes are in S3 already."""
+        info = self._store.head(upload.key)
+        if info is None or info.size_bytes != self._descriptor.size_bytes:
+            raise _StartOverError(f"upload {upload.key} is gone from the content store")
+        self._arrived_bytes = info.size_bytes
+        self._read_back(staging, info)
         return self._transferred(info, staging)
 
     def _attempt_whole(self, staging: StagingT) -> Transferred[StagingT]:
@@ -350,7 +392,8 @@ class BlobTransfer(Generic[StagingT]):
         try:
             if size:
                 cursor = _Cursor([PartRange(number=1, offset=0, length_bytes=size)])
-                self._read(cursor, staging, hasher, lambda _part, buffer: buffers.append(buffer))
+                sink = _Sink(staging=staging, hasher=hasher, on_part=lambda _part, buffer: buffers.append(buffer))
+                self._read(cursor, sink)
             if hasher.digest() != self._descriptor.digest:
                 self._blame_source(hasher.digest())
             key = self._new_key()
@@ -374,52 +417,57 @@ class BlobTransfer(Generic[StagingT]):
             staging=staging,
         )
 
-    def _open_upload(self, resume: UploadState | None, part_bytes: int) -> tuple[UploadState, dict[int, Part]]:
-        """Take over the upload an earlier owner left, if S3 still has it, or begin one."""
-        if resume is not None:
-            try:
-                return resume, {p.number: p for p in self._store.list_parts(resume.key, resume.upload_id)}
-            except BlobNotFoundError as exc:
-                raise self._upload_is_gone(resume) from exc
+    def _begin_upload(self, part_bytes: int) -> UploadState:
         key = self._new_key()
         upload = UploadState(key=key, upload_id=self._store.begin_upload(key), part_bytes=part_bytes)
         hit(FaultPoint.UPLOAD_BEGUN)
+        self._upload = upload
         self._journal.begin_upload(upload)
         hit(FaultPoint.UPLOAD_RECORDED)
-        return upload, {}
+        return upload
 
-    def _upload_is_gone(self, upload: UploadState) -> _StartOverError:
-        """Say that S3 no longer knows the upload: a former owner completed it before it died, say."""
-        self._journal.drop_upload()
-        return _StartOverError(f"upload {upload.key} is gone from the content store")
+    def _undo_upload(self) -> None:
+        """Forget this attempt's upload, then drop what it left in S3.
 
-    def _undo(self, upload: UploadState) -> None:
-        """Forget an upload whose bytes are wrong, and drop what it left in S3."""
+        In this order: once it is forgotten under a valid fence no successor can resume it, and whoever
+        resumed it before has made the fence stale, so nothing that may become present is deleted.
+        """
+        upload, self._upload = self._upload, None
+        if upload is None:
+            return
         self._journal.drop_upload()
         with suppress(ClusterError):
             self._store.abort_upload(upload.key, upload.upload_id)
             self._store.delete(upload.key)
 
     def _blame_source(self, actual: Digest) -> NoReturn:
-        """Start over with the next source, or fail where there is none, for wrong bytes."""
+        """Start over with the next source, or fail where there is none, for wrong bytes.
+
+        Where several sources gave bytes it can't be said whose are wrong: the one that is read from now
+        gets to give all of them.
+        """
         with self._lock:
-            error = DigestMismatchError(self._descriptor.digest, actual, self._sources[self._state.index].name)
+            index = self._state.index
+            if self._contributors - {index}:
+                raise _StartOverError(f"bytes of several sources came to {actual}")
+            error = DigestMismatchError(self._descriptor.digest, actual, self._sources[index].name)
             decision = self._state.failed(error, jitter=0.0)
         if isinstance(decision, GiveUp):
             raise decision.error
         raise _StartOverError(str(error))
 
-    def _read_back(self, staging: StagingFile, key: str) -> _OrderedHash:
-        """Hash what S3 has: the only way to know what a resumed upload came to."""
+    def _read_back(self, staging: StagingFile, info: ObjectInfo) -> None:
+        """Hash what S3 has, the only way to know what a resumed upload came to; start over where it is wrong."""
         hit(FaultPoint.READBACK_BEFORE)
         hasher = _OrderedHash(staging)
         buffer = memoryview(bytearray(_CHUNK))
-        with self._store.open(key) as stream:
+        with self._store.open(info.key) as stream:
             while count := stream.readinto(buffer):
                 self._raise_if_stopped()
                 staging.pwrite(hasher.frontier, buffer[:count])
                 hasher.wrote(hasher.frontier, buffer[:count])
-        return hasher
+        if hasher.digest() != self._descriptor.digest:
+            raise _StartOverError("a resumed upload came to other bytes")
 
     # -- parts -----------------------------------------------------------------------------------
 
@@ -456,13 +504,7 @@ class BlobTransfer(Generic[StagingT]):
                         run = runs.get_nowait()
                     except queue.Empty:
                         return
-                    self._read(
-                        _Cursor(run.parts),
-                        staging,
-                        hasher,
-                        lambda part, buffer: uploads.append(uploaders.submit(upload_part, part, buffer)),
-                        is_abandoned=failed.is_set,
-                    )
+                    self._read(_Cursor(run.parts), sink)
             except BaseException:
                 failed.set()
                 raise
@@ -471,6 +513,12 @@ class BlobTransfer(Generic[StagingT]):
             ThreadPoolExecutor(max(1, self._limits.ranges), thread_name_prefix="upload") as uploaders,
             ThreadPoolExecutor(max(1, readers), thread_name_prefix="read") as pool,
         ):
+            sink = _Sink(
+                staging=staging,
+                hasher=hasher,
+                on_part=lambda part, buffer: uploads.append(uploaders.submit(upload_part, part, buffer)),
+                is_abandoned=failed.is_set,
+            )
             reading = [pool.submit(read_runs) for _ in range(readers)]
             wait(reading, return_when=FIRST_EXCEPTION)
             wait(reading)
@@ -488,29 +536,21 @@ class BlobTransfer(Generic[StagingT]):
                 upload.key, upload.upload_id, part.number, memoryview(buffer)[: part.length_bytes]
             )
         except BlobNotFoundError as exc:
-            raise self._upload_is_gone(upload) from exc
+            raise _StartOverError(f"upload {upload.key} is gone from the content store") from exc
         hit(FaultPoint.FETCH_PART_UPLOADED)
         self._journal.record_part(done.number, done.etag)
         hit(FaultPoint.FETCH_PART_RECORDED)
         with self._lock:
             stored[done.number] = done
 
-    def _read(
-        self,
-        cursor: _Cursor,
-        staging: StagingFile,
-        hasher: _OrderedHash | None,
-        on_part: Callable[[PartRange, bytearray], None],
-        *,
-        is_abandoned: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """Read all of *cursor*'s parts, from whatever source works; *on_part* owns each full buffer."""
+    def _read(self, cursor: _Cursor, sink: _Sink) -> None:
+        """Read all of *cursor*'s parts, from whatever source works."""
         try:
-            while cursor.parts and not is_abandoned():
+            while cursor.parts and not sink.is_abandoned():
                 self._raise_if_stopped()
                 index = self._state.index
                 try:
-                    self._read_response(cursor, self._sources[index], staging, hasher, on_part, is_abandoned)
+                    self._read_response(cursor, index, sink)
                 except StaleFenceError:
                     raise
                 except ClusterError as exc:
@@ -520,17 +560,10 @@ class BlobTransfer(Generic[StagingT]):
                 self._pool.release(cursor.buffer)
                 cursor.buffer = None
 
-    def _read_response(
-        self,
-        cursor: _Cursor,
-        source: Source,
-        staging: StagingFile,
-        hasher: _OrderedHash | None,
-        on_part: Callable[[PartRange, bytearray], None],
-        is_abandoned: Callable[[], bool],
-    ) -> None:
+    def _read_response(self, cursor: _Cursor, index: int, sink: _Sink) -> None:
         """Read parts from one response until it, or the cursor, ends."""
         size = self._descriptor.size_bytes
+        source = self._sources[index]
         offset, length = cursor.offset, cursor.length
         is_range = offset > 0 or length < size
         with self._opened(source, offset, length if is_range else None) as response:
@@ -540,12 +573,14 @@ class BlobTransfer(Generic[StagingT]):
                 if not self._in_one_piece:
                     raise self._ranges_refused(source)
                 self._skip(response, offset)
-            while cursor.parts and not is_abandoned():
+            while cursor.parts and not sink.is_abandoned():
                 if cursor.buffer is None:
                     cursor.buffer = self._pool.acquire(cursor.parts[0].length_bytes, self._stop)
-                self._fill(response, cursor, staging, hasher)
+                self._fill(response, index, cursor, sink)
+                if cursor.filled < cursor.parts[0].length_bytes:
+                    return
                 hit(FaultPoint.FETCH_PART_RECEIVED)
-                on_part(*cursor.next_part())
+                sink.on_part(*cursor.next_part())
 
     @contextmanager
     def _opened(self, source: Source, offset: int, length: int | None) -> Iterator[SourceResponse]:
@@ -563,25 +598,23 @@ class BlobTransfer(Generic[StagingT]):
         self._in_one_piece = True
         return _StartOverError(f"{source.name} refuses ranges")
 
-    def _fill(
-        self, response: SourceResponse, cursor: _Cursor, staging: StagingFile, hasher: _OrderedHash | None
-    ) -> None:
+    def _fill(self, response: SourceResponse, index: int, cursor: _Cursor, sink: _Sink) -> None:
         """Read the rest of the cursor's first part, writing and hashing each chunk as it comes."""
         if cursor.buffer is None:
             raise InternalError("a part is read without a buffer")
         view = memoryview(cursor.buffer)
         end = cursor.parts[0].length_bytes
-        while cursor.filled < end:
+        while cursor.filled < end and not sink.is_abandoned():
             self._raise_if_stopped()
             count = response.readinto(view[cursor.filled : min(cursor.filled + _CHUNK, end)])
             if not count:
                 raise UnavailableError(f"blob {self._descriptor.digest}", "the source ended it early")
-            if hasher is not None:
+            if sink.hasher is not None:
                 chunk = view[cursor.filled : cursor.filled + count]
-                staging.pwrite(cursor.offset, chunk)
-                hasher.wrote(cursor.offset, chunk)
+                sink.staging.pwrite(cursor.offset, chunk)
+                sink.hasher.wrote(cursor.offset, chunk)
             cursor.filled += count
-            self._count(count)
+            self._count(count, index)
 
     def _skip(self, response: SourceResponse, count: int) -> None:
         """Read and drop *count* bytes: what going on costs where ranges are refused."""
@@ -595,11 +628,12 @@ class BlobTransfer(Generic[StagingT]):
             with self._lock:
                 self._fetched_bytes += got
 
-    def _count(self, count: int) -> None:
+    def _count(self, count: int, index: int) -> None:
         """Count bytes that arrived, and tell of them now and then."""
         now_s = time.monotonic()
         with self._lock:
             self._state.progressed()
+            self._contributors.add(index)
             self._fetched_bytes += count
             self._arrived_bytes += count
             current = self._arrived_bytes
