@@ -10,6 +10,7 @@ from typing import BinaryIO
 from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import DiffIdMismatchError, LayerError, SnapshotError
+from cluster.faultpoints import FaultPoint, hit
 from cluster.ports import AppliedLayer, ByteStream
 from storage.snapshots.attributes import AttributeWriter, Ledger
 from storage.snapshots.diff import Changes, compare, write_layer
@@ -92,6 +93,7 @@ class LayeredSnapshotter(ABC):
                 writer = AttributeWriter(self._new_ledger())
                 with Unpacker(layer=layer.digest, root=bytes(files), writer=writer, lower=lower) as unpacker:
                     diff_id, tar_bytes = _unpack(unpacker, layer, stream)
+                    hit(FaultPoint.EXTRACT_APPLIED)
                     if layer.diff_id is not None and diff_id != layer.diff_id:
                         raise DiffIdMismatchError(layer.digest, layer.diff_id, diff_id)
                     lower()

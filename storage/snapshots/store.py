@@ -38,6 +38,7 @@ import msgspec
 
 from cluster.digest import EMPTY_CHAIN, Digest, hex_of
 from cluster.errors import SnapshotError
+from cluster.faultpoints import FaultPoint, hit
 from storage.snapshots.locks import locked
 
 #: 120 bits of the chain ID: two chains that share them can't be found, and 140 names fit a mount's option page.
@@ -179,6 +180,7 @@ class Store:
                 (staged / kept).rename(inner / kept)
         (inner / "snapshot.json").write_bytes(msgspec.json.encode(info))
         target = self.path(chain)
+        hit(FaultPoint.SNAPSHOT_PUBLISH_BEFORE)
         while True:
             try:
                 inner.rename(target)
@@ -190,6 +192,7 @@ class Store:
                 # One of an earlier boot that was never settled, or damaged: in the way.
                 self.remove(chain)
             else:
+                hit(FaultPoint.SNAPSHOT_PUBLISH_AFTER)
                 return True
 
     def remove(self, chain: Digest) -> None:

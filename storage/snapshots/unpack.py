@@ -83,13 +83,15 @@ _DEFAULT_DIRECTORY: Final = Attributes(mode=stat.S_IFDIR | 0o755)
 class UpperDirectory:
     """What is known of a directory of the upper."""
 
-    __slots__ = ("attributes", "is_opaque", "whiteouts")
+    __slots__ = ("attributes", "is_new", "is_opaque", "whiteouts")
 
-    def __init__(self, attributes: Attributes | None, *, is_opaque: bool) -> None:
+    def __init__(self, attributes: Attributes | None, *, is_new: bool) -> None:
         #: As the archive says; None for a directory that it doesn't have.
         self.attributes = attributes
-        #: Whether it hides the directory of that path below.
-        self.is_opaque = is_opaque
+        #: Whether it hides what the directory of that path below has in it.
+        self.is_opaque = is_new
+        #: Whether it is another one than that altogether: deleted or replaced, then made.
+        self.is_new = is_new
         #: Names in it that are deleted from below.
         self.whiteouts: set[bytes] = set()
 
@@ -111,7 +113,7 @@ class Unpacker:
         self._ledger = writer.ledger
         self._get_lower = lower
         #: Every directory of the upper by its path, a parent before its children.
-        self.directories: dict[bytes, UpperDirectory] = {b"": UpperDirectory(None, is_opaque=False)}
+        self.directories: dict[bytes, UpperDirectory] = {b"": UpperDirectory(None, is_new=False)}
         self.entries = 0
         self.content_bytes = 0
         self._root_fd = os.open(root, _OPEN_DIRECTORY)
@@ -186,6 +188,9 @@ class Unpacker:
             self._writer.write(self._on_disk(path), path, self._attributes(entry))
         else:
             self._special(entry, path, base, fd)
+        if kind != tar.DIRECTORY:
+            # The entry itself hides what is below now.
+            self.directories[parent].whiteouts.discard(base)
 
     def _regular(self, entry: tar.Entry, reader: tar.TarReader, path: bytes, base: bytes, directory: int) -> None:
         try:
@@ -211,26 +216,26 @@ class Unpacker:
         if known is not None:
             known.attributes = attributes
             return
-        is_opaque = False
+        is_new = False
         try:
             os.mkdir(base, 0o700, dir_fd=fd)
         except FileExistsError:
             self._remove(path)
             os.mkdir(base, 0o700, dir_fd=fd)
-            is_opaque = True
+            is_new = True
         if self._ledger is not None and self._ledger.get(path) is not None:
             self._ledger.discard(path)
-            is_opaque = True
-        self._register(parent, path, base, attributes, is_opaque=is_opaque)
+            is_new = True
+        self._register(parent, path, base, attributes, is_new=is_new)
 
     def _register(
-        self, parent: bytes, path: bytes, base: bytes, attributes: Attributes | None, *, is_opaque: bool
+        self, parent: bytes, path: bytes, base: bytes, attributes: Attributes | None, *, is_new: bool
     ) -> None:
         whiteouts = self.directories[parent].whiteouts
         if base in whiteouts:
             whiteouts.discard(base)
-            is_opaque = True
-        self.directories[path] = UpperDirectory(attributes, is_opaque=is_opaque)
+            is_new = True
+        self.directories[path] = UpperDirectory(attributes, is_new=is_new)
         if self._lower_cache:
             self._lower_cache.clear()
 
@@ -330,10 +335,11 @@ class Unpacker:
         path = join(parent, target)
         known = self.directories.get(path)
         if known is not None:
-            known.is_opaque = True
+            known.is_opaque = known.is_new = True
             self._lower_cache.clear()
         elif not self._is_in_upper(path, target, fd):
             self.directories[parent].whiteouts.add(target)
+            self._lower_cache.clear()
         if path in self._followed:
             self._forget_paths()
 
@@ -448,7 +454,7 @@ class Unpacker:
         if len(child) > MAX_PATH_BYTES:
             raise self._malformed(child, f"its path is longer than {MAX_PATH_BYTES} bytes")
         os.mkdir(base, 0o700, dir_fd=self._fd(parent))
-        self._register(parent, child, base, None, is_opaque=False)
+        self._register(parent, child, base, None, is_new=False)
 
     def _find(self, entry: tar.Entry, parts: list[bytes]) -> bytes:
         """Return the path of a hard link's target, copied up where it lies below."""
@@ -513,16 +519,7 @@ class Unpacker:
         if path in self._lower_cache:
             return self._lower_cache[path]
         upper = self.directories.get(path)
-        if upper is not None and upper.is_opaque:
-            node = None
-        elif not path:
-            tree = self._get_lower()
-            node = None if tree is None else tree.root
-        else:
-            parent, _, base = path.rpartition(b"/")
-            node = self._below(parent, base)
-            if node is not None and not node.is_dir:
-                node = None
+        node = None if upper is not None and upper.is_opaque else self._same_below(path)
         self._lower_cache[path] = node
         return node
 
@@ -536,10 +533,10 @@ class Unpacker:
 
     def attributes_of(self, path: bytes) -> Attributes:
         """Return the attributes that the directory *path* is to have: the archive's, else those below, else 755."""
-        own = self.directories[path].attributes
-        if own is not None:
-            return own
-        node = self.lower_directory(path)
+        directory = self.directories[path]
+        if directory.attributes is not None:
+            return directory.attributes
+        node = None if directory.is_new else self._same_below(path)
         return _DEFAULT_DIRECTORY if node is None else node.attributes()
 
     def deleted_in(self, path: bytes) -> list[bytes]:
@@ -552,13 +549,16 @@ class Unpacker:
 
     def hides_below(self, path: bytes) -> bool:
         """Tell whether the directory *path* is opaque and there is a directory below to be hidden."""
-        if not self.directories[path].is_opaque:
-            return False
+        return self.directories[path].is_opaque and self._same_below(path) is not None
+
+    def _same_below(self, path: bytes) -> Node | None:
+        """Return the directory below that the upper's directory *path* stands on, hidden by it or not."""
         if not path:
-            return self._get_lower() is not None
+            tree = self._get_lower()
+            return None if tree is None else tree.root
         parent, _, base = path.rpartition(b"/")
         node = self._below(parent, base)
-        return node is not None and node.is_dir
+        return node if node is not None and node.is_dir else None
 
     # -- open directories --
 
