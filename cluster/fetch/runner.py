@@ -24,7 +24,6 @@ from cluster.errors import (
     NeedsRemoteProvidersError,
     SessionGoneError,
     StaleFenceError,
-    UnavailableError,
 )
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.flight.runner import FlightContext, Flights
@@ -123,6 +122,10 @@ class _Ownership:
         self.task: asyncio.Task[_Arrival] | None = None
         #: True once the renewer found that another owns the flight, or may by now.
         self.is_lost = False
+        #: True while the flight is told how it ended: then there is nothing left to stop.
+        self.is_ending = False
+        #: Callers whose credentials the transfer could use.
+        self.asked: set[Caller] = set()
         self._loop = asyncio.get_running_loop()
 
     def lose_from_thread(self) -> None:
@@ -131,7 +134,9 @@ class _Ownership:
 
     def _lose(self) -> None:
         self.is_lost = True
-        if self.task is not None:
+        # t=0  the transfer fails; the flight is being told, and Redis does not answer
+        # t=1  the renewer gives the flight up: a cancellation now would be one that nobody asked for
+        if self.task is not None and not self.is_ending:
             self.task.cancel()
 
 
@@ -270,7 +275,7 @@ class Unlazier:
         try:
             ended = await self._hear_end(key, joined, context)
         except asyncio.CancelledError:
-            await asyncio.shield(self._spawn(self._leave(key, joined)))
+            await asyncio.shield(self._spawn(self._leave(key)))
             raise
         finally:
             self._renewer.drop_waiting(key)
@@ -305,11 +310,10 @@ class Unlazier:
                 context.report(event.current_bytes, event.total_bytes)
             return ended
 
-    async def _leave(self, key: str, joined: Joined) -> None:
-        """Stop waiting; the last waiter of the cluster waits until the owner has stopped."""
+    async def _leave(self, key: str) -> None:
+        """Stop waiting. Whether the work goes on is the owner's affair: it may have callers of its own."""
         with contextlib.suppress(ClusterError):
-            if await self._store.leave(key, worker=self._worker):
-                await self._wait_end(key, joined.fence_number, joined.lease_remaining_s)
+            await self._store.leave(key, worker=self._worker)
 
     async def _wait_end(self, key: str, fence_number: int, remaining_s: float) -> None:
         """Wait until the flight under that fence is over, at most until its owner's lease has lapsed."""
@@ -337,18 +341,19 @@ class Unlazier:
 
     async def _abandon(self, ownership: _Ownership) -> None:
         """The last local caller left: stop, unless another process waits; then go on for it, and keep asking."""
-        task = ownership.task
-        if task is None:
-            raise InternalError("a flight is owned by no task")
-        if await self._stop_if_unwanted(ownership):
-            return
-        self._spawn(self._stop_when_unwanted(ownership))
+        looked = asyncio.Event()
+        self._spawn(self._stop_when_unwanted(ownership, looked))
+        await looked.wait()
 
-    async def _stop_when_unwanted(self, ownership: _Ownership) -> None:
-        while ownership.task is not None and not ownership.task.done():
-            await asyncio.wait({ownership.task}, timeout=self._poll_s)
-            if await self._stop_if_unwanted(ownership):
-                return
+    async def _stop_when_unwanted(self, ownership: _Ownership, looked: asyncio.Event) -> None:
+        """Stop the work as soon as nobody waits for it; *looked* is set after the first look."""
+        try:
+            while not await self._stop_if_unwanted(ownership):
+                looked.set()
+                if ownership.task is not None:
+                    await asyncio.wait({ownership.task}, timeout=self._poll_s)
+        finally:
+            looked.set()
 
     async def _stop_if_unwanted(self, ownership: _Ownership) -> bool:
         task = ownership.task
@@ -358,7 +363,7 @@ class Unlazier:
             unwanted = await self._store.abort_if_unwanted(ownership.fence)
         except StaleFenceError:
             unwanted = True
-        except UnavailableError:
+        except ClusterError:
             unwanted = False
         if not unwanted:
             return False
@@ -377,23 +382,26 @@ class Unlazier:
         except StaleFenceError as exc:
             raise _OwnershipLostError from exc
         except asyncio.CancelledError:
-            await self._end(self._store.vacate(fence))
+            await self._end(ownership, self._store.vacate(fence))
             if ownership.is_lost:
                 raise _OwnershipLostError from None
             raise
-        except AccessDeniedError:
-            # Our callers may not; a waiter elsewhere may: it takes over and resumes.
-            await self._end(self._store.vacate(fence))
+        except (AccessDeniedError, NeedsRemoteProvidersError, SessionGoneError) as exc:
+            # Our callers may not, or can't answer any more; a waiter elsewhere may: it takes over and resumes.
+            await self._end(ownership, self._store.vacate(fence))
+            if any(caller.is_live() for caller in context.callers if caller not in ownership.asked):
+                raise _OwnershipLostError from exc  # somebody joined meanwhile whose credentials weren't tried
+            if isinstance(exc, SessionGoneError):
+                raise NeedsRemoteProvidersError((descriptor.digest,)) from exc
             raise
-        except SessionGoneError as exc:
-            # Our callers can't answer any more; likewise.
-            await self._end(self._store.vacate(fence))
-            if any(caller.is_live() for caller in context.callers):
-                raise _OwnershipLostError from exc  # somebody joined meanwhile who can answer
-            raise NeedsRemoteProvidersError((descriptor.digest,)) from exc
         except ClusterError as exc:
-            await self._end(self._store.fail(fence, encode_error(exc)))
+            await self._end(ownership, self._store.fail(fence, encode_error(exc)))
             raise
+        except Exception as exc:
+            # Our bug: nobody shall wait until the lease lapses, only to meet it again.
+            error = InternalError(f"unlazy of {descriptor.digest}: {type(exc).__name__}: {exc}")
+            await self._end(ownership, self._store.fail(fence, encode_error(error)))
+            raise error from exc
         finally:
             self._renewer.drop(fence)
 
@@ -401,22 +409,26 @@ class Unlazier:
         self, descriptor: Descriptor, ownership: _Ownership, context: FlightContext[Caller]
     ) -> _Arrival:
         fence = ownership.fence
+
+        def callers() -> Sequence[Caller]:
+            ownership.asked.update(context.callers)
+            return context.callers
+
         async with self._slots:
-            fetched = await self._transfers.fetch(
-                descriptor, lambda: context.callers, fence, ownership.upload, context.report
-            )
+            fetched = await self._transfers.fetch(descriptor, callers, fence, ownership.upload, context.report)
         is_committed = False
         try:
             await ahit(FaultPoint.COMMIT_BEFORE)
             await self._store.commit(fence, fetched.blob)
-            is_committed = True
+            is_committed = ownership.is_ending = True
         finally:
             self._transfers.settle(fetched, committed=is_committed)
         await ahit(FaultPoint.COMMIT_AFTER)
         return _Arrival(blob=fetched.blob, bytes_fetched=fetched.bytes_fetched, source=fetched.source, elsewhere=False)
 
-    async def _end(self, step: Coroutine[object, object, None]) -> None:
+    async def _end(self, ownership: _Ownership, step: Coroutine[object, object, None]) -> None:
         """Tell the flight store how it ended; where that can't be told, the lease lapses and says so."""
+        ownership.is_ending = True
         with contextlib.suppress(ClusterError, TimeoutError):
             async with asyncio.timeout(5.0):
                 await step

@@ -1,0 +1,589 @@
+"""Unlazy: one flight for the cluster, seen from several processes over one store."""
+
+import asyncio
+from itertools import count
+
+import pytest
+
+from cluster.errors import (
+    AccessDeniedError,
+    BlobNotFoundError,
+    DeadlineExceededError,
+    DigestMismatchError,
+    InternalError,
+    LeaseLostError,
+    NeedsRemoteProvidersError,
+    SessionGoneError,
+    UnavailableError,
+)
+from cluster.fetch.runner import Unlazier
+from cluster.flight.values import Owned, UploadState
+from cluster.lease import LeaseId, blob_resource
+from cluster.progress import LayerPhase
+from storage.memory import Memory, MemoryFlightStore, MemoryLeaseStore, MemoryProgressStore, MemoryRefStore
+from tests.doubles.fetch import FakeTransfers, ManualRenewer, caller_of, layer_of
+from tests.doubles.stores import FakeClock, eventually
+
+LAYER = layer_of(b"the layer's blob")
+KEY = f"blob:{LAYER.digest}"
+TTL_S = 6.0
+
+
+class DeafFlights(MemoryFlightStore):
+    """A flight store whose messages can get lost."""
+
+    is_deaf = False
+
+    def _publish(self, key, event):
+        if not self.is_deaf:
+            super()._publish(key, event)
+
+
+class Process:
+    """One process of the cluster."""
+
+    def __init__(self, cluster, name, *, deadline_s=30.0, poll_s=0.5, max_transfers=4):
+        self.name = name
+        self.cluster = cluster
+        self.flights = DeafFlights(cluster.memory)
+        self.renewer = ManualRenewer(self.flights)
+        self.transfers = FakeTransfers(name)
+        tokens = count()
+        self.unlazier = Unlazier(
+            worker=name,
+            refs=cluster.refs,
+            leases=cluster.leases,
+            flights=self.flights,
+            renewer=self.renewer,
+            progress=cluster.progress,
+            transfers=self.transfers,
+            new_token=lambda: f"{name}-{next(tokens)}",
+            ttl_s=TTL_S,
+            poll_s=poll_s,
+            deadline_s=deadline_s,
+            max_transfers=max_transfers,
+            clock=cluster.clock,
+        )
+
+    async def call(self, lease="l1", **more):
+        """Start a caller with a lease of its own; return its task."""
+        await self.cluster.leases.create(LeaseId(lease), ttl_s=None)
+        caller = caller_of(lease, progress=(f"stream-{lease}",), **more)
+        return asyncio.create_task(self.unlazier.unlazy(LAYER, caller))
+
+    async def is_waiting(self):
+        """Wait until this process is recorded as a waiter and listens."""
+        await eventually(
+            lambda: self.name in self.cluster.memory.waiters.get(KEY, {}) and self.cluster.memory.listeners.get(KEY)
+        )
+
+
+class Cluster:
+    def __init__(self):
+        self.clock = FakeClock()
+        self.memory = Memory(self.clock)
+        self.refs = MemoryRefStore(self.memory)
+        self.leases = MemoryLeaseStore(self.memory)
+        self.progress = MemoryProgressStore(self.memory)
+        self.processes = []
+
+    def process(self, name, **more):
+        self.processes.append(Process(self, name, **more))
+        return self.processes[-1]
+
+    async def pinned(self, lease):
+        return blob_resource(LAYER.digest) in (await self.leases.get(LeaseId(lease))).resources
+
+    def phases(self, lease):
+        return [item.phase for item in self.memory.streams.get(f"stream-{lease}", [])]
+
+    def end_of(self, lease):
+        """Return how the caller's item ended: exactly one end, and it is the last."""
+        phases = self.phases(lease)
+        assert [phase.is_end for phase in phases] == [False] * (len(phases) - 1) + [True], phases
+        return phases[-1]
+
+
+@pytest.fixture
+async def cluster():
+    """A cluster that holds nothing at the end of each test."""
+    cluster = Cluster()
+    yield cluster
+    for process in cluster.processes:
+        assert process.unlazier._flights.statistics().callers == 0
+        await process.unlazier.aclose()
+        assert not process.unlazier._background or process.renewer.is_dead
+
+
+async def ended(task, within_s=5.0):
+    """Wait for a task's end without raising."""
+    await asyncio.wait({task}, timeout=within_s)
+    assert task.done(), "still waiting"
+    return task
+
+
+async def failure(task, error_type):
+    with pytest.raises(error_type) as caught:
+        await asyncio.wait_for(task, 5.0)
+    return caught.value
+
+
+# -- sharing ---------------------------------------------------------------------------------------------
+
+
+async def test_what_is_present_needs_no_flight(cluster):
+    """The blob is there: it is pinned, nothing is fetched, no fence is taken."""
+    process = cluster.process("a")
+    process.transfers.holds = False
+    await (await process.call("l1"))
+    fences = cluster.memory.last_fence
+    fetch = await (await process.call("l2"))
+    assert (fetch.source, fetch.bytes_fetched, fetch.joined) == ("present", 0, False)
+    assert cluster.memory.last_fence == fences
+    assert await cluster.pinned("l2")
+    assert cluster.end_of("l2") is LayerPhase.PRESENT
+
+
+async def test_callers_of_one_process_share_one_fetch(cluster):
+    """Two callers, one transfer: one did it, the other joined, both have pinned it."""
+    process = cluster.process("a")
+    tasks = [await process.call(lease) for lease in ("l1", "l2")]
+    (await process.transfers.arrival()).proceed.set()
+    first, second = await asyncio.gather(*tasks)
+    assert (first.joined, first.bytes_fetched) == (False, LAYER.size_bytes)
+    assert (second.joined, second.bytes_fetched) == (True, 0)
+    assert len(process.transfers.fetches) == 1
+    assert process.transfers.settled == [True]
+    assert await cluster.pinned("l1")
+    assert await cluster.pinned("l2")
+    assert (cluster.end_of("l1"), cluster.end_of("l2")) == (LayerPhase.DONE, LayerPhase.JOINED)
+
+
+async def test_processes_share_one_fetch(cluster):
+    """One owns, the other is told at once: each caller pins the blob in its own lease."""
+    a, b = cluster.process("a"), cluster.process("b", poll_s=60.0)
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2")
+    await b.is_waiting()
+    fetch.proceed.set()
+    assert not (await ended(first)).result().joined
+    got = (await ended(second)).result()
+    assert (got.joined, got.bytes_fetched, got.source) == (True, 0, "flight of a")
+    assert b.transfers.fetches == []
+    assert await cluster.pinned("l1")
+    assert await cluster.pinned("l2")
+    assert cluster.end_of("l2") is LayerPhase.JOINED
+    assert not b.renewer.waiting
+    assert not a.renewer.owned
+
+
+async def test_progress_crosses_processes(cluster):
+    """What the owner reports is seen by who waits elsewhere, and by who comes late."""
+    a, b, c = (cluster.process(name) for name in "abc")
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2")
+    await b.is_waiting()
+    await a.flights.report(fetch.fence, 7, LAYER.size_bytes)
+    await eventually(lambda: LayerPhase.FETCHING in cluster.phases("l2"))
+    third = await c.call("l3")
+    await eventually(lambda: LayerPhase.FETCHING in cluster.phases("l3"))
+    fetch.proceed.set()
+    await asyncio.gather(first, second, third)
+
+
+async def test_a_lost_message_is_found_by_the_slow_poll(cluster):
+    """No event ever comes: the poll finds the outcome."""
+    a, b = cluster.process("a"), cluster.process("b", poll_s=0.05)
+    a.flights.is_deaf = True
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2")
+    await b.is_waiting()
+    fetch.proceed.set()
+    await ended(first)
+    assert (await ended(second)).result().joined
+
+
+async def test_a_lost_lease_is_the_callers_own_affair(cluster):
+    """A caller whose lease is gone gets LeaseLostError; the blob is present, the other has it."""
+    process = cluster.process("a")
+    first, second = await process.call("l1"), await process.call("l2")
+    fetch = await process.transfers.arrival()
+    await cluster.leases.delete(LeaseId("l1"))
+    fetch.proceed.set()
+    await failure(first, LeaseLostError)
+    assert (await ended(second)).result().joined
+    assert cluster.end_of("l1") is LayerPhase.FAILED
+
+
+# -- leaving ---------------------------------------------------------------------------------------------
+
+
+async def test_a_caller_that_leaves_fails_nobody(cluster):
+    """One of two is cancelled: it goes at once, the other gets the blob."""
+    process = cluster.process("a")
+    first, second = await process.call("l1"), await process.call("l2")
+    fetch = await process.transfers.arrival()
+    first.cancel()
+    assert (await ended(first)).cancelled()
+    assert not fetch.is_over
+    fetch.proceed.set()
+    await second
+    await eventually(lambda: cluster.end_of("l1") is LayerPhase.CANCELLED)
+
+
+async def test_the_last_caller_stops_the_work_and_waits_for_that(cluster):
+    """Nobody wants it any more: when the cancelled call ends, the transfer has ended and the flight is free."""
+    process = cluster.process("a")
+    task = await process.call("l1")
+    fetch = await process.transfers.arrival()
+    task.cancel()
+    assert (await ended(task)).cancelled()
+    assert fetch.was_cancelled
+    assert await process.flights.state(KEY) is None
+    assert not process.renewer.owned
+    await eventually(lambda: cluster.phases("l1")[-1] is LayerPhase.CANCELLED)
+    again = await process.call("l2")
+    (await process.transfers.arrival(2)).proceed.set()
+    assert not (await again).joined
+
+
+async def test_the_owner_goes_on_for_a_process_that_waits(cluster):
+    """The owner's only caller is cancelled while another process waits: it gets the blob, fetched once."""
+    a, b = cluster.process("a"), cluster.process("b")
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2")
+    await b.is_waiting()
+    first.cancel()
+    assert (await ended(first)).cancelled()
+    assert not fetch.is_over
+    fetch.proceed.set()
+    assert (await ended(second)).result().joined
+    assert b.transfers.fetches == []
+
+
+async def test_an_owner_without_callers_stops_once_nobody_waits(cluster):
+    """Its caller left first, then the other process's: the work is stopped within a poll."""
+    a, b = cluster.process("a", poll_s=0.02), cluster.process("b")
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2")
+    await b.is_waiting()
+    first.cancel()
+    await ended(first)
+    second.cancel()
+    assert (await ended(second)).cancelled()
+    await eventually(lambda: fetch.was_cancelled)
+    await eventually(lambda: not cluster.memory.flights)
+
+
+async def test_a_waiter_that_leaves_does_not_wait_for_the_owner(cluster):
+    """The owner has callers of its own and goes on: the cancelled waiter goes at once."""
+    a, b = cluster.process("a"), cluster.process("b")
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2")
+    await b.is_waiting()
+    second.cancel()
+    assert (await ended(second, within_s=1.0)).cancelled()
+    assert cluster.memory.waiters.get(KEY) in (None, {})
+    assert not b.renewer.waiting
+    fetch.proceed.set()
+    await first
+
+
+async def test_a_waiter_that_dies_is_not_waited_for(cluster):
+    """Its record lapses: an owner without callers stops."""
+    a, b = cluster.process("a", poll_s=0.02), cluster.process("b")
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2")
+    await b.is_waiting()
+    first.cancel()
+    await ended(first)
+    b.renewer.is_dead = True
+    cluster.clock.advance(TTL_S / 2)
+    a.renewer.renew()
+    cluster.clock.advance(TTL_S / 2 + 0.1)
+    await eventually(lambda: fetch.was_cancelled)
+    second.cancel()
+    await ended(second)
+
+
+async def test_a_caller_that_comes_back_joins_the_work_it_left(cluster):
+    """The process goes on for another; its own new caller waits for that very work."""
+    a, b = cluster.process("a", poll_s=0.02), cluster.process("b")
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2")
+    await b.is_waiting()
+    first.cancel()
+    await ended(first)
+    third = await a.call("l3")
+    await a.is_waiting()
+    second.cancel()
+    await ended(second)
+    for _ in range(5):
+        await asyncio.sleep(0.02)
+        a.renewer.renew()
+    assert not fetch.is_over
+    fetch.proceed.set()
+    assert (await ended(third)).result().joined
+    assert len(a.transfers.fetches) == 1
+
+
+async def test_a_caller_who_comes_while_the_work_is_stopping_starts_afresh(cluster):
+    """Late arrivals never inherit a cancellation, from another process either."""
+    a, b = cluster.process("a"), cluster.process("b")
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    assert await a.flights.abort_if_unwanted(fetch.fence)
+    second = await b.call("l2")
+    await eventually(lambda: cluster.memory.listeners.get(KEY))
+    first.cancel()
+    await ended(first)
+    (await b.transfers.arrival()).proceed.set()
+    assert not (await ended(second)).result().joined
+
+
+async def test_closing_hands_the_flight_over(cluster):
+    """A process that stops tells its callers, and whoever waits elsewhere takes over."""
+    a, b = cluster.process("a"), cluster.process("b")
+    first = await a.call("l1")
+    await a.transfers.arrival()
+    second = await b.call("l2")
+    await b.is_waiting()
+    await a.unlazier.aclose()
+    await failure(first, UnavailableError)
+    (await b.transfers.arrival()).proceed.set()
+    assert not (await ended(second)).result().joined
+
+
+# -- owners that are lost --------------------------------------------------------------------------------
+
+
+async def test_a_waiter_takes_over_from_a_dead_owner_and_resumes(cluster):
+    """The owner's process is gone: within a flight lease another owns, with the upload that was left."""
+    a, b = cluster.process("a"), cluster.process("b", poll_s=0.05)
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    upload = UploadState(key="blobs/x/1", upload_id="u1", part_bytes=1000)
+    await a.flights.begin_upload(fetch.fence, upload)
+    await a.flights.record_part(fetch.fence, 1, "etag-1")
+    second = await b.call("l2")
+    await b.is_waiting()
+    a.renewer.is_dead = True
+    cluster.clock.advance(TTL_S + 0.1)
+    takeover = await b.transfers.arrival()
+    assert takeover.upload.upload_id == "u1"
+    assert takeover.upload.parts == {1: "etag-1"}
+    assert takeover.fence.number > fetch.fence.number
+    takeover.proceed.set()
+    assert not (await ended(second)).result().joined
+    # The dead owner wakes: its commit is refused, and its caller gets what is there.
+    fetch.proceed.set()
+    got = (await ended(first)).result()
+    assert got.joined
+    assert a.transfers.settled == [False]
+    (blob,) = await cluster.refs.blobs([LAYER.digest])
+    assert blob.fence == takeover.fence.number
+
+
+async def test_an_owner_that_loses_its_flight_joins_again(cluster):
+    """The renewer says that it is lost: the work is stopped, and the callers wait for the new owner's."""
+    a, b = cluster.process("a"), cluster.process("b")
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    cluster.clock.advance(TTL_S + 0.1)
+    second = await b.call("l2")
+    takeover = await b.transfers.arrival()
+    a.renewer.renew()
+    await eventually(lambda: fetch.was_cancelled)
+    await a.is_waiting()
+    takeover.proceed.set()
+    assert (await ended(first)).result().joined
+    assert not (await ended(second)).result().joined
+
+
+async def test_a_flight_that_is_lost_while_it_fails_still_fails_well(cluster):
+    """The renewer gives up while Redis is being told of the failure: callers get the failure, not a bug."""
+    process = cluster.process("a")
+    process.transfers.plan = [BlobNotFoundError(LAYER.digest, "r.example/app")]
+    telling, told = asyncio.Event(), asyncio.Event()
+
+    async def fail(fence, error):
+        telling.set()
+        await told.wait()
+
+    process.flights.fail = fail
+    task = await process.call("l1")
+    (await process.transfers.arrival()).proceed.set()
+    await telling.wait()
+    process.renewer.lose()
+    await asyncio.sleep(0.01)
+    told.set()
+    await failure(task, BlobNotFoundError)
+
+
+# -- failures --------------------------------------------------------------------------------------------
+
+
+async def test_who_waited_shares_the_failure_and_who_comes_later_does_not(cluster):
+    """A definite failure reaches every caller of both processes; the next call tries afresh."""
+    a, b = cluster.process("a"), cluster.process("b")
+    a.transfers.plan = [DigestMismatchError(LAYER.digest, "sha256:" + "0" * 64, "r.example/app")]
+    tasks = [await a.call("l1"), await a.call("l2")]
+    fetch = await a.transfers.arrival()
+    tasks.append(await b.call("l3"))
+    await b.is_waiting()
+    fetch.proceed.set()
+    for task, lease in zip(tasks, ("l1", "l2", "l3"), strict=True):
+        error = await failure(task, DigestMismatchError)
+        assert (error.expected, error.source) == (LAYER.digest, "r.example/app")
+        assert cluster.end_of(lease) is LayerPhase.FAILED
+    assert await a.flights.state(KEY) is None
+    late = await b.call("l4")
+    (await b.transfers.arrival()).proceed.set()
+    assert not (await late).joined
+
+
+@pytest.mark.parametrize(
+    ("told", "raised"),
+    [
+        (AccessDeniedError("app", "r.example", "403"), AccessDeniedError),
+        (SessionGoneError("s1"), NeedsRemoteProvidersError),
+        (NeedsRemoteProvidersError((LAYER.digest,)), NeedsRemoteProvidersError),
+    ],
+    ids=["denied", "gone", "no provider"],
+)
+async def test_what_one_callers_credentials_can_not_do_fails_only_them(cluster, told, raised):
+    """The owner's callers aren't let in: their calls fail, and a waiter with other credentials takes over."""
+    a, b = cluster.process("a"), cluster.process("b")
+    a.transfers.plan = [told]
+    first = await a.call("l1", name="mallory")
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2", name="alice")
+    await b.is_waiting()
+    fetch.proceed.set()
+    await failure(first, raised)
+    (await b.transfers.arrival()).proceed.set()
+    assert not (await ended(second)).result().joined
+
+
+@pytest.mark.parametrize("told", [AccessDeniedError("app", "r.example", "403"), SessionGoneError("s1")])
+async def test_who_joined_after_the_credentials_were_taken_gets_a_try_of_their_own(cluster, told):
+    """The second local caller's credentials were never tried: it must not share what the first's came to."""
+    process = cluster.process("a")
+    process.transfers.plan = [told]
+    first = await process.call("l1", name="mallory")
+    fetch = await process.transfers.arrival()
+    second = await process.call("l2", name="alice")
+    await asyncio.sleep(0.01)
+    fetch.proceed.set()
+    retry = await process.transfers.arrival(2)
+    assert {caller.authorizer.name for caller in retry.asked} == {"mallory", "alice"}
+    retry.proceed.set()
+    await asyncio.gather(first, second)
+
+
+async def test_credentials_that_failed_are_not_tried_for_ever(cluster):
+    """A live session that can't answer: one try, then an error, not a loop."""
+    process = cluster.process("a")
+    process.transfers.holds = False
+    process.transfers.plan = [SessionGoneError("s1")] * 99
+    await failure(await process.call("l1"), NeedsRemoteProvidersError)
+    assert len(process.transfers.fetches) == 1
+
+
+async def test_a_bug_is_not_waited_for(cluster):
+    """Work that raises what it must not ends the flight for everybody, at once."""
+    a, b = cluster.process("a"), cluster.process("b", poll_s=60.0)
+    a.transfers.plan = [RuntimeError("surprise")]
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2")
+    await b.is_waiting()
+    fetch.proceed.set()
+    await failure(first, InternalError)
+    await failure(second, InternalError)
+
+
+async def test_every_call_ends_by_its_deadline(cluster):
+    """Nothing comes: DeadlineExceededError, the work is stopped, the flight is free."""
+    process = cluster.process("a", deadline_s=0.05)
+    task = await process.call("l1")
+    fetch = await process.transfers.arrival()
+    await failure(task, DeadlineExceededError)
+    assert fetch.was_cancelled
+    assert cluster.end_of("l1") is LayerPhase.FAILED
+    assert await process.flights.state(KEY) is None
+
+
+async def test_a_deadline_of_one_fails_nobody_else(cluster):
+    """Two processes, one impatient: the patient one gets the blob."""
+    a, b = cluster.process("a"), cluster.process("b", deadline_s=0.05)
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    await failure(await b.call("l2"), DeadlineExceededError)
+    fetch.proceed.set()
+    await first
+
+
+async def test_transfers_wait_for_their_slot_and_still_can_be_cancelled(cluster):
+    """More layers than slots: who waits for a slot leaves like anybody else."""
+    process = cluster.process("a", max_transfers=1)
+    other = layer_of(b"another blob")
+    first = await process.call("l1")
+    fetch = await process.transfers.arrival()
+    await cluster.leases.create(LeaseId("l2"), ttl_s=None)
+    second = asyncio.create_task(process.unlazier.unlazy(other, caller_of("l2")))
+    await eventually(lambda: f"blob:{other.digest}" in cluster.memory.flights)
+    second.cancel()
+    assert (await ended(second)).cancelled()
+    assert f"blob:{other.digest}" not in cluster.memory.flights
+    fetch.proceed.set()
+    await first
+
+
+async def test_the_next_owner_after_a_cancel_gets_the_upload(cluster):
+    """A stopped transfer's upload is not lost."""
+    process = cluster.process("a")
+    task = await process.call("l1")
+    fetch = await process.transfers.arrival()
+    await process.flights.begin_upload(fetch.fence, UploadState(key="k", upload_id="u9", part_bytes=1000))
+    task.cancel()
+    await ended(task)
+    outcome = await process.flights.join(KEY, worker="z", token="z", ttl_s=TTL_S)
+    assert isinstance(outcome, Owned)
+    assert outcome.upload.upload_id == "u9"
+
+
+async def test_a_hundred_callers_of_five_processes_come_and_go(cluster):
+    """Half of them cancel at random: all others get the blob, and it is fetched once after the last owner's end."""
+    import random  # noqa: PLC0415
+
+    rng = random.Random(3)  # noqa: S311 - a test's schedule
+    processes = [cluster.process(f"p{n}", poll_s=0.02) for n in range(5)]
+    tasks = [await rng.choice(processes).call(f"l{n}") for n in range(100)]
+    doomed = set(rng.sample(range(100), 50))
+    for n in doomed:
+        tasks[n].cancel()
+        if rng.random() < 0.3:
+            await asyncio.sleep(0)
+
+    def proceed():
+        for process in processes:
+            for fetch in process.transfers.fetches:
+                fetch.proceed.set()
+        return all(task.done() for task in tasks)
+
+    await eventually(proceed)
+    for n, task in enumerate(tasks):
+        if n in doomed and task.cancelled():
+            continue
+        assert task.result().digest == LAYER.digest
+        assert await cluster.pinned(f"l{n}")
+    await eventually(lambda: all(cluster.end_of(f"l{n}") for n in range(100) if cluster.phases(f"l{n}")))
