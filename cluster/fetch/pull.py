@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
-from cluster.errors import BlobDamagedError, DeadlineExceededError
+from cluster.errors import BlobDamagedError, ClusterError, DeadlineExceededError, StaleFenceError
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.access import AccessControl
 from cluster.flight.values import Owned, Present
@@ -124,9 +125,11 @@ class Puller:
             for provider in providers_of(layer, handle)
         ]
         digests = [image.manifest.digest, image.config.digest, *dict.fromkeys(d.digest for d in image.layers)]
-        for provider in dict.fromkeys(h.provider for h in handlers):
-            await self._access.record(authorizer, provider, digests)
         await self._access.record(authorizer, handle, digests)
+        # Held before they are written, and for as long as the image's refs need them: collection ends it.
+        own = LeaseId(f"image:{image.manifest.digest}")
+        await self._leases.create(own, ttl_s=None, labels={"kind": "image", "image": reference.name})
+        await self._leases.attach(own, [blob_resource(image.manifest.digest), blob_resource(image.config.digest)])
         await asyncio.gather(
             self._keep(image.manifest.digest, image.manifest_bytes, lease_id),
             self._keep(image.config.digest, image.config_bytes, lease_id),
@@ -192,8 +195,11 @@ class Puller:
                         fence=outcome.fence.number,
                     )
                     await self._flights.commit(outcome.fence, blob)
+                except StaleFenceError:
+                    continue  # another owns it by now: look again
                 except BaseException:
-                    await asyncio.shield(self._flights.vacate(outcome.fence))
+                    with contextlib.suppress(ClusterError):
+                        await asyncio.shield(self._flights.vacate(outcome.fence))
                     raise
                 finally:
                     self._renewer.drop(outcome.fence)
