@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -64,11 +65,14 @@ def _demo(reference: str | None, say: Callable[[str], None]) -> list[tuple[str, 
     with ExitStack() as stack:
         # Once the steps are over or interrupted, everything is taken down: a second Ctrl-C mustn't stop that.
         stack.callback(_be_deaf)
-        image = _image(reference, stack, say)
-        say(f"image: {len(image.layers)} layers, {image.size_bytes / 1e6:.1f} MB")
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfarm-image-", dir="/var/tmp"))
+        # The image is made while the farm comes up: a minute each, the first time.
+        making = stack.enter_context(ThreadPoolExecutor(1)).submit(_image, reference, directory, say)
         stage = stack.enter_context(Stage(say, steps.CONFIG))
         stack.callback(say, "taking everything down")
         stack.callback(_be_deaf)
+        image = making.result()
+        say(f"image: {len(image.layers)} layers, {image.size_bytes / 1e6:.1f} MB")
         stage.push(image, _NAME)
         app = stage.reference(_NAME)
         planned: list[tuple[str, Callable[[], list[Row]]]] = [
@@ -104,12 +108,11 @@ def _be_deaf() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _image(reference: str | None, stack: ExitStack, say: Callable[[str], None]) -> LayoutImage:
+def _image(reference: str | None, directory: str, say: Callable[[str], None]) -> LayoutImage:
     if reference is None:
         say("building the image (once a machine; a minute)")
         return cached_image()
     say(f"copying {reference}, to be served from a registry whose log can be read")
-    directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfarm-image-", dir="/var/tmp"))
     is_loopback = reference.startswith(("127.", "localhost:", "[::1]"))
     return fetch(reference, Path(directory) / "layout", plain_http=is_loopback)
 
