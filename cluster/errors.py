@@ -669,6 +669,17 @@ class DeadlineExceededError(UnavailableError):
     """Something took longer than its deadline; the outcome is unknown."""
 
 
+# -- groups ---------------------------------------------------------------------------------------------
+
+
+def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the first error of a group that is no group: tasks that stand or fall together fail for one reason."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 # -- our bugs -----------------------------------------------------------------------------------------
 
 

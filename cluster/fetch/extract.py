@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError as ThreadCancelledError
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from cluster.digest import EMPTY_CHAIN, Digest, hex_of
-from cluster.errors import ClusterError, DeadlineExceededError, UnavailableError
+from cluster.errors import ClusterError, DeadlineExceededError, UnavailableError, first_error
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.runner import Caller, Unlazier
 from cluster.flight.runner import FlightOutcome, Flights
@@ -26,6 +26,10 @@ from cluster.progress import LayerPhase, ProgressItem
 from cluster.ref import BlobRecord, RefRecord, RefState
 
 _MAX_TRIES = 4
+#: Seconds between looks for a parent's snapshot, which another process of the node may publish.
+_LOOK_EVERY_S = 1.0
+#: Seconds between looks whether a blob that waits to be unpacked has been lost meanwhile.
+_LOST_LOOK_S = 2.0
 
 T = TypeVar("T")
 
@@ -92,7 +96,8 @@ class Extractor:
         self._deadline_s = deadline_s
         self._clock = clock
         self._flights: Flights[None, Caller] = Flights("snapshots")
-        self._published: dict[Digest, asyncio.Event] = {}
+        #: Notified when a snapshot is published here, and when an unpacking is to stop.
+        self._published = threading.Condition()
 
     async def extract(self, chain: Sequence[RefState], caller: Caller) -> Extracted:
         """Mount the filesystem of *chain* (lowest layer first; none: an empty one) read-only.
@@ -109,7 +114,7 @@ class Extractor:
         except TimeoutError as exc:
             raise DeadlineExceededError("extract", f"not done after {self._deadline_s:.0f} s") from exc
         except BaseExceptionGroup as errors:
-            raise _first(errors) from errors
+            raise first_error(errors) from errors
         top = chain[-1].record.chain if chain else EMPTY_CHAIN
         await ahit(FaultPoint.MOUNT_BEFORE)
         path = await self._in_thread(lambda: self._snapshotter.mount(top, hex_of(top)[:16]))
@@ -127,14 +132,14 @@ class Extractor:
                 seconds=self._clock() - started_s,
                 joined=False,
             )
-        # Every caller drives the fetch with its own credentials; unpacking only needs that somebody does.
-        unpacking = asyncio.ensure_future(
-            self._flights.run(f"snapshot:{record.chain}", lambda _context: self._unpack(record), caller=caller)
-        )
+        # Every caller drives the fetch with its own credentials; unpacking only needs that somebody does. The
+        # blob is in the key: who comes with another compression of the chain drives the fetch of that one.
+        key = f"snapshot:{record.chain}:{record.blob.digest}"
+        unpacking = asyncio.ensure_future(self._flights.run(key, lambda _context: self._unpack(record), caller=caller))
         try:
             fetch = await self._unlazy(record, caller)
             while not unpacking.done():
-                await asyncio.wait({unpacking}, timeout=2.0)
+                await asyncio.wait({unpacking}, timeout=_LOST_LOOK_S)
                 if not unpacking.done():
                     fetch = await self._again_if_lost(record, caller, fetch)
             joined = unpacking.result().joined
@@ -187,7 +192,7 @@ class Extractor:
                         continue
                     raise
                 raise
-            self._event(record.chain).set()
+            self._notify()
             return
 
     async def _apply(self, record: RefRecord, blob: LocalBlob) -> None:
@@ -195,14 +200,8 @@ class Extractor:
         stream = _Stoppable(blob.open())
 
         def await_parent() -> None:
-            if record.parent_chain is None or self._snapshotter.has(record.parent_chain):
-                return
-            waiting = asyncio.run_coroutine_threadsafe(self._await_published(record.parent_chain), loop)
-            stream.on_stop(waiting.cancel)
-            try:
-                waiting.result(self._deadline_s)
-            except (ThreadCancelledError, TimeoutError) as exc:
-                raise UnavailableError(f"snapshot {record.parent_chain}", "it was not unpacked") from exc
+            if record.parent_chain is not None:
+                self._await_published(record.parent_chain, stream)
 
         applying = loop.run_in_executor(
             self._threads,
@@ -218,22 +217,30 @@ class Extractor:
             await asyncio.shield(applying)
         except asyncio.CancelledError:
             stream.stop()
+            self._notify()
             with contextlib.suppress(Exception):
                 await applying
             raise
         finally:
             stream.close()
-        await ahit(FaultPoint.EXTRACT_APPLIED)
 
-    async def _await_published(self, chain: Digest) -> None:
-        event = self._event(chain)
-        while not await self._in_thread(lambda: self._snapshotter.has(chain)):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):  # another process of this node may publish it
-                    await event.wait()
+    def _await_published(self, chain: Digest, stream: _Stoppable) -> None:
+        """Block this thread until the snapshot is there.
 
-    def _event(self, chain: Digest) -> asyncio.Event:
-        return self._published.setdefault(chain, asyncio.Event())
+        In this very thread: were it to ask another of the pool, the pool could fill up with layers that wait
+        for their parents, and none be left to find out that a parent is there.
+        """
+        until_s = self._clock() + self._deadline_s
+        with self._published:
+            while not self._snapshotter.has(chain):
+                stream.raise_if_stopped()
+                if self._clock() >= until_s:
+                    raise DeadlineExceededError(f"snapshot {chain}", "it was not unpacked")
+                self._published.wait(_LOOK_EVERY_S)  # another process of this node may publish it
+
+    def _notify(self) -> None:
+        with self._published:
+            self._published.notify_all()
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -257,33 +264,20 @@ class _Stoppable:
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
         self._is_stopped = False
-        self._on_stop: list[Callable[[], object]] = []
 
     def readinto(self, buffer: memoryview) -> int:
-        if self._is_stopped:
-            raise UnavailableError("extract", "it was cancelled")
+        self.raise_if_stopped()
         return self._stream.readinto(buffer)
 
-    def on_stop(self, call: Callable[[], object]) -> None:
-        self._on_stop.append(call)
+    def raise_if_stopped(self) -> None:
         if self._is_stopped:
-            call()
+            raise UnavailableError("extract", "it was cancelled")
 
     def stop(self) -> None:
         self._is_stopped = True
-        for call in self._on_stop:
-            call()
         self.close()
 
     def close(self) -> None:
         close = getattr(self._stream, "close", None)
         if close is not None:
             close()
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the first error of a group that is not a group: all layers fail for one reason."""
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

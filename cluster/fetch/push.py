@@ -9,7 +9,14 @@ from typing import Protocol
 
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
-from cluster.errors import BlobDamagedError, BlobNotFoundError, ClusterError, RegistryError
+from cluster.errors import (
+    BlobDamagedError,
+    BlobNotFoundError,
+    ClusterError,
+    RegistryError,
+    UnavailableError,
+    first_error,
+)
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.access import AccessControl
 from cluster.fetch.runner import Caller, Unlazier
@@ -106,9 +113,15 @@ class Pusher:
         """
         target = reference.handle(plain_http=plain_http)
         unique = list({layer.digest: layer for layer in image.layers}.values())
-        pushed = await asyncio.gather(
-            *(self._layer(layer, target, caller, providers.get(layer.digest, ())) for layer in unique)
-        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._layer(layer, target, caller, providers.get(layer.digest, ())))
+                    for layer in unique
+                ]
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from errors
+        pushed = [task.result() for task in tasks]
         manifest = await self._read(image.manifest.digest)
         await self._config(image.config, target, caller)
         await ahit(FaultPoint.PUSH_MANIFEST_BEFORE)
@@ -162,7 +175,7 @@ class Pusher:
     async def _mounted(self, target: ProviderHandle, digest: Digest, repository: str, caller: Caller) -> bool:
         try:
             return await self._target.mount_blob(target, digest, repository, caller.authorizer)
-        except RegistryError:
+        except (RegistryError, UnavailableError):
             return False
 
     async def _config(self, config: Descriptor, target: ProviderHandle, caller: Caller) -> None:

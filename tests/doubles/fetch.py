@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest, digest_of
-from cluster.errors import AccessDeniedError, StaleFenceError, UnavailableError
+from cluster.errors import AccessDeniedError, ClusterError, LayerError, StaleFenceError, UnavailableError
 from cluster.fetch.runner import Caller, Fetched
 from cluster.flight.values import Fence, UploadState
 from cluster.lease import LeaseId
@@ -18,6 +19,7 @@ from cluster.ports import Authorization, AuthRequest
 from cluster.provider import ProviderHandle
 from cluster.ref import BlobRecord
 from storage.memory import MemoryFlightStore
+from storage.memory_blobs import MemoryStream
 
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 HANDLE = ProviderHandle(registry="r.example", repository="app")
@@ -350,3 +352,88 @@ class FakeProber:
         if readers is not None and authorizer.name not in readers:
             raise AccessDeniedError(handle.repository, handle.registry, "403")
         return 1
+
+
+# -- a node ----------------------------------------------------------------------------------------------
+
+
+class FakeLocalBlob:
+    """A blob on this node: its bytes, and whether they turn out right."""
+
+    def __init__(self, data: bytes, error: ClusterError | None = None) -> None:
+        self.data = data
+        self.error = error
+
+    def open(self) -> MemoryStream:
+        return MemoryStream(self.data)
+
+    async def verified(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+class FakeLocalBlobs:
+    """This node's blobs: what comes for a digest, in order; the last one stays."""
+
+    def __init__(self) -> None:
+        self.coming: dict[Digest, list[FakeLocalBlob]] = {}
+        self.present: set[Digest] = set()
+        self.gets: list[Digest] = []
+        self._changed = asyncio.Event()
+
+    def put(self, digest: Digest, *blobs: FakeLocalBlob) -> None:
+        self.coming[digest] = list(blobs)
+        self._wake()
+
+    async def get(self, digest: Digest) -> FakeLocalBlob:
+        while digest not in self.present or not self.coming.get(digest):
+            await self._changed.wait()
+        self.gets.append(digest)
+        coming = self.coming[digest]
+        return coming.pop(0) if len(coming) > 1 else coming[0]
+
+    def note_present(self, blob: BlobRecord) -> None:
+        self.present.add(blob.digest)
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+class FakeSnapshotter:
+    """Snapshots as chain IDs; a layer whose bytes start with ``bad`` can't be unpacked."""
+
+    name = "fake"
+
+    def __init__(self) -> None:
+        self.published: list[Digest] = []
+        self.begun: list[Digest] = []
+        #: Chains that wait for their event, in their thread, before they are published.
+        self.gates: dict[Digest, threading.Event] = {}
+        self.mounted: list[tuple[Digest, str]] = []
+
+    def has(self, chain: Digest) -> bool:
+        return chain in self.published
+
+    def apply(self, *, chain, parent, layer, stream, await_parent) -> None:
+        self.begun.append(chain)
+        buffer = memoryview(bytearray(4))
+        while not (gate := self.gates.get(chain, _OPEN)).is_set():
+            stream.readinto(buffer[:0])
+            gate.wait(0.005)
+        count = stream.readinto(buffer)
+        if bytes(buffer[:count]).startswith(b"bad"):
+            raise LayerError(layer.digest, "", "its bytes are bad")
+        await_parent()
+        assert parent is None or parent in self.published, "published before its parent"
+        if chain not in self.published:
+            self.published.append(chain)
+
+    def mount(self, chain: Digest, name: str) -> Path:
+        self.mounted.append((chain, name))
+        return Path("/mnt") / name
+
+
+_OPEN = threading.Event()
+_OPEN.set()
