@@ -183,6 +183,7 @@ class Pusher:
             return
         if not await self._upload(config, target, caller):
             raise BlobDamagedError(config.digest, "the image's config is not in the content store")
+        await self._tell(caller, config, LayerPhase.DONE, "uploaded")
 
     async def _upload(self, descriptor: Descriptor, target: ProviderHandle, caller: Caller) -> bool:
         """Upload a blob from the content store; False where it isn't there (any more)."""
