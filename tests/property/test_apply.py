@@ -324,19 +324,20 @@ def test_layers_mean_what_the_model_says_and_nothing_outside_is_touched(layers, 
             tree: dict[Path_, Thing] = {}
             chain = None
             for items in layers:
-                real = [replace(item, link=item.link.replace("{victim}", str(victim))) for item in items]
                 model = LayerModel(tree)
+                real: list[Item] = []
                 is_refused = False
-                for item in tuple(real):
+                for item in items:
+                    real.append(replace(item, link=item.link.replace("{victim}", str(victim))))
                     before_item = model.copy()
                     try:
-                        model.add(item)
+                        model.add(real[-1])
                     except RefusedError:
                         # One bad entry spoils its layer: mostly left out, so that the others get their turn.
                         if keep_refused:
                             is_refused = True
                             break
-                        real.remove(item)
+                        real.pop()
                         model = before_item
                 # One more entry, so that equal layers are no equal chains.
                 stamp = file("stamp", b"%d" % id(items))
