@@ -19,7 +19,6 @@ from actors.logs import configure_logs
 from cluster.cache.runner import CacheManager
 from cluster.config import Config
 from cluster.errors import ClusterError
-from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.access import AccessControl
 from cluster.messages import ActorRecord
 from storage.connect import connect
@@ -172,7 +171,6 @@ class Starter:
     async def _keep_announcing(self, presence: Presence) -> None:
         while True:
             await asyncio.sleep(PRESENCE_TTL_S / 3)
-            await ahit(FaultPoint.LEASE_RENEW_BEFORE)
             with contextlib.suppress(ClusterError):  # Redis is away: said again in a moment
                 await presence.announce(self._record())
 

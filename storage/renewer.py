@@ -12,6 +12,7 @@ from typing import Protocol
 
 from cluster.config import RedisConfig
 from cluster.errors import ClusterError
+from cluster.faultpoints import FaultPoint, hit
 from cluster.flight.values import Fence
 from storage.connect import connect_sync
 from storage.keys import Keys
@@ -158,6 +159,7 @@ class ThreadFlightRenewer:
             remaining_s = min(one.lost_at for one in due.values()) - sent_at
             timeout_s = min(remaining_s, *(one.ttl_s / _RENEWALS for one in due.values()))
             with contextlib.suppress(ClusterError):  # no answer: judged by the clock
+                hit(FaultPoint.LEASE_RENEW_BEFORE)
                 answers = self._store.renew([(one.what, one.ttl_s) for one in due.values()], timeout_s)
         lost = [name for name in kept if name not in due]
         now = time.monotonic()
