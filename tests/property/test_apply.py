@@ -309,7 +309,7 @@ def telling(test):
 
 @pytest.mark.root
 @pytest.mark.timeout(600)
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(LAYERS, st.booleans())
 @telling
 def test_layers_mean_what_the_model_says_and_nothing_outside_is_touched(layers, keep_refused):
@@ -361,7 +361,7 @@ def test_layers_mean_what_the_model_says_and_nothing_outside_is_touched(layers, 
 
 @pytest.mark.root
 @pytest.mark.timeout(600)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(LAYERS)
 def test_a_diff_of_any_tree_makes_it_again(layers):
     """Of each layer to its parent and to the lowest, on both snapshotters."""
