@@ -53,6 +53,10 @@ class Retire:
 Step = Spawn | Retire
 
 
+#: How the names of actors begin that have a place.
+_PLACED = (f"{Kind.FETCH_WORKER.value}-", f"{Kind.CACHE_SHARD.value}-")
+
+
 def worker_name(node: str, version: str) -> str:
     """Name the fetch worker of a node; the version is in the name, as an old process keeps its old code."""
     return f"{Kind.FETCH_WORKER.value}-{node}@{version}"
@@ -72,8 +76,9 @@ def reconcile(nodes: Sequence[NodeView], actors: Collection[ActorView], *, shard
     """Return what must be done so that there is one fetch worker a live node and each shard somewhere.
 
     Idempotent: once its steps are performed it returns nothing. An actor of this version whose node is
-    gone is retired first, and spawned anew in the next round, when its name is free. Actors of other
-    versions are left alone: a rolling upgrade runs both.
+    gone is retired first, and spawned anew in the next round, when its name is free; so is a worker that
+    is not on the node it is named for, and what nobody wants any more. A shard stays where it is while its
+    node lives. Actors of other versions are left alone: a rolling upgrade runs both.
     """
     live = {n.ray_id for n in nodes}
     known = {a.name: a for a in actors}
@@ -87,13 +92,15 @@ def reconcile(nodes: Sequence[NodeView], actors: Collection[ActorView], *, shard
             Spawn(kind=Kind.CACHE_SHARD, name=shard_name(i, version), node=by_name[i % len(by_name)], index=i)
             for i in range(shards)
         ]
+    # Where each may be; nowhere for what is not wanted.
+    places = {s.name: {s.node.ray_id} if s.kind is Kind.FETCH_WORKER else live for s in wanted}
     steps: list[Step] = [
         Retire(name=a.name)
         for a in sorted(known.values(), key=lambda a: a.name)
         if a.name.endswith(f"@{version}")
-        and not a.name.startswith(Kind.SUPERVISOR.value)
+        and a.name.startswith(_PLACED)
         and a.ray_id
-        and a.ray_id not in live
+        and a.ray_id not in places.get(a.name, ())
     ]
     steps += [s for s in wanted if s.name not in known]
     return steps

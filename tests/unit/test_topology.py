@@ -1,0 +1,162 @@
+"""Reconciling actors with nodes: whatever is there, a few rounds make it right, and then nothing is done."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.topology import (
+    ActorView,
+    Kind,
+    NodeView,
+    Retire,
+    Spawn,
+    reconcile,
+    shard_name,
+    supervisor_name,
+    worker_name,
+)
+
+VERSION = "1"
+N1, N2, N3 = (NodeView(name=f"n{i}", ray_id=f"ray{i}") for i in (1, 2, 3))
+
+
+class World:
+    """Ray as far as names and places go."""
+
+    def __init__(self, actors=()):
+        self.actors = {a.name: a for a in actors}
+
+    def round(self, nodes, shards):
+        """Perform one round's steps; return them."""
+        steps = reconcile(nodes, list(self.actors.values()), shards=shards, version=VERSION)
+        for step in steps:
+            match step:
+                case Retire(name=name):
+                    del self.actors[name]
+                case Spawn(name=name, node=node):
+                    assert name not in self.actors, "a name was taken twice"
+                    self.actors[name] = ActorView(name=name, ray_id=node.ray_id)
+        return steps
+
+    def settle(self, nodes, shards):
+        """Go on until nothing is done; return how many rounds did something."""
+        for rounds in range(4):
+            if not self.round(nodes, shards):
+                return rounds
+        raise AssertionError("it never comes to rest")
+
+
+node_sets = st.lists(
+    st.builds(
+        NodeView,
+        name=st.sampled_from([f"n{i}" for i in range(6)]),
+        ray_id=st.sampled_from([f"ray{i}" for i in range(9)]),
+    ),
+    max_size=6,
+    unique_by=(lambda n: n.name, lambda n: n.ray_id),
+)
+names = st.one_of(
+    st.builds(worker_name, st.sampled_from([f"n{i}" for i in range(8)]), st.sampled_from(["0", VERSION])),
+    st.builds(shard_name, st.integers(0, 8), st.sampled_from(["0", VERSION])),
+    st.just(supervisor_name(VERSION)),
+    st.just("somebody-elses"),
+)
+actor_sets = st.lists(
+    st.builds(ActorView, name=names, ray_id=st.sampled_from(["", *(f"ray{i}" for i in range(9))])),
+    unique_by=lambda a: a.name,
+)
+
+
+@given(nodes=node_sets, actors=actor_sets, shards=st.integers(1, 5))
+def test_it_comes_to_rest_with_everything_in_its_place(nodes, actors, shards):
+    """At most two rounds; then one worker on each node, each shard on some live node, and nothing to do."""
+    world = World(actors)
+    assert world.settle(nodes, shards) <= 2
+    assert world.round(nodes, shards) == []
+    known = {name: a.ray_id for name, a in world.actors.items() if a.ray_id}
+    unknown = {name for name, a in world.actors.items() if not a.ray_id}
+    live = {n.ray_id for n in nodes}
+    for node in nodes:
+        name = worker_name(node.name, VERSION)
+        assert name in unknown or known[name] == node.ray_id
+    ours = {n: r for n, r in known.items() if n.endswith(f"@{VERSION}")}
+    workers = [r for n, r in ours.items() if n.startswith(Kind.FETCH_WORKER.value)]
+    assert len(workers) == len(set(workers)), "two workers on one node"
+    assert set(workers) <= live
+    if nodes:
+        for index in range(shards):
+            name = shard_name(index, VERSION)
+            assert name in unknown or known[name] in live
+    assert not [
+        n
+        for n in ours
+        if n.startswith(Kind.CACHE_SHARD.value) and n not in {shard_name(i, VERSION) for i in range(shards)}
+    ]
+
+
+@given(nodes=node_sets, actors=actor_sets, shards=st.integers(1, 5))
+def test_what_is_not_ours_is_left_alone(nodes, actors, shards):
+    """Other versions, the supervisor and strangers: a rolling upgrade runs both."""
+    world = World(actors)
+    world.settle(nodes, shards)
+    for actor in actors:
+        if not actor.name.endswith(f"@{VERSION}") or actor.name == supervisor_name(VERSION):
+            assert world.actors[actor.name] == actor
+
+
+def test_a_new_cluster_gets_workers_and_shards():
+    """One worker a node, the shards spread over them."""
+    steps = reconcile([N2, N1], [], shards=3, version=VERSION)
+    assert [(s.name, s.node.name) for s in steps] == [
+        (worker_name("n1", VERSION), "n1"),
+        (worker_name("n2", VERSION), "n2"),
+        (shard_name(0, VERSION), "n1"),
+        (shard_name(1, VERSION), "n2"),
+        (shard_name(2, VERSION), "n1"),
+    ]
+
+
+def test_a_dead_nodes_actors_are_retired_before_they_are_spawned_anew():
+    """A name is free only once its actor has ended: the spawn is the next round's."""
+    world = World()
+    world.settle([N1, N2], 2)
+    steps = world.round([N1], 2)
+    assert steps == [Retire(name=shard_name(1, VERSION)), Retire(name=worker_name("n2", VERSION))]
+    (spawn,) = world.round([N1], 2)
+    assert (spawn.name, spawn.node) == (shard_name(1, VERSION), N1)
+
+
+def test_a_node_that_comes_back_gets_a_new_worker():
+    """Same name, new Ray ID: the old worker is pinned to a node that is gone."""
+    world = World()
+    world.settle([N1, N2], 1)
+    back = NodeView(name="n2", ray_id="ray2b")
+    assert world.round([N1, back], 1) == [Retire(name=worker_name("n2", VERSION))]
+    (spawn,) = world.round([N1, back], 1)
+    assert spawn.node == back
+
+
+def test_a_new_node_moves_no_shard():
+    """Shards stay where they are while their node lives."""
+    world = World()
+    world.settle([N2, N3], 2)
+    steps = world.round([N1, N2, N3], 2)
+    assert [s.name for s in steps] == [worker_name("n1", VERSION)]
+
+
+def test_fewer_shards_retire_the_surplus():
+    """What the ring no longer names is ended."""
+    world = World()
+    world.settle([N1], 3)
+    assert world.round([N1], 2) == [Retire(name=shard_name(2, VERSION))]
+
+
+def test_no_nodes_means_nothing_to_spawn():
+    """A cluster that is starting has none yet."""
+    assert reconcile([], [], shards=2, version=VERSION) == []
+
+
+def test_an_actor_whose_place_is_not_known_yet_is_waited_for():
+    """It is being created: neither retired nor made twice."""
+    world = World([ActorView(name=worker_name("n1", VERSION), ray_id="")])
+    steps = world.round([N1], 1)
+    assert [s.name for s in steps] == [shard_name(0, VERSION)]
