@@ -197,14 +197,17 @@ class FetchWorker:
         self._sessions.answer(session_id, decode("session-answer", SessionAnswer, payload))
 
     @contextlib.asynccontextmanager
-    async def _serving(self, operation: str, info: SessionInfo, **fields: str) -> AsyncIterator[SessionAuthorizer]:
-        """Serve one call, and log its canonical line."""
+    async def _serving(
+        self, operation: str, info: SessionInfo, **fields: str
+    ) -> AsyncIterator[tuple[SessionAuthorizer, dict[str, object]]]:
+        """Serve one call, and log its canonical line, with what the body puts into the yielded figures."""
         started_s = time.monotonic()
         bound = log.bind(trace=info.trace, session=info.session_id, **fields)
         bound.debug(f"{operation}.started")
+        figures: dict[str, object] = {}
         try:
             async with self._sessions.serving(info) as authorizer:
-                yield authorizer
+                yield authorizer, figures
         except BaseException as exc:
             bound.warning(
                 f"{operation}.failed",
@@ -213,7 +216,7 @@ class FetchWorker:
                 elapsed_s=round(time.monotonic() - started_s, 3),
             )
             raise
-        bound.info(f"{operation}.complete", elapsed_s=round(time.monotonic() - started_s, 3))
+        bound.info(f"{operation}.complete", **figures, elapsed_s=round(time.monotonic() - started_s, 3))
 
     # -- calls -----------------------------------------------------------------------------------------
 
@@ -223,7 +226,7 @@ class FetchWorker:
         parts = await self._started()
         reference = parse_reference(request.image)
         wanted = parse_platform(request.platform) if request.platform else default_platform(platform.machine())
-        async with self._serving("pull", request.session, image=reference.name) as authorizer:
+        async with self._serving("pull", request.session, image=reference.name) as (authorizer, figures):
             puller = Puller(
                 worker=self._starter.boot.name,
                 manifests=parts.stores.registry,
@@ -237,18 +240,27 @@ class FetchWorker:
                 new_token=new_token,
                 flight_ttl_s=parts.config.flight.lease_ttl_s,
             )
-            return await puller.pull(
+            pulled = await puller.pull(
                 reference, wanted, authorizer, plain_http=request.plain_http, lease_id=request.lease_id
             )
+            figures.update(
+                {
+                    "digest": pulled.image.manifest.digest,
+                    "layers": len(pulled.layers),
+                    "lazy": sum(layer.is_lazy for layer in pulled.layers),
+                }
+            )
+            return pulled
 
     @answers("unlazy", UnlazyRequest)
     async def unlazy(self, request: UnlazyRequest) -> UnlazyResult:
         """Make every blob of a chain present, all in parallel, the lowest layer first in line."""
         parts = await self._started()
-        async with self._serving("unlazy", request.session, ref=request.ref_id) as authorizer:
+        async with self._serving("unlazy", request.session, ref=request.ref_id) as (authorizer, figures):
             chain, caller = await self._caller(parts, authorizer, request)
             layers = await _all_or_none([parts.unlazier.unlazy(s.record.blob, caller) for s in chain])
             parts.metrics.unlazied(layers)
+            figures.update(_figures(layers))
             return UnlazyResult(ref_id=request.ref_id, layers=tuple(layers))
 
     @answers("extract", ExtractRequest)
@@ -256,10 +268,11 @@ class FetchWorker:
         """Mount a chain on this node."""
         parts = await self._started()
         started_s = time.monotonic()
-        async with self._serving("extract", request.session, ref=request.ref_id) as authorizer:
+        async with self._serving("extract", request.session, ref=request.ref_id) as (authorizer, figures):
             chain, caller = await self._caller(parts, authorizer, request)
             extracted = await parts.extractor.extract(chain, caller)
             parts.metrics.unlazied(extracted.layers)
+            figures.update(_figures(extracted.layers))
             return ExtractResult(
                 ref_id=request.ref_id,
                 node=self._starter.boot.node,
@@ -273,11 +286,22 @@ class FetchWorker:
         """Push an image; see :class:`cluster.fetch.push.Pusher`."""
         parts = await self._started()
         target = parse_reference(request.target)
-        async with self._serving("push", request.session, image=request.image.name, target=target.name) as authorizer:
+        async with self._serving("push", request.session, image=request.image.name, target=target.name) as (
+            authorizer,
+            figures,
+        ):
             chain = await parts.stores.refs.chain(request.image.ref) if request.image.ref else []
             providers = await usable_providers(parts.stores.access, authorizer, chain, ())
             caller = self._as_caller(authorizer, request.session, request.lease_id, providers)
-            return await parts.pusher.push(request.image, target, caller, providers, plain_http=request.plain_http)
+            pushed = await parts.pusher.push(request.image, target, caller, providers, plain_http=request.plain_http)
+            figures.update(
+                {
+                    "digest": pushed.digest,
+                    "layers": len(pushed.layers),
+                    "uploaded_bytes": sum(layer.bytes for layer in pushed.layers),
+                }
+            )
+            return pushed
 
     async def _caller(
         self, parts: _Parts, authorizer: SessionAuthorizer, request: UnlazyRequest | ExtractRequest
@@ -338,6 +362,15 @@ class _ShardRefs:
             timeout_s=_SHARD_TIMEOUT_S,
         )
         return result.layers
+
+
+def _figures(layers: Sequence[LayerFetch]) -> dict[str, object]:
+    """Sum layers up for a canonical log line."""
+    return {
+        "layers": len(layers),
+        "bytes_fetched": sum(layer.bytes_fetched for layer in layers),
+        "joined": sum(layer.joined for layer in layers),
+    }
 
 
 async def _all_or_none(calls: Sequence[object]) -> list[LayerFetch]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
 
 import ray
 import ray.exceptions
@@ -38,16 +42,28 @@ def join(config: Config, *, state_dir: str) -> None:
         return
     set_ray_environment(config)
     try:
-        ray.init(
-            address=config.ray.address,
-            namespace=namespace(config.farm.name),
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            configure_logging=False,
-        )
+        with _own_sigterm():
+            ray.init(
+                address=config.ray.address,
+                namespace=namespace(config.farm.name),
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                configure_logging=False,
+            )
     except (ConnectionError, TimeoutError, ray.exceptions.RayError, RuntimeError, ValueError) as exc:
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise FarmNotRunningError(state_dir, f"Ray at {config.ray.address} does not answer: {reason}") from exc
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep a SIGTERM handler that this process has set: Ray puts in its own, which exits on the spot."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def leave() -> None:
