@@ -158,12 +158,12 @@ class Farm(_Twin[asynchronous.Farm]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(discard=error is not None)
 
-    def close(self) -> None:
-        """Give back what this driver holds, and leave."""
+    def close(self, *, discard: bool = False) -> None:
+        """Give back what this driver holds, and leave; see :meth:`lazyfarm.farm.Farm.close`."""
         try:
-            self._loop.run(self._original.close)
+            self._loop.run(lambda: self._original.close(discard=discard))
         finally:
             self._loop.close()
 

@@ -292,7 +292,8 @@ class Farm:
                 directory on this machine.
             credentials: Registry credentials: ``{"registry.example.com": (user, password)}``; None: docker's
                 ``config.json`` and its credential helpers. They stay in this process.
-            keep: Keep what this driver makes for ``cache.keep_s`` after it has gone, as the command line does.
+            keep: Keep what this driver makes for ``cache.keep_s`` after it has gone, as the command line does;
+                not where its ``async with`` body raises.
 
         Raises:
             FarmNotRunningError: there is no farm. ConfigError: its settings can't be used.
@@ -313,7 +314,7 @@ class Farm:
             join(wanted, state_dir=str(settings.state_dir))
             return cls(wanted, settings.state_dir, session)
         except BaseException:
-            await asyncio.to_thread(session.close)
+            await asyncio.to_thread(session.close, discard=True)
             raise
 
     async def __aenter__(self) -> Self:
@@ -322,16 +323,20 @@ class Farm:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.close()
+        await self.close(discard=error is not None)
 
-    async def close(self) -> None:
-        """Give back what this driver holds, and leave. The process stays connected to Ray, which is Ray's way."""
+    async def close(self, *, discard: bool = False) -> None:
+        """Give back what this driver holds, and leave. The process stays connected to Ray, which is Ray's way.
+
+        Args:
+            discard: Also give back what was to be kept: the work failed, or was cancelled.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         if self._ends:
             await asyncio.wait(self._ends, timeout=1.0)
-        await asyncio.to_thread(self._session.close)
+        await asyncio.to_thread(self._session.close, discard=discard)
         await self._link.close()
 
     @property

@@ -64,12 +64,12 @@ class Session:
         """Take the session's lease and keep it."""
         self._call(self._open())
 
-    def close(self) -> None:
-        """Give the lease back (unless it is to be kept for a while) and stop."""
+    def close(self, *, discard: bool = False) -> None:
+        """Stop, and give the lease back; where it is to be kept for a while and not *discard*, keep it so long."""
         if not self._thread.is_alive():
             return
         with contextlib.suppress(ClusterError, TimeoutError):
-            self._call(self._close())
+            self._call(self._close(discard=discard))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5.0)
         if not self._loop.is_running():
@@ -86,22 +86,24 @@ class Session:
         return CredentialAuthorizer(self._credentials, self._config, identity_key=_identity_key(self._config))
 
     async def _open(self) -> None:
-        ttl_s = self._keep_s or self._config.cache.lease_ttl_s
+        # Short, also where it is to be kept: a driver that is killed holds nothing for days.
+        ttl_s = self._config.cache.lease_ttl_s
         labels = {"owner": "driver", "host": socket.gethostname(), "pid": str(os.getpid())}
         await self._leases.create(self.lease_id, ttl_s=ttl_s, labels=labels)
-        if self._keep_s is None:
-            self._renewal = asyncio.create_task(self._renew_forever())
+        self._renewal = asyncio.create_task(self._renew_forever())
 
-    async def _close(self) -> None:
+    async def _close(self, *, discard: bool) -> None:
         tasks = [task for _count, task in self._attended.values()]
         if self._renewal is not None:
             tasks.append(self._renewal)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._keep_s is None:
-            with contextlib.suppress(ClusterError):
+        with contextlib.suppress(ClusterError):
+            if self._keep_s is None or discard:
                 await self._leases.delete(self.lease_id)
+            else:
+                await self._leases.renew(self.lease_id, ttl_s=self._keep_s)
         await self._link.close()
         await self._authorizer.aclose()
 
