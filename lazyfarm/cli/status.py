@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -40,12 +40,12 @@ def status(*, state_dir: StateDirOption = None, as_json: JsonOption = False) -> 
             raise typer.Exit(EXIT_ERROR)
 
 
-def show(settings: FarmSettings, out: Output) -> list[str]:
-    """Print what runs; return what is wrong, each as one clause."""
+def show(settings: FarmSettings, out: Output, more: Mapping[str, object] | None = None) -> list[str]:
+    """Print what runs, and *more* in the document; return what is wrong, each as one clause."""
     with parts.reading(settings) as records:
         nodes, actors = records.nodes(), records.actors()
     problems = find_problems(settings, nodes, actors)
-    shown = document(settings, nodes, actors)
+    shown = {**document(settings, nodes, actors), **(more or {})}
     out.document({**shown, "problems": problems} if problems else shown)
     config = settings.config
     out.table(

@@ -56,7 +56,7 @@ def up(
             out.line(f"started: {', '.join(report.started)}" if report.started else "repaired")
         else:
             out.line("already up: nothing was changed")
-        show(report.settings, out)
+        show(report.settings, out, {"changed": report.changed, "started": list(report.started)})
         out.line("")
         out.line(f"state and logs: {report.settings.state_dir} ({count(len(report.started), 'part')} started)")
 

@@ -355,11 +355,11 @@ def launched(records, running, state_dir, monkeypatch):
 
 
 def test_up_tells_what_status_tells(launched):
-    """The same document, so that a script needs one reader."""
+    """The same document, so that a script needs one reader, and what was done."""
     told, code = document("up", "--nodes", "3")
     assert code == 0
     assert launched.nodes == 3
-    assert told == document("status")[0]
+    assert told == {**document("status")[0], "changed": True, "started": ["redis"]}
 
 
 def test_up_again_says_that_nothing_was_changed(launched):
@@ -369,6 +369,8 @@ def test_up_again_says_that_nothing_was_changed(launched):
     result = run("up")
     assert result.exit_code == 0
     assert "already up: nothing was changed" in result.stdout
+    told, _ = document("up")
+    assert (told["changed"], told["started"]) == (False, [])
 
 
 def test_down_tells_what_was_stopped(launched):
