@@ -85,6 +85,12 @@ def running_farm(*, nodes: int, environ: Mapping[str, str] = FAST) -> Iterator[R
 
 @pytest.fixture(scope="session")
 def farm() -> Iterator[RunningFarm]:
-    """Three nodes, shared by the tests of a session; whoever breaks something repairs it."""
+    """Three nodes, shared by the tests of a session; whoever breaks something repairs it.
+
+    ``LAZYFARM_TEST_FARM=DIR`` uses the farm that runs there and leaves it running: for who works on tests.
+    """
+    if root := os.environ.get("LAZYFARM_TEST_FARM"):
+        yield RunningFarm(state_dir=Path(root), settings=load_settings(root, None, FAST), environ=dict(FAST))
+        return
     with running_farm(nodes=3) as found:
         yield found
