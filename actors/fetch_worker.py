@@ -22,7 +22,7 @@ from cluster.cache.runner import usable_providers
 from cluster.config import Config
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
-from cluster.errors import LeaseLostError
+from cluster.errors import ClusterError, LeaseLostError
 from cluster.fetch.extract import Extractor
 from cluster.fetch.pull import Puller
 from cluster.fetch.push import Pusher
@@ -42,7 +42,7 @@ from cluster.messages import (
     UnlazyRequest,
     UnlazyResult,
 )
-from cluster.ports import Authorizer
+from cluster.ports import Authorizer, Snapshotter
 from cluster.provider import DescHandler, ProviderHandle
 from cluster.ref import RefState
 from cluster.reference import default_platform, parse_platform, parse_reference
@@ -63,6 +63,7 @@ log = structlog.get_logger()
 #: Threads that may block at once: every layer being unpacked has one, also while it waits for its parent.
 _THREADS = 256
 _SHARD_TIMEOUT_S = 60.0
+_SETTLE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,16 @@ class FetchWorker:
             metrics=WorkerMetrics(boot.node),
         )
         self._store = store
+        self._starter.background.spawn(self._settle_forever(snapshotter, threads))
         return stores.presence
+
+    async def _settle_forever(self, snapshotter: Snapshotter, threads: ThreadPoolExecutor) -> None:
+        """Flush new snapshots to the disk now and then: until that, a reboot means unpacking them again."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_SETTLE_EVERY_S)
+            with contextlib.suppress(ClusterError):
+                await loop.run_in_executor(threads, snapshotter.settle)
 
     async def ready(self) -> bool:
         """Build what is needed and say so."""

@@ -154,6 +154,14 @@ class Snapshotter(Protocol):
         """Remove what a killed process left (staging directories, stale mounts); return what it removed."""
         ...
 
+    def settle(self) -> int:
+        """Flush what was published to the disk, so that it survives a crash of the machine; return how many were.
+
+        Publishing doesn't flush: until then a snapshot survives the death of any process, and is unpacked
+        anew after a reboot. Called now and then, from a thread that may wait.
+        """
+        ...
+
 
 # -- the content store -------------------------------------------------------------------------------
 
