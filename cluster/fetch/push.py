@@ -190,17 +190,28 @@ class Pusher:
         (blob,) = await self._refs.blobs([descriptor.digest])
         if blob is None:
             return False
+        is_over = False
+
+        async def tell_moved(done: int) -> None:
+            if not is_over:  # an item that has ended must not move again
+                await self._tell(caller, descriptor, LayerPhase.FETCHING, "uploading", done)
+
+        def moved(done: int) -> None:
+            self._spawn(tell_moved(done))
+
         try:
             await self._target.upload_blob(
                 target,
                 descriptor,
                 lambda: self._blobs.stream(blob),
                 caller.authorizer,
-                lambda done: self._moved(caller, descriptor, done),
+                moved,
             )
         except BlobNotFoundError as exc:
             await self._refs.mark_absent(blob, str(exc))
             return False
+        finally:
+            is_over = True
         return True
 
     async def _read(self, digest: Digest) -> bytes:
@@ -212,9 +223,6 @@ class Pusher:
         except BlobDamagedError as exc:
             await self._refs.mark_absent(blob, exc.reason)
             raise
-
-    def _moved(self, caller: Caller, layer: Descriptor, done: int) -> None:
-        self._spawn(self._tell(caller, layer, LayerPhase.FETCHING, "uploading", done))
 
     async def _tell(
         self, caller: Caller, layer: Descriptor, phase: LayerPhase, detail: str, current_bytes: int | None = None

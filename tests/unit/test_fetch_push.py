@@ -1,0 +1,252 @@
+"""Push: by mount or not at all where that will do; bytes move only where the target lacks them."""
+
+import asyncio
+
+import pytest
+
+from cluster.descriptor import CONFIG_OCI, MANIFEST_OCI, Descriptor
+from cluster.digest import digest_of
+from cluster.errors import AccessDeniedError, BlobDamagedError, BlobNotFoundError, UnavailableError
+from cluster.fetch.access import AccessControl
+from cluster.fetch.push import Pusher
+from cluster.fetch.runner import Unlazier
+from cluster.lease import LeaseId
+from cluster.ref import BlobRecord, ImageRecord
+from cluster.reference import parse_reference
+from storage.memory import (
+    Memory,
+    MemoryFlightStore,
+    MemoryLeaseStore,
+    MemoryProgressStore,
+    MemoryProofStore,
+    MemoryRefStore,
+)
+from storage.memory_blobs import MemoryStream
+from tests.doubles.fetch import FakeProber, FakeTransfers, ManualRenewer, caller_of, handle, layer_of
+from tests.doubles.stores import FakeClock, eventually
+
+SOURCE, TARGET, AFAR = handle("app"), handle("copy"), handle("app", "afar.example")
+A, B = layer_of(b"A"), layer_of(b"B")
+FOREIGN = layer_of(b"windows", media_type="application/vnd.docker.image.rootfs.foreign.diff.tar.gzip")
+MANIFEST, CONFIG = b"{manifest}", b"{config}"
+
+
+class FakeTarget(FakeProber):
+    """A registry that is pushed to."""
+
+    def __init__(self):
+        super().__init__()
+        self.mounts = []
+        self.uploads = []
+        self.manifests = {}
+        #: What a mount from a repository comes to; True unless said otherwise.
+        self.mount_answers = {}
+        self.lost_uploads = 0
+        self.gate = None
+
+    async def mount_blob(self, target, digest, from_repository, authorizer):
+        self.mounts.append((digest, from_repository))
+        answer = self.mount_answers.get(from_repository, True)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def upload_blob(self, target, descriptor, open_stream, authorizer, on_progress=None):
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.lost_uploads and descriptor.digest != digest_of(CONFIG):
+            self.lost_uploads -= 1
+            raise BlobNotFoundError(descriptor.digest, "the content store")
+        on_progress(1)
+        with open_stream():
+            self.uploads.append(descriptor.digest)
+
+    async def push_manifest(self, target, reference, media_type, data, authorizer):
+        self.manifests[target.source, reference] = data
+        return digest_of(data)
+
+
+class FakeStored:
+    def stream(self, blob):
+        return MemoryStream(b"")
+
+    async def read(self, blob):
+        return MANIFEST
+
+
+class Bench:
+    def __init__(self):
+        self.memory = Memory(FakeClock())
+        self.refs, flights = MemoryRefStore(self.memory), MemoryFlightStore(self.memory)
+        self.leases, progress = MemoryLeaseStore(self.memory), MemoryProgressStore(self.memory)
+        self.target, self.transfers = FakeTarget(), FakeTransfers()
+        self.transfers.holds = False
+        self.access = AccessControl(MemoryProofStore(self.memory), FakeProber(), proof_ttl_s=100.0)
+        self.spawned = set()
+        tokens = iter(range(1000))
+        unlazier = Unlazier(
+            worker="w",
+            refs=self.refs,
+            leases=self.leases,
+            flights=flights,
+            renewer=ManualRenewer(flights),
+            progress=progress,
+            transfers=self.transfers,
+            new_token=lambda: f"t{next(tokens)}",
+            ttl_s=6.0,
+            poll_s=0.5,
+            deadline_s=30.0,
+            max_transfers=4,
+            clock=self.memory.now_s,
+        )
+        self.pusher = Pusher(
+            target=self.target,
+            unlazier=unlazier,
+            refs=self.refs,
+            blobs=FakeStored(),
+            progress=progress,
+            access=self.access,
+            spawn=lambda work: self.spawned.add(asyncio.ensure_future(work)),
+        )
+        for data in (MANIFEST, CONFIG):
+            self.make_present(digest_of(data), len(data))
+
+    def make_present(self, digest, size):
+        self.memory.blobs[digest] = BlobRecord(digest=digest, key=f"k/{digest}", size_bytes=size, etag="e", fence=1)
+
+    async def push(self, *layers, providers=(SOURCE,)):
+        await self.leases.create(LeaseId("l1"), ttl_s=None)
+        image = ImageRecord(
+            name="r.example/app:1",
+            manifest=Descriptor(media_type=MANIFEST_OCI, digest=digest_of(MANIFEST), size_bytes=len(MANIFEST)),
+            config=Descriptor(media_type=CONFIG_OCI, digest=digest_of(CONFIG), size_bytes=len(CONFIG)),
+            platform="linux/amd64",
+            layers=layers,
+            ref=None,
+        )
+        known = {layer.digest: providers for layer in layers}
+        caller = caller_of("l1", providers=known, progress=("s",))
+        return await self.pusher.push(image, parse_reference("r.example/copy:2"), caller, known, plain_http=False)
+
+    def ends(self):
+        items = {}
+        for item in self.memory.streams.get("s", []):
+            assert not (item.item in items and items[item.item].is_end), "an item moved after its end"
+            items[item.item] = item.phase
+        return {name: phase.value for name, phase in items.items() if name.startswith("push:")}
+
+
+@pytest.fixture
+def bench():
+    return Bench()
+
+
+def how(result):
+    return [layer.how for layer in result.layers]
+
+
+async def test_what_the_target_has_is_not_sent(bench):
+    """A re-tag: HEAD for each, no mount, no byte, only the manifest."""
+    bench.target.add(TARGET, A.digest, B.digest, digest_of(CONFIG))
+    result = await bench.push(A, B)
+    assert how(result) == ["exists", "exists"]
+    assert (bench.target.mounts, bench.target.uploads, bench.transfers.fetches) == ([], [], [])
+    assert bench.target.manifests == {("r.example/copy", "2"): MANIFEST}
+    assert result.digest == digest_of(MANIFEST)
+
+
+async def test_what_the_registry_has_elsewhere_is_mounted(bench):
+    """I7: across repositories of one registry, zero layer bytes."""
+    assert how(await bench.push(A, B)) == ["mounted", "mounted"]
+    assert bench.transfers.fetches == []
+    assert bench.target.uploads == [digest_of(CONFIG)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [False, AccessDeniedError("app", "r.example", "403"), UnavailableError("r.example", "no answer")],
+    ids=["refused", "denied", "no answer"],
+)
+async def test_a_mount_that_fails_becomes_an_upload(bench, answer):
+    """BuildKit #2530, #3509: whatever is wrong with the mount, the push goes on; only now bytes are fetched."""
+    bench.target.mount_answers["app"] = answer
+    assert how(await bench.push(A)) == ["uploaded"]
+    assert len(bench.transfers.fetches) == 1
+    assert A.digest in bench.target.uploads
+
+
+async def test_every_repository_is_tried_before_bytes_move(bench):
+    """The first refuses, the second mounts."""
+    bench.target.mount_answers["app"] = False
+    assert how(await bench.push(A, providers=(SOURCE, handle("third")))) == ["mounted"]
+    assert [repository for _digest, repository in bench.target.mounts] == ["app", "third"]
+
+
+async def test_another_registrys_layers_are_uploaded(bench):
+    """A mount is within one registry only."""
+    assert how(await bench.push(A, providers=(AFAR,))) == ["uploaded"]
+    assert bench.target.mounts == []
+
+
+async def test_foreign_layers_stay_where_they_are(bench):
+    """Non-distributable: neither asked for nor sent nor claimed."""
+    assert how(await bench.push(A, FOREIGN)) == ["mounted", "foreign"]
+    assert FOREIGN.digest not in bench.target.uploads
+    assert FOREIGN.digest not in bench.memory.providers
+
+
+async def test_a_layer_that_occurs_twice_is_pushed_once(bench):
+    """Deduplicated by digest."""
+    assert how(await bench.push(A, A)) == ["mounted"]
+
+
+async def test_an_object_lost_behind_our_back_is_fetched_again(bench):
+    """The blob is present, its object isn't: it turns lazy, comes from its provider, and is uploaded."""
+    bench.make_present(A.digest, A.size_bytes)
+    bench.target.lost_uploads = 1
+    assert how(await bench.push(A, providers=(AFAR,))) == ["uploaded"]
+    assert len(bench.transfers.fetches) == 1
+
+
+async def test_an_object_lost_twice_is_an_error(bench):
+    """Not an endless loop."""
+    bench.target.lost_uploads = 9
+    with pytest.raises(BlobDamagedError):
+        await bench.push(A, providers=(AFAR,))
+    assert bench.target.manifests == {}
+
+
+async def test_a_layer_that_fails_stops_the_others_and_the_manifest(bench):
+    """One typed error; nothing goes on behind it, and every item ends."""
+    bench.target.gate = asyncio.Event()
+    bench.make_present(B.digest, B.size_bytes)
+    bench.transfers.plan = [BlobNotFoundError(A.digest, "afar.example/app")]
+    with pytest.raises(BlobNotFoundError):
+        await bench.push(B, A, providers=(AFAR,))
+    bench.target.gate.set()
+    await eventually(lambda: bench.ends() == {f"push:{A.digest}": "failed", f"push:{B.digest}": "cancelled"})
+    assert bench.target.uploads == []
+    assert bench.target.manifests == {}
+
+
+async def test_a_push_makes_the_target_a_source(bench):
+    """What was pushed can be fetched from there, by who pushed it, without asking again."""
+    await bench.push(A)
+    assert TARGET in bench.memory.providers[A.digest]
+    assert TARGET in bench.memory.providers[digest_of(MANIFEST)]
+    await bench.access.prove(caller_of("l1").authorizer, {A.digest: [TARGET]})
+
+
+async def test_items_never_move_after_their_end(bench):
+    """Progress of an upload that is told late is not told."""
+    await bench.push(A, providers=(AFAR,))
+    await asyncio.gather(*bench.spawned)
+    assert bench.ends()[f"push:{A.digest}"] == "done"
+
+
+async def test_a_config_that_is_not_there_is_named(bench):
+    """The image can't be pushed: which blob, and that it is lost."""
+    del bench.memory.blobs[digest_of(CONFIG)]
+    with pytest.raises(BlobDamagedError) as caught:
+        await bench.push(A)
+    assert caught.value.digest == digest_of(CONFIG)
