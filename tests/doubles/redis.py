@@ -18,6 +18,7 @@ from storage.address import redis_address
 from storage.sync_link import SyncLink
 
 _START_TIMEOUT_S = 10.0
+_CLUSTER_PORT_LIMIT = 55_000
 
 
 def redis_binaries() -> dict[str, str]:
@@ -35,11 +36,16 @@ def redis_binaries() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a TCP port on loopback that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a TCP port on loopback that nobody listens on just now.
+
+    Low enough that a cluster node's second port, 10,000 above, is one too.
+    """
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port < _CLUSTER_PORT_LIMIT:
+            return port
 
 
 @dataclass
