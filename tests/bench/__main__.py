@@ -2,7 +2,8 @@
 
     python -m tests.bench [--only redis|farm] [--json FILE]
 
-Exit status: 0, 1 where a correctness ratio is not met or a measure failed. A missed speed target says so, and fails nothing.
+Exit status: 0; 1 where a correctness ratio is not met or a measure failed; 130 interrupted, with what was measured
+so far. A missed speed target says so, and fails nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tests.bench.farm import FarmBench
 from tests.bench.peers import versions
 from tests.bench.ratio import Ratio
 from tests.demo.farm_process import CommandFailedError, DriverFailedError
+from tests.demo.signals import INTERRUPTED, end_as_interrupted
 from tests.demo.stage import Stage
 from tests.doubles.oci_layout import ImageToolError
 
@@ -52,15 +54,20 @@ def main() -> int:
             say(f"error: {error}")
             failed.append(title)
 
-    if options.only != "farm":
-        measure("flights and lookups", redis_latency.measure)
-    if options.only != "redis":
-        with Stage(say) as stage:
-            bench = FarmBench(stage)
-            measure("duplicate factor", bench.duplicate_factors)
-            measure("cold pull and extract", bench.pull_and_extract)
-            measure("bytes into S3", bench.bytes_into_s3)
-            measure("memory", bench.memory)
+    end_as_interrupted()
+    interrupted = False
+    try:
+        if options.only != "farm":
+            measure("flights and lookups", redis_latency.measure)
+        if options.only != "redis":
+            with Stage(say) as stage:
+                bench = FarmBench(stage)
+                measure("duplicate factor", bench.duplicate_factors)
+                measure("cold pull and extract", bench.pull_and_extract)
+                measure("bytes into S3", bench.bytes_into_s3)
+                measure("memory", bench.memory)
+    except KeyboardInterrupt:
+        interrupted = True
     used = versions()
     _show(ratios, used, console)
     options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +75,8 @@ def main() -> int:
         json.dumps({"ratios": [one.as_json() for one in ratios], "versions": used}, indent=2) + "\n"
     )
     say(f"written to {options.json}")
+    if interrupted:
+        return INTERRUPTED
     if failed:
         say(f"not measured: {', '.join(failed)}")
     return 1 if failed or not all(one.met for one in ratios if one.is_correctness) else 0

@@ -9,7 +9,6 @@ Exit status: 0 all numbers are as wanted, 1 one is not, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import tempfile
 import time
@@ -17,19 +16,18 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
 from tests.demo import steps
 from tests.demo.farm_process import CommandFailedError, DriverFailedError
+from tests.demo.signals import INTERRUPTED, end_as_interrupted
 from tests.demo.stage import Stage
 from tests.demo.table import Row, show, that
 from tests.doubles.image import cached_image
 from tests.doubles.oci_layout import ImageToolError, LayoutImage, fetch
 
 _NAME = "demo/app:1"
-_INTERRUPTED = 130
 
 
 def main() -> int:
@@ -37,7 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.demo", description="Show what lazyfarm promises.")
     parser.add_argument("--image", metavar="REFERENCE", help="an image of yours instead of the one built here")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
+    end_as_interrupted()
     console = Console(soft_wrap=not sys.stdout.isatty())
     began = time.monotonic()
 
@@ -48,7 +46,7 @@ def main() -> int:
         sections = _demo(options.image, say)
     except KeyboardInterrupt:
         say("interrupted; everything was taken down")
-        return _INTERRUPTED
+        return INTERRUPTED
     except (CommandFailedError, DriverFailedError, ImageToolError) as error:
         say(f"error: {error}")
         return 1
@@ -57,20 +55,12 @@ def main() -> int:
     return 0 if everything_ok else 1
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def _demo(reference: str | None, say: Callable[[str], None]) -> list[tuple[str, list[Row]]]:
     with ExitStack() as stack:
-        # Once the steps are over or interrupted, everything is taken down: a second Ctrl-C mustn't stop that.
-        stack.callback(_be_deaf)
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfarm-image-", dir="/var/tmp"))
         # The image is made while the farm comes up: a minute each, the first time.
         making = stack.enter_context(ThreadPoolExecutor(1)).submit(_image, reference, directory, say)
         stage = stack.enter_context(Stage(say, steps.CONFIG))
-        stack.callback(say, "taking everything down")
-        stack.callback(_be_deaf)
         image = making.result()
         say(f"image: {len(image.layers)} layers, {image.size_bytes / 1e6:.1f} MB")
         stage.push(image, _NAME)
@@ -101,11 +91,6 @@ def _demo(reference: str | None, say: Callable[[str], None]) -> list[tuple[str, 
                 say(f"error: {error}")
                 sections.append((title, [that("the step", ok=False, value=str(error), wanted="no error")]))
         return sections
-
-
-def _be_deaf() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _image(reference: str | None, directory: str, say: Callable[[str], None]) -> LayoutImage:

@@ -22,6 +22,7 @@ from storage.connect import connect_sync
 from storage.keys import Keys
 from tests.demo.farm_process import CommandFailedError, Driver, FarmProcesses
 from tests.demo.link import ThinLink
+from tests.demo.signals import be_deaf
 from tests.demo.traffic import Traffic
 from tests.doubles.oci_layout import LayoutImage, push
 from tests.doubles.registry import docker_registry
@@ -78,6 +79,9 @@ class Stage:
             self._farm = FarmProcesses(self.directory / "farm", self.directory / "logs")
             stack.callback(self._farm_down)
             stack.callback(self._farm.close)
+            # First of all on the way out, also where `up` was interrupted: a second Ctrl-C must not stop that.
+            stack.callback(self.say, "taking everything down")
+            stack.callback(be_deaf)
             self._farm_up()
             self._stack = stack.pop_all()
         return self
