@@ -15,8 +15,10 @@ from storage.services.loopback import HOST
 STORAGE_SERVERS = ("account", "container", "object")
 PROXY = "proxy"
 
-#: Bytes read and written at once between client, proxy, object server and disk. Swift's 64 KiB makes
-#: eventlet's scheduling dearer than the copying (measured: see docs/operations.md).
+#: Bytes read and written at once between client, proxy, object server and disk. Swift's own 64 KiB costs
+#: more in eventlet's scheduling than in copying. Measured on 2 cores with 8 requests of 8 MiB at once, put
+#: and get in MiB/s: 64 KiB 208 and 257, 256 KiB 218 and 337, 1 MiB 270 and 328; a second proxy worker and
+#: a page cache kept for reads made no difference.
 CHUNK_BYTES = 1024**2
 
 

@@ -87,7 +87,7 @@ class S3FaultProxy:
         self._plans: list[FaultPlan] = []
         #: (method, target) of every request that arrived.
         self.requests: list[tuple[str, str]] = []
-        #: Bytes of answer bodies sent, per request in order of their end.
+        #: Bytes of answer bodies sent, all requests together.
         self.sent_bytes = 0
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.proxy = self
@@ -122,6 +122,11 @@ class S3FaultProxy:
         with self._lock:
             self.requests.append((method, target))
             return next((plan.then for plan in self._plans if plan.applies(method, target)), None)
+
+    def count_sent(self, count: int) -> None:
+        """Count bytes of an answer's body."""
+        with self._lock:
+            self.sent_bytes += count
 
     def connect(self) -> http.client.HTTPConnection:
         """Open a connection to the server."""
@@ -184,9 +189,10 @@ class _Handler(BaseHTTPRequestHandler):
         sent = 0
         limit = fault.count if isinstance(fault, ResetAfter | TruncateAfter) else None
         while chunk := answer.read(_CHUNK if limit is None else min(_CHUNK, limit - sent)):
-            self.wfile.write(chunk)
+            # Counted first: who has read the last byte may look at the count at once.
+            self.server.proxy.count_sent(len(chunk))
             sent += len(chunk)
-            self.server.proxy.sent_bytes += len(chunk)
+            self.wfile.write(chunk)
         if isinstance(fault, ResetAfter):
             self._reset()
         elif isinstance(fault, TruncateAfter) or (length is None and has_body):
