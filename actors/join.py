@@ -42,7 +42,7 @@ def join(config: Config, *, state_dir: str) -> None:
         return
     set_ray_environment(config)
     try:
-        with _own_sigterm():
+        with _as_guest():
             ray.init(
                 address=config.ray.address,
                 namespace=namespace(config.farm.name),
@@ -56,14 +56,19 @@ def join(config: Config, *, state_dir: str) -> None:
 
 
 @contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep a SIGTERM handler that this process has set: Ray puts in its own, which exits on the spot."""
+def _as_guest() -> Iterator[None]:
+    """Keep what is the program's own while Ray starts: its SIGTERM handler, and its standard error."""
     handler = signal.getsignal(signal.SIGTERM)
+    logger = logging.getLogger("ray")
+    level = logger.level
+    # Joined from a thread, Ray complains that it can't put in its handler, which nobody wants.
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        logger.setLevel(level)
         if callable(handler) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
+            signal.signal(signal.SIGTERM, handler)  # Ray's would exit on the spot
 
 
 def leave() -> None:

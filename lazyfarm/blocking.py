@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
+from cluster.descriptor import Descriptor
+from cluster.lease import LeaseId
 from cluster.messages import PushResult
+from cluster.provider import DescHandler
 from cluster.ref import ImageRecord, RefId, RefState
 from lazyfarm import farm as asynchronous
 from storage.registry.credentials import CredentialSource
@@ -123,6 +126,17 @@ class Ref(_Twin[asynchronous.Ref]):
     refresh = _blocking(asynchronous.Ref.refresh)
 
 
+class FarmLease(_Twin[asynchronous.FarmLease]):
+    """Blocking twin of :class:`lazyfarm.farm.FarmLease`."""
+
+    @property
+    def id(self) -> LeaseId:
+        """Return its ID."""
+        return self._original.id
+
+    attach = _blocking(asynchronous.FarmLease.attach)
+
+
 class Farm(_Twin[asynchronous.Farm]):
     """Blocking twin of :class:`lazyfarm.farm.Farm`.
 
@@ -197,15 +211,30 @@ class Farm(_Twin[asynchronous.Farm]):
         original = ref._original if isinstance(ref, Ref) else ref  # noqa: SLF001  # its own twin
         return self._loop.run(lambda: self._original.push(original, target, plain_http=plain_http, progress=progress))
 
+    def get_by_blob(
+        self,
+        descriptor: Descriptor,
+        parent: Ref | None = None,
+        handlers: Sequence[DescHandler] = (),
+        *,
+        lease: FarmLease | None = None,
+        image_ref: str | None = None,
+    ) -> Ref:
+        """Make or find the ref of one layer; see :meth:`lazyfarm.farm.Farm.get_by_blob`."""
+        below = parent._original if parent is not None else None  # noqa: SLF001  # its own twins
+        held = lease._original if lease is not None else None  # noqa: SLF001
+        found = self._loop.run(
+            lambda: self._original.get_by_blob(descriptor, below, handlers, lease=held, image_ref=image_ref)
+        )
+        return Ref(found, self._loop)
+
     @contextmanager
-    def lease(
-        self, *, ttl_s: float | None = None, labels: Mapping[str, str] | None = None
-    ) -> Iterator[asynchronous.FarmLease]:
+    def lease(self, *, ttl_s: float | None = None, labels: Mapping[str, str] | None = None) -> Iterator[FarmLease]:
         """Hold a lease while the body runs; see :meth:`lazyfarm.farm.Farm.lease`."""
         manager = self._original.lease(ttl_s=ttl_s, labels=labels)
         lease = self._loop.run(manager.__aenter__)
         try:
-            yield lease
+            yield FarmLease(lease, self._loop)
         finally:
             self._loop.run(lambda: manager.__aexit__(None, None, None))
 

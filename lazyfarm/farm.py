@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -117,14 +118,29 @@ class Operation(Generic[T]):
         stream = self._stream
         task = self._start()
         task.add_done_callback(lambda _done: self._farm.end_stream(stream))
+        moving: dict[str, ProgressItem] = {}
         try:
             async for item in self._farm.follow(stream):
+                if item.phase.is_end:
+                    moving.pop(item.item, None)
+                else:
+                    moving[item.item] = item
                 yield item
+            # Who does the work may have died, or hears only now that this call was cancelled.
+            for item in moving.values():
+                yield replace(item, phase=_end_of(task))
         except BaseException:
             task.cancel()
             with contextlib.suppress(BaseException):
                 await task
             raise
+
+
+def _end_of(task: asyncio.Task[Any]) -> LayerPhase:
+    """Return how an item ended that did not say so itself before the work was over."""
+    if task.cancelled():
+        return LayerPhase.CANCELLED
+    return LayerPhase.DONE if task.exception() is None else LayerPhase.FAILED
 
 
 class Ref:
@@ -191,7 +207,7 @@ class Ref:
         return Operation(self._farm, self._unlazy, progress)
 
     async def _unlazy(self, stream: str | None) -> UnlazyResult:
-        self._raise_if_released()
+        self.raise_if_released()
         if not self._layers:
             return UnlazyResult(ref_id=self.id, layers=())
         result = await self._farm.unlazy_chain(self, stream)
@@ -212,13 +228,13 @@ class Ref:
         return Operation(self._farm, self._extract_everywhere, progress)
 
     async def _extract(self, node: str | None, stream: str | None) -> ExtractResult:
-        self._raise_if_released()
+        self.raise_if_released()
         result = await self._farm.extract_chain(self, node, stream)
         await self.refresh()
         return result
 
     async def _extract_everywhere(self, stream: str | None) -> list[ExtractResult]:
-        self._raise_if_released()
+        self.raise_if_released()
         nodes = [node.id for node in await self._farm.nodes() if node.alive]
         tasks = [asyncio.ensure_future(self._farm.extract_chain(self, node, stream)) for node in nodes]
         try:
@@ -240,7 +256,8 @@ class Ref:
         """Say that this object is not used any more; what it held goes with the driver's lease."""
         self._is_released = True
 
-    def _raise_if_released(self) -> None:
+    def raise_if_released(self) -> None:
+        """Raise RefReleasedError once it was released."""
         if self._is_released:
             raise RefReleasedError(self.id)
 
@@ -410,10 +427,12 @@ class Farm:
 
         Raises:
             InvalidDescriptorError: it has no diff ID. LeaseLostError: the lease isn't live.
+            RefReleasedError: *parent* was released.
             NeedsRemoteProvidersError: names every digest without a provider this driver may use.
         """
         registries = {h.provider.registry for h in handlers}
         if parent is not None:
+            parent.raise_if_released()
             registries |= {h.registry for state in parent.layers for h in state.providers}
         registries |= {h.registry for handles in await self._refs.providers([descriptor.digest]) for h in handles}
         passed = (*(parent.handlers if parent is not None else ()), *handlers)
@@ -454,13 +473,15 @@ class Farm:
         """Push an image to *target*; a layer moves only if the target's registry has it nowhere.
 
         Raises:
-            RefNotFoundError: the ref belongs to no image. RegistryError: the target says no.
+            RefNotFoundError: the ref belongs to no image. RefReleasedError: it was released.
+            RegistryError: the target says no.
         """
         return Operation(self, lambda stream: self._push(ref, target, plain_http, stream), progress)
 
     async def _push(self, ref: Ref | str, target: str, plain_http: bool, stream: str | None) -> PushResult:  # noqa: FBT001
         reference = parse_reference(target)
         found = await self.get(ref) if isinstance(ref, str) else ref
+        found.raise_if_released()
         if found.record is None:
             raise RefNotFoundError(found.id)
         registries = {h.registry for state in found.layers for h in state.providers} | {reference.host}
