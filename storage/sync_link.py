@@ -109,13 +109,15 @@ class SyncLink:
         self._reader = Reader(notEnoughData=_NOTHING)
         if address.path:
             plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._socket = plain  # closed by whoever catches what goes wrong from here on
             plain.settimeout(timeout_s)
             plain.connect(address.path)
         else:
             plain = socket.create_connection((address.host, address.port), timeout=timeout_s)
+            self._socket = plain
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        context = address.tls()
-        self._socket = plain if context is None else context.wrap_socket(plain, server_hostname=address.host)
+        if (context := address.tls()) is not None:
+            self._socket = context.wrap_socket(plain, server_hostname=address.host)
         greeting = address.greeting()
         for reply in self._send(pack_all(greeting), len(greeting), deadline):
             if isinstance(reply, ReplyError):
