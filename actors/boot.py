@@ -7,12 +7,16 @@ import contextlib
 import os
 import secrets
 import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import ray
+import ray.exceptions
 import structlog
 
 from actors.logs import configure_logs
@@ -35,6 +39,9 @@ from storage.refs import RedisRefStore
 from storage.registry.client import RegistryClient
 
 log = structlog.get_logger()
+
+#: Seconds between an actor's tries to start.
+_START_PAUSE_S = 1.0
 
 #: Release of this code; part of every actor's name.
 VERSION = installed_version("lazyfarm")
@@ -130,13 +137,20 @@ class Background:
 
 
 class Starter:
-    """Builds an actor's parts at its first call, once: its event loop doesn't run in its constructor."""
+    """Builds an actor's parts at its first call, once: its event loop doesn't run in its constructor.
+
+    That first call is the actor's own, to its ``ready``: where Ray restarts an actor that was killed, nobody
+    else may call it for a long time, and until it is started it neither cleans up nor shows as there.
+    """
 
     def __init__(self, boot: Boot) -> None:
         self.boot = boot
         self.background = Background()
         self._lock: asyncio.Lock | None = None
         self._is_started = False
+        if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+            me = ray.get_runtime_context().current_actor
+            threading.Thread(target=_call_ready, args=(me,), name="start", daemon=True).start()
 
     async def start(self, build: Callable[[], Awaitable[Presence]]) -> None:
         """Run *build* unless it was run, then announce the actor every few seconds."""
@@ -173,6 +187,17 @@ class Starter:
             await asyncio.sleep(PRESENCE_TTL_S / 3)
             with contextlib.suppress(ClusterError):  # Redis is away: said again in a moment
                 await presence.announce(self._record())
+
+
+def _call_ready(actor: Any) -> None:
+    """Call the actor's ``ready`` until it is: a store may be away at the moment."""
+    while True:
+        try:
+            ray.get(actor.ready.remote())
+        except ray.exceptions.RayError:
+            time.sleep(_START_PAUSE_S)
+        else:
+            return
 
 
 def log_file(boot: Boot) -> TextIO:
