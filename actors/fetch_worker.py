@@ -22,7 +22,7 @@ from cluster.cache.runner import usable_providers
 from cluster.config import Config
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
-from cluster.errors import ClusterError, LeaseLostError
+from cluster.errors import ClusterError, InternalError, LeaseLostError
 from cluster.fetch.extract import Extractor
 from cluster.fetch.pull import Puller
 from cluster.fetch.push import Pusher
@@ -44,7 +44,7 @@ from cluster.messages import (
 )
 from cluster.ports import Authorizer, Snapshotter
 from cluster.provider import DescHandler, ProviderHandle
-from cluster.ref import RefState
+from cluster.ref import RefId, RefRecord, RefState
 from cluster.reference import default_platform, parse_platform, parse_reference
 from cluster.wire import decode, encode
 from storage.blobs import S3ContentStore
@@ -60,8 +60,11 @@ from storage.transfer import TransferLimits
 
 log = structlog.get_logger()
 
-#: Threads that may block at once: every layer being unpacked has one, also while it waits for its parent.
-_THREADS = 256
+#: Threads of the byte path: transfers and downloads, each bounded by what a node may have under way at once.
+_BYTE_THREADS = 32
+#: Threads of their own for unpacking: every layer has one, also while it waits for its parent, whose bytes
+#: must never wait for a thread in turn.
+_UNPACK_THREADS = 512
 _SHARD_TIMEOUT_S = 60.0
 _SETTLE_EVERY_S = 60.0
 
@@ -103,7 +106,8 @@ class FetchWorker:
         config = boot.config
         loop = asyncio.get_running_loop()
         stores = build_stores(config)
-        threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="worker")
+        threads = ThreadPoolExecutor(_BYTE_THREADS, thread_name_prefix="bytes")
+        unpackers = ThreadPoolExecutor(_UNPACK_THREADS, thread_name_prefix="unpack")
         root = node_root(boot)
 
         def open_node() -> tuple[S3ContentStore, NodeCache, list[str]]:
@@ -164,7 +168,7 @@ class FetchWorker:
                 progress=stores.progress,
                 blobs=blobs,
                 snapshotter=snapshotter,
-                threads=threads,
+                threads=unpackers,
                 deadline_s=config.flight.deadline_s,
                 clock=time.monotonic,
             ),
@@ -358,7 +362,7 @@ class _ShardRefs:
         image_ref: str,
     ) -> Sequence[RefState]:
         shard = CacheShardHandle.of_index(
-            self._parts.ring.shard_of(descriptors[-1].digest), farm=self._farm, version=VERSION
+            self._parts.ring.shard_of(_top_of(descriptors)), farm=self._farm, version=VERSION
         )
         result = await shard.get_by_blob(
             GetByBlobRequest(
@@ -372,6 +376,16 @@ class _ShardRefs:
             timeout_s=_SHARD_TIMEOUT_S,
         )
         return result.layers
+
+
+def _top_of(descriptors: Sequence[Descriptor]) -> RefId:
+    """Return the blob chain ID of a whole chain."""
+    top: RefRecord | None = None
+    for descriptor in descriptors:
+        top = RefRecord.over(descriptor, top)
+    if top is None:
+        raise InternalError("a shard was asked for a chain without layers")
+    return top.id
 
 
 def _figures(layers: Sequence[LayerFetch]) -> dict[str, object]:

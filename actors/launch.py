@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.boot import VERSION, Boot, nodes_dir
 from actors.join import join, leave
-from actors.options import options
+from actors.options import namespace, options
 from actors.supervisor import Supervisor
 from cluster.config import Config
-from cluster.errors import StartError
+from cluster.errors import FarmNotRunningError, StartError
 from cluster.messages import ActorRecord, NodeRecord
 from cluster.settings import FarmSettings, Running
 from cluster.topology import Kind, supervisor_name
@@ -66,14 +68,12 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
     services = LocalServices(settings.state_dir, wanted)
     with StateDir(settings.state_dir).lock("up", deadline_s=_LOCK_S):
         count = nodes or _running_nodes(services) or wanted.ray.nodes
+        if wanted.redis.url:
+            _check_redis(wanted)  # before anything is started for its sake
         config, started = _up_services(services, wanted, count)
         for name in started:
             report(f"started {name}")
-        link = connect_sync(config.redis)
-        try:
-            check_policy_sync(link)
-        finally:
-            link.close()
+        _check_redis(config)
         store = S3ContentStore(config.s3)
         try:
             store.ensure_bucket()
@@ -91,6 +91,7 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
             s3_credentials_file=config.s3.credentials_file,
             ray_address=config.ray.address,
             ray_token_file=config.ray.token_file,
+            node_root=str(nodes_dir(config, str(settings.state_dir))),
         )
         write_running(settings.state_dir, running)
         settings = replace(settings, running=running)
@@ -98,6 +99,14 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
         for name in actors:
             report(f"started {name}")
     return UpReport(changed=bool(started or actors), started=(*started, *actors), settings=settings)
+
+
+def _check_redis(config: Config) -> None:
+    link = connect_sync(config.redis)
+    try:
+        check_policy_sync(link)
+    finally:
+        link.close()
 
 
 def _up_services(services: LocalServices, wanted: Config, nodes: int) -> tuple[Config, list[str]]:
@@ -189,8 +198,11 @@ def down(settings: FarmSettings, *, purge: bool, report: Report = lambda _line: 
     """End exactly what ``up`` started, and keep the data; with *purge* remove that too. Returns what was ended."""
     services = LocalServices(settings.state_dir, settings.wanted)
     with StateDir(settings.state_dir).lock("up", deadline_s=_LOCK_S):
-        stopped = services.down()
-        for root in nodes_dir(settings.wanted, str(settings.state_dir)).glob("*/snapshots"):
+        # Actors end with the nodes they run on, but a cluster that was there before goes on.
+        stopped = [] if settings.running is None or _running_nodes(services) else _retire_actors(settings, report)
+        stopped += services.down()
+        nodes = nodes_dir(settings.config, str(settings.state_dir))
+        for root in nodes.glob("*/snapshots"):
             snapshotter = choose(root, "auto")
             for name in snapshotter.mounts():
                 snapshotter.unmount(name)
@@ -198,7 +210,38 @@ def down(settings: FarmSettings, *, purge: bool, report: Report = lambda _line: 
             report(f"stopped {name}")
         forget_running(settings.state_dir)
         if purge:
-            shutil.rmtree(nodes_dir(settings.wanted, str(settings.state_dir)), ignore_errors=True)
+            _remove_nodes(nodes)
             services.purge()
             report(f"removed {settings.state_dir}")
     return stopped
+
+
+def _retire_actors(settings: FarmSettings, report: Report) -> list[str]:
+    """End this farm's actors in a cluster that the farm did not start; return their names."""
+    config = settings.config
+    space = namespace(config.farm.name)
+    try:
+        join(config, state_dir=str(settings.state_dir))
+    except FarmNotRunningError as exc:
+        report(str(exc))  # whatever ran there is gone with it
+        return []
+    try:
+        listed = ray.util.list_named_actors(all_namespaces=True)
+        names = sorted(actor["name"] for actor in listed if actor["namespace"] == space)
+        # The supervisor first: it would bring the others back.
+        names.sort(key=lambda name: not name.startswith(Kind.SUPERVISOR.value))
+        for name in names:
+            with contextlib.suppress(ValueError):  # it has ended by itself
+                ray.kill(ray.get_actor(name, namespace=space), no_restart=True)
+    finally:
+        leave()
+    return names
+
+
+def _remove_nodes(root: Path) -> None:
+    """Remove the nodes' caches and snapshots under *root*, which may be a directory that holds other things, too."""
+    for part in (*root.glob("*/cache"), *root.glob("*/snapshots")):
+        shutil.rmtree(part, ignore_errors=True)
+    for directory in (*root.glob("*"), root):
+        with contextlib.suppress(OSError):  # somebody else's, or not empty
+            directory.rmdir()

@@ -652,6 +652,12 @@ class UnavailableError(ClusterError):
         return f"{self.what} is unavailable: {self.reason}"
 
 
+class NodeDiskError(UnavailableError):
+    """This node's disk is full or fails; another node may well do what this one can't."""
+
+    _hint = "free space on the node, or lower node.cache_bytes; `lazyfarm doctor` shows what is free"
+
+
 class RateLimitedError(UnavailableError):
     """A registry answers 429; *retry_after_s* is what it asks for (0: it did not say)."""
 

@@ -26,7 +26,7 @@ from typing import Self
 from uuid import uuid4
 
 from cluster.digest import Digest, hex_of
-from cluster.errors import BlobDamagedError, ClusterError, DeadlineExceededError, UnavailableError
+from cluster.errors import BlobDamagedError, ClusterError, DeadlineExceededError, NodeDiskError, UnavailableError
 
 #: Bytes of free disk that are never used: what else runs on the node must go on.
 HEADROOM_BYTES = 256 * 1024**2
@@ -205,9 +205,9 @@ class NodeCache:
     def _free_bytes(self) -> int:
         return shutil.disk_usage(self.root).free - self._headroom_bytes
 
-    def _too_full(self, size_bytes: int) -> UnavailableError:
+    def _too_full(self, size_bytes: int) -> NodeDiskError:
         free = max(0, self._free_bytes())
-        return UnavailableError(
+        return NodeDiskError(
             f"node cache {self.root}",
             f"a blob of {size_bytes:,} bytes doesn't fit: {free:,} bytes of disk are free beyond the "
             f"{self._headroom_bytes:,} kept in reserve",
@@ -319,7 +319,7 @@ class StagingFile:
                 count = os.pwrite(self._fd, view, offset)
                 view, offset = view[count:], offset + count
         except OSError as exc:
-            raise UnavailableError(f"node cache {self._path.parent.parent}", f"{exc.strerror}") from exc
+            raise NodeDiskError(f"node cache {self._path.parent.parent}", f"{exc.strerror}") from exc
 
     def pread(self, offset: int, buffer: memoryview) -> int:
         """Read back what was written at *offset*, the frontier notwithstanding; return how many bytes."""
@@ -361,7 +361,7 @@ class StagingFile:
             self._path.rename(self._target)
         except OSError as exc:
             self.discard()
-            raise UnavailableError(f"node cache {self._path.parent.parent}", f"{exc.strerror}") from exc
+            raise NodeDiskError(f"node cache {self._path.parent.parent}", f"{exc.strerror}") from exc
         self._end()
         return self._target
 

@@ -10,6 +10,7 @@ from cluster.errors import (
     ClusterError,
     DigestMismatchError,
     InternalError,
+    NodeDiskError,
     RegistryError,
     SessionGoneError,
     SizeMismatchError,
@@ -168,6 +169,8 @@ class SourceState:
             jitter: A random number in [0, 1).
             retry_after_s: What the source asks for; 0 if it didn't say.
         """
+        if isinstance(error, NodeDiskError):
+            return GiveUp(error=error)  # no source can help that
         if isinstance(error, UnavailableError):
             delay_s = max(retry_after_s, min(8.0, 0.2 * 2 ** (self._tries - 1)) * (0.5 + jitter))
             if self._tries < self._attempts and self._waited_s + delay_s <= self._budget_s:

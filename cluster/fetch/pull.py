@@ -205,7 +205,11 @@ class Puller:
                     self._renewer.drop(outcome.fence)
                 return
             # Another process writes the same few kilobytes at this moment: look again soon.
-            await asyncio.sleep(_KEEP_PAUSE_S)
+            try:
+                await asyncio.sleep(_KEEP_PAUSE_S)
+            finally:
+                with contextlib.suppress(ClusterError):
+                    await asyncio.shield(self._flights.leave(key, worker=self._worker))
 
 
 def providers_of(layer: Descriptor, handle: ProviderHandle) -> tuple[ProviderHandle, ...]:

@@ -22,6 +22,7 @@ from cluster.errors import (
     DeadlineExceededError,
     InternalError,
     NeedsRemoteProvidersError,
+    NodeDiskError,
     SessionGoneError,
     StaleFenceError,
 )
@@ -393,6 +394,10 @@ class Unlazier:
                 raise _OwnershipLostError from exc  # somebody joined meanwhile whose credentials weren't tried
             if isinstance(exc, SessionGoneError):
                 raise NeedsRemoteProvidersError((descriptor.digest,)) from exc
+            raise
+        except NodeDiskError:
+            # Nobody else's affair: a waiter on another node takes over and resumes.
+            await self._end(ownership, self._store.vacate(fence))
             raise
         except ClusterError as exc:
             await self._end(ownership, self._store.fail(fence, encode_error(exc)))
