@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from actors.boot import Boot, Starter, Stores, build_stores
-from actors.session_host import SessionHost
-from actors.shell import RESULT, answers
-from cluster.messages import GetByBlobRequest, GetRequest, RefsResult, SessionAnswer
-from cluster.wire import decode, encode
+from actors.session_host import SessionServer
+from actors.shell import answers
+from cluster.messages import GetByBlobRequest, GetRequest, RefsResult
+from cluster.wire import decode
 from storage.presence import Presence
 
 
-class CacheShard:
+class CacheShard(SessionServer):
     """One of S cache-manager shards."""
 
     def __init__(self, boot: bytes) -> None:
+        super().__init__()
         self._starter = Starter(decode("boot", Boot, boot))
-        self._sessions = SessionHost()
         self._stores: Stores | None = None
 
     async def _started(self) -> Stores:
@@ -32,14 +32,6 @@ class CacheShard:
         """Build what is needed and say so."""
         await self._started()
         return True
-
-    async def session_next(self, session_id: str, wait_s: float) -> bytes:
-        """Return questions for the driver of that session, at the latest after *wait_s* seconds."""
-        return RESULT + encode("session-next-result", await self._sessions.next_questions(session_id, wait_s=wait_s))
-
-    async def session_answer(self, session_id: str, payload: bytes) -> None:
-        """Take the driver's answer."""
-        self._sessions.answer(session_id, decode("session-answer", SessionAnswer, payload))
 
     @answers("get-by-blob", GetByBlobRequest)
     async def get_by_blob(self, request: GetByBlobRequest) -> RefsResult:

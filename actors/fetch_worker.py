@@ -15,8 +15,8 @@ import structlog
 from actors.boot import VERSION, Boot, Starter, Stores, build_stores, new_token, node_root
 from actors.handles import CacheShardHandle
 from actors.metrics import WorkerMetrics
-from actors.session_host import SessionAuthorizer, SessionHost
-from actors.shell import RESULT, answers
+from actors.session_host import SessionAuthorizer, SessionServer
+from actors.shell import answers
 from cluster.cache.ring import ShardRing
 from cluster.cache.runner import usable_providers
 from cluster.config import Config
@@ -37,7 +37,6 @@ from cluster.messages import (
     PullResult,
     PushRequest,
     PushResult,
-    SessionAnswer,
     SessionInfo,
     UnlazyRequest,
     UnlazyResult,
@@ -46,7 +45,7 @@ from cluster.ports import Authorizer, Snapshotter
 from cluster.provider import DescHandler, ProviderHandle
 from cluster.ref import RefId, RefRecord, RefState
 from cluster.reference import default_platform, parse_platform, parse_reference
-from cluster.wire import decode, encode
+from cluster.wire import decode
 from storage.blobs import S3ContentStore
 from storage.fetching import StoredBlobs, ThreadedTransfers
 from storage.keys import Keys
@@ -85,12 +84,12 @@ class _Parts:
     metrics: WorkerMetrics
 
 
-class FetchWorker:
+class FetchWorker(SessionServer):
     """One node's fetch worker."""
 
     def __init__(self, boot: bytes) -> None:
+        super().__init__()
         self._starter = Starter(decode("boot", Boot, boot))
-        self._sessions = SessionHost()
         self._parts: _Parts | None = None
 
     # -- starting --------------------------------------------------------------------------------------
@@ -199,16 +198,6 @@ class FetchWorker:
         """Build what is needed and say so."""
         await self._started()
         return True
-
-    # -- sessions --------------------------------------------------------------------------------------
-
-    async def session_next(self, session_id: str, wait_s: float) -> bytes:
-        """Return questions for the driver of that session, at the latest after *wait_s* seconds."""
-        return RESULT + encode("session-next-result", await self._sessions.next_questions(session_id, wait_s=wait_s))
-
-    async def session_answer(self, session_id: str, payload: bytes) -> None:
-        """Take the driver's answer."""
-        self._sessions.answer(session_id, decode("session-answer", SessionAnswer, payload))
 
     @contextlib.asynccontextmanager
     async def _serving(

@@ -94,7 +94,7 @@ def _summary(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {lines[0] if lines else ''}"
 
 
-class SessionServer(ActorHandle):
+class SessionServerHandle(ActorHandle):
     """What every actor offers to the drivers whose calls it runs."""
 
     async def poll_questions(self, session_id: str, wait_s: float) -> list[SessionQuestion]:
@@ -108,7 +108,7 @@ class SessionServer(ActorHandle):
         self.resolve().session_answer.remote(session_id, encode("session-answer", answer))
 
 
-class FetchWorkerHandle(SessionServer):
+class FetchWorkerHandle(SessionServerHandle):
     """The fetch worker of one node."""
 
     @classmethod
@@ -137,7 +137,7 @@ class FetchWorkerHandle(SessionServer):
         return result
 
 
-class CacheShardHandle(SessionServer):
+class CacheShardHandle(SessionServerHandle):
     """One cache-manager shard."""
 
     @classmethod

@@ -14,10 +14,11 @@ import math
 import time
 from collections.abc import AsyncIterator, Mapping
 
+from actors.shell import RESULT
 from cluster.errors import SessionGoneError
 from cluster.messages import SessionAnswer, SessionInfo, SessionQuestion
 from cluster.ports import Authorization, AuthRequest
-from cluster.wire import decode_error
+from cluster.wire import decode, decode_error, encode
 
 #: Seconds without an open poll after which a session counts as gone. A poll is reopened at once, from a
 #: thread of the driver's own, so only a dead or cut-off driver is silent for so long.
@@ -227,3 +228,18 @@ class SessionAuthorizer:
     async def authorize(self, request: AuthRequest) -> Authorization | None:
         """Ask the driver; see :class:`cluster.ports.Authorizer`."""
         return await self._host.ask(self._info, request)
+
+
+class SessionServer:
+    """The two calls by which an actor serves drivers; on their side, :class:`actors.handles.SessionServerHandle`."""
+
+    def __init__(self) -> None:
+        self._sessions = SessionHost()
+
+    async def session_next(self, session_id: str, wait_s: float) -> bytes:
+        """Return questions for the driver of that session, at the latest after *wait_s* seconds."""
+        return RESULT + encode("session-next-result", await self._sessions.next_questions(session_id, wait_s=wait_s))
+
+    async def session_answer(self, session_id: str, payload: bytes) -> None:
+        """Take the driver's answer."""
+        self._sessions.answer(session_id, decode("session-answer", SessionAnswer, payload))

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from actors.boot import VERSION
-from actors.handles import CacheShardHandle, FetchWorkerHandle, SessionServer
+from actors.handles import CacheShardHandle, FetchWorkerHandle, SessionServerHandle
 from actors.join import join
 from cluster.cache.names import find_ref
 from cluster.cache.ring import ShardRing
@@ -595,7 +595,7 @@ class Farm:
                     raise
                 await asyncio.sleep(_RETRY_PAUSE_S)
 
-    async def _attended(self, server: SessionServer, call: Awaitable[T]) -> T:
+    async def _attended(self, server: SessionServerHandle, call: Awaitable[T]) -> T:
         attending: AbstractAsyncContextManager[None] = self._session.attending(server)
         async with attending:
             return await call

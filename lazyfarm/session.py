@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from actors.handles import SessionServer
+from actors.handles import SessionServerHandle
 from cluster.config import Config
 from cluster.errors import ClusterError, LeaseLostError
 from cluster.lease import LeaseId
@@ -141,7 +141,7 @@ class Session:
         )
 
     @contextlib.asynccontextmanager
-    async def attending(self, server: SessionServer) -> AsyncIterator[None]:
+    async def attending(self, server: SessionServerHandle) -> AsyncIterator[None]:
         """Answer *server*'s questions while the body runs."""
         self._loop.call_soon_threadsafe(self._attend, server)
         try:
@@ -149,13 +149,13 @@ class Session:
         finally:
             self._loop.call_soon_threadsafe(self._release, server)
 
-    def _attend(self, server: SessionServer) -> None:
+    def _attend(self, server: SessionServerHandle) -> None:
         count, task = self._attended.get(server.name, (0, None))
         if task is None or task.done():
             task = self._loop.create_task(self._answer_forever(server))
         self._attended[server.name] = (count + 1, task)
 
-    def _release(self, server: SessionServer) -> None:
+    def _release(self, server: SessionServerHandle) -> None:
         count, task = self._attended[server.name]
         if count > 1:
             self._attended[server.name] = (count - 1, task)
@@ -163,7 +163,7 @@ class Session:
             del self._attended[server.name]
             task.cancel()
 
-    async def _answer_forever(self, server: SessionServer) -> None:
+    async def _answer_forever(self, server: SessionServerHandle) -> None:
         async with asyncio.TaskGroup() as group:
             while True:
                 try:
@@ -174,7 +174,7 @@ class Session:
                 for question in questions:
                     group.create_task(self._answer(server, question))
 
-    async def _answer(self, server: SessionServer, question: SessionQuestion) -> None:
+    async def _answer(self, server: SessionServerHandle, question: SessionQuestion) -> None:
         request = AuthRequest(
             registry=question.registry,
             plain_http=question.plain_http,
