@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import hashlib
 import secrets
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -286,7 +287,7 @@ class StoredBlobs:
         view = memoryview(data)
         filled = 0
         try:
-            with self.stream(blob) as stream:
+            with self._store.open(blob.key) as stream:
                 while filled < len(data) and (count := stream.readinto(view[filled:])):
                     filled += count
         except BlobNotFoundError as exc:
@@ -299,6 +300,31 @@ class StoredBlobs:
         """Write a small blob under a key of its own."""
         return await asyncio.to_thread(self._store.put, new_key(digest), data)
 
-    def stream(self, blob: BlobRecord) -> AbstractContextManager[ByteStream]:
-        """Open a blob for reading."""
-        return self._store.open(blob.key)
+    @contextlib.contextmanager
+    def stream(self, blob: BlobRecord) -> Iterator[ByteStream]:
+        """Open a blob for reading; its last bytes are given only once all of them hash to its digest.
+
+        Raises:
+            BlobNotFoundError: the object is gone. From the stream, BlobDamagedError: it has other bytes.
+        """
+        with self._store.open(blob.key) as stream:
+            yield _CheckedStream(stream, blob)
+
+
+class _CheckedStream:
+    """A stream that withholds the end of a blob that is damaged: whoever counts bytes can't take it for whole."""
+
+    def __init__(self, stream: ByteStream, blob: BlobRecord) -> None:
+        self._stream = stream
+        self._blob = blob
+        self._hash = hashlib.sha256()
+        self._read_bytes = 0
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self._stream.readinto(buffer)
+        self._hash.update(buffer[:count])
+        self._read_bytes += count
+        is_end = not count or self._read_bytes >= self._blob.size_bytes
+        if is_end and self._hash.hexdigest() != hex_of(self._blob.digest):
+            raise BlobDamagedError(self._blob.digest, f"object {self._blob.key} has other bytes")
+        return count

@@ -63,7 +63,7 @@ class StoredBlobs(Protocol):
     """Reads blobs that are present."""
 
     def stream(self, blob: BlobRecord) -> AbstractContextManager[ByteStream]:
-        """Open a blob in the content store."""
+        """Open a blob in the content store; raises BlobDamagedError in place of its end if its bytes are others."""
         ...
 
     async def read(self, blob: BlobRecord) -> bytes:
@@ -186,7 +186,7 @@ class Pusher:
         await self._tell(caller, config, LayerPhase.DONE, "uploaded")
 
     async def _upload(self, descriptor: Descriptor, target: ProviderHandle, caller: Caller) -> bool:
-        """Upload a blob from the content store; False where it isn't there (any more)."""
+        """Upload a blob from the content store; False where it isn't there (any more), or damaged."""
         (blob,) = await self._refs.blobs([descriptor.digest])
         if blob is None:
             return False
@@ -207,7 +207,7 @@ class Pusher:
                 caller.authorizer,
                 moved,
             )
-        except BlobNotFoundError as exc:
+        except (BlobNotFoundError, BlobDamagedError) as exc:
             await self._refs.mark_absent(blob, str(exc))
             return False
         finally:
