@@ -112,7 +112,11 @@ class FetchWorker(SessionServer):
         def open_node() -> tuple[S3ContentStore, NodeCache, list[str]]:
             cache = NodeCache(root / "cache", config.node.cache_bytes)
             left = cache.recover()
-            return S3ContentStore(config.s3), cache, left
+            store = S3ContentStore(config.s3)
+            # Making the client takes a second, which the first caller need not wait for.
+            with contextlib.suppress(ClusterError):
+                store.ensure_bucket()
+            return store, cache, left
 
         store, cache, left = await loop.run_in_executor(threads, open_node)
         snapshotter = await loop.run_in_executor(threads, choose, root / "snapshots", config.node.snapshotter)
