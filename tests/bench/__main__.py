@@ -62,10 +62,11 @@ def main() -> int:
         if options.only != "redis":
             with Stage(say) as stage:
                 bench = FarmBench(stage)
+                # First: idle is what a worker has that has done nothing yet, not what earlier work left it with.
+                measure("memory", bench.memory)
                 measure("duplicate factor", bench.duplicate_factors)
                 measure("cold pull and extract", bench.pull_and_extract)
                 measure("bytes into S3", bench.bytes_into_s3)
-                measure("memory", bench.memory)
     except KeyboardInterrupt:
         interrupted = True
     used = versions()

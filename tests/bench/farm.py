@@ -110,7 +110,7 @@ class FarmBench:
         return [found]
 
     def memory(self) -> list[Ratio]:
-        """Peak memory of a fetch worker's process tree over idle while it fetches a layer of 1 GB."""
+        """Call it first. Peak memory of a fetch worker's process tree over idle while it fetches a layer of 1 GB."""
         image, reference = self._pushed(self._random(layers=1, layer_bytes=_GIGABYTE))
         driver = self._stage.driver("unlazy", reference)
         driver.wait_ready()
@@ -121,7 +121,9 @@ class FarmBench:
             name="fetch_worker_MiB_over_idle_1GB_layer",
             value=memory.most_over_idle_bytes / _MIB,
             target=256.0,
-            detail=f"PSS of the process tree, idle {max(memory.idle_bytes.values()) / _MIB:.0f} MiB, "
+            detail=f"PSS of the process tree of {memory.busiest}: "
+            f"{memory.idle_bytes[memory.busiest] / _MIB:.0f} MiB idle, "
+            f"{memory.peak_bytes[memory.busiest] / _MIB:.0f} MiB at most in {memory.samples} samples; "
             f"layer {image.size_bytes / 1e9:.2f} GB",
         )
         return [found]

@@ -22,6 +22,7 @@ class PeakMemory:
         self._pids = pids
         self.idle_bytes = {name: tree_bytes(pid) for name, pid in pids.items()}
         self.peak_bytes = dict(self.idle_bytes)
+        self.samples = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -36,12 +37,18 @@ class PeakMemory:
         self._thread.join()
 
     @property
+    def busiest(self) -> str:
+        """Return the tree that rose most."""
+        return max(self.peak_bytes, key=lambda name: self.peak_bytes[name] - self.idle_bytes[name])
+
+    @property
     def most_over_idle_bytes(self) -> int:
-        """Return the greatest rise of any of the trees."""
-        return max(peak - self.idle_bytes[name] for name, peak in self.peak_bytes.items())
+        """Return how much it rose."""
+        return self.peak_bytes[self.busiest] - self.idle_bytes[self.busiest]
 
     def _sample(self) -> None:
         while not self._stop.wait(_SAMPLE_S):
+            self.samples += 1
             for name, pid in self._pids.items():
                 self.peak_bytes[name] = max(self.peak_bytes[name], tree_bytes(pid))
 
