@@ -148,15 +148,29 @@ def _up_actors(config: Config, settings: FarmSettings, *, expected_nodes: int) -
             node="head",
         )
         chosen = options(Kind.SUPERVISOR, name=name, farm=config.farm.name, ray_node_id=None)
-        supervisor: Any = ray.remote(Supervisor).options(**chosen).remote(encode("boot", boot))
-        try:
-            ray.get(supervisor.ready.remote(), timeout=_READY_S)
-        except ray.exceptions.RayError as exc:
-            raise StartError("supervisor", str(exc).strip().splitlines()[-1], str(settings.state_dir / "logs")) from exc
+        _await_supervisor(chosen, encode("boot", boot), str(settings.state_dir / "logs"))
         after = asyncio.run(_wait_ready(config, expected_nodes))
     finally:
         leave()
     return sorted(after - before)
+
+
+def _await_supervisor(chosen: dict[str, Any], boot: bytes, logs: str) -> None:
+    """Find or make the supervisor and wait until it is ready.
+
+    One whose node or process died just now is being restarted by Ray elsewhere: until that is done, calls fail.
+    """
+    give_up_s = time.monotonic() + _READY_S
+    while True:
+        supervisor: Any = ray.remote(Supervisor).options(**chosen).remote(boot)
+        try:
+            ray.get(supervisor.ready.remote(), timeout=max(1.0, give_up_s - time.monotonic()))
+        except ray.exceptions.RayError as exc:
+            if isinstance(exc, ray.exceptions.ActorUnavailableError) and time.monotonic() < give_up_s:
+                time.sleep(_POLL_S)
+                continue
+            raise StartError("supervisor", str(exc).strip().splitlines()[-1], logs) from exc
+        return
 
 
 async def _presence(config: Config) -> tuple[list[NodeRecord], list[ActorRecord]]:

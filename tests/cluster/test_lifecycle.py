@@ -1,0 +1,320 @@
+"""A farm's life: up, up again, repair after kill -9 of each process, down, purge, and neighbours."""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from storage.services.process import FARM_MARK, SERVICE_MARK
+from tests.doubles.farm import FAST, RunningFarm
+from tests.doubles.redis import redis_binaries, redis_server
+from tests.doubles.registry import random_image
+
+pytestmark = [pytest.mark.cluster, pytest.mark.registry, pytest.mark.timeout(300)]
+
+SOON_S = 30.0
+
+
+def processes(farm):
+    """Return every process that carries the farm's mark: pid to (service, command's name)."""
+    mark = f"{FARM_MARK}={Path(farm.state_dir, 'farm-id').read_text().strip()}"
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it has ended
+            environment = (entry / "environ").read_text(errors="replace").split("\0")
+            # Ray's agents write their titles over the end of their environment.
+            if mark in environment:
+                service = next((x for x in environment if x.startswith(f"{SERVICE_MARK}=")), "").partition("=")[2]
+                found[int(entry.name)] = (service, (entry / "comm").read_text().strip())
+    return found
+
+
+def mounts(farm):
+    return [line for line in Path("/proc/mounts").read_text().splitlines() if f" {farm.state_dir}/" in line]
+
+
+def documents(farm, *commands):
+    return [farm.cli_json(*command) for command in commands]
+
+
+def works(farm, registry):
+    """Pull an image nobody has seen and extract it; the files are there."""
+    repository = f"life/{secrets.token_hex(4)}"
+    registry.push(repository, "1", random_image(secrets.randbits(64), layers=2))
+    pulled = farm.cli_json("pull", f"{registry.host}/{repository}:1")
+    assert [layer["lazy"] for layer in pulled["layers"]] == [True, True]
+    (node,) = farm.cli_json("extract", pulled["ref"])["nodes"]
+    assert Path(node["path"], "data-1").stat().st_size == 20_000
+    return pulled["ref"]
+
+
+def lazy_ref(farm, registry):
+    """Pull an image and leave it lazy."""
+    repository = f"life/{secrets.token_hex(4)}"
+    registry.push(repository, "1", random_image(secrets.randbits(64), layers=2))
+    return farm.cli_json("pull", f"{registry.host}/{repository}:1")["ref"]
+
+
+def refs(farm):
+    """Return each ref with whether it is lazy."""
+    return {ref["ref"]: ref["lazy"] for ref in farm.cli_json("refs", "ls")["refs"]}
+
+
+@contextlib.contextmanager
+def neighbour(directory, config="", *, environ=FAST):
+    """Bring up another farm of one node, by the command line; it is purged at the end of the block."""
+    file = directory.with_suffix(".toml")
+    file.write_text(config)
+    farm = RunningFarm(state_dir=directory, settings=None, environ=dict(environ))
+    try:
+        farm.told = farm.cli_json("up", "--nodes", "1", "--config", str(file), timeout_s=240)
+        yield farm
+    finally:
+        farm.cli("down", "--purge", check=False)
+
+
+# -- up again ------------------------------------------------------------------------------------------------
+
+
+def test_up_again_is_a_no_op_that_says_so(farm):
+    """To people and to scripts; every process stays the one it was."""
+    before = set(processes(farm))
+    told = farm.cli_json("up")
+    assert (told["changed"], told["started"]) == (False, [])
+    assert {node["id"] for node in told["nodes"]} == {"n0", "n1", "n2"}
+    assert "already up: nothing was changed" in farm.cli("up").stdout
+    assert before <= set(processes(farm))
+
+
+# -- kill -9 -------------------------------------------------------------------------------------------------
+
+
+def by_name(service, name):
+    """Find a process of the farm by its service and the start of its command's name."""
+
+    def find(farm):
+        return next(pid for pid, (s, n) in sorted(processes(farm).items()) if s == service and n.startswith(name))
+
+    return find
+
+
+def actor(kind):
+    """Find the process of the last actor of a kind."""
+
+    def find(farm):
+        return [a["pid"] for a in farm.cli_json("status")["actors"] if a["kind"] == kind][-1]
+
+    return find
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [
+        pytest.param(by_name("redis", "redis-server"), id="redis"),
+        pytest.param(by_name("s3-proxy", ""), id="s3-proxy"),
+        pytest.param(by_name("s3-account", ""), id="s3-account"),
+        pytest.param(by_name("s3-container", ""), id="s3-container"),
+        pytest.param(by_name("s3-object", ""), id="s3-object"),
+        pytest.param(actor("fetch-worker"), id="fetch-worker"),
+        pytest.param(actor("cache-shard"), id="cache-shard"),
+        pytest.param(actor("supervisor"), id="supervisor"),
+        pytest.param(by_name("ray-n2", "raylet"), id="raylet"),
+        pytest.param(by_name("ray-n1", "python"), id="ray start"),
+        pytest.param(by_name("ray-n0", "gcs_server"), id="gcs"),
+    ],
+)
+def test_up_repairs_what_kill_9_ended(farm, registry, victim):
+    """Whichever process it was: all runs again, refs are there, lazy ones are lazy, and new work is done."""
+    ref = lazy_ref(farm, registry)
+    pid = victim(farm)
+    os.kill(pid, signal.SIGKILL)
+    until_gone([pid])
+    farm.cli("up", timeout_s=200)
+    assert pid not in processes(farm)
+    status = farm.cli_json("status")
+    assert "problems" not in status
+    assert {(a["kind"], a["state"]) for a in status["actors"]} == {
+        (kind, "ready") for kind in ("supervisor", "cache-shard", "fetch-worker")
+    }
+    assert refs(farm)[ref] is True
+    works(farm, registry)
+    assert farm.cli_json("up")["changed"] is False
+
+
+def until_gone(pids):
+    give_up_s = time.monotonic() + SOON_S
+    while any(Path(f"/proc/{pid}").exists() and not _is_zombie(pid) for pid in pids):
+        assert time.monotonic() < give_up_s, f"{pids} still run"
+        time.sleep(0.05)
+
+
+def _is_zombie(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+# -- down ----------------------------------------------------------------------------------------------------
+
+
+def test_down_ends_all_of_the_farm_and_nothing_else_and_up_finds_its_data(farm, registry):
+    """No process, no mount is left; refs survive, lazy ones as lazy ones, and what was present is not fetched anew."""
+    lazy, present = lazy_ref(farm, registry), works(farm, registry)
+    known = refs(farm)
+    with subprocess.Popen(["sleep", "600"], env={**os.environ, "LAZYFARM_STATE_DIR": str(farm.state_dir)}) as bystander:
+        before = set(processes(farm))
+        assert before
+        assert mounts(farm) or os.geteuid() != 0
+        told = farm.cli_json("down")
+        assert set(told) == {"stopped"}
+        assert {"redis", "s3-proxy", "ray-n0", "ray-n1", "ray-n2"} <= set(told["stopped"])
+        until_gone(before)
+        assert processes(farm) == {}
+        assert mounts(farm) == []
+        assert bystander.poll() is None
+        bystander.kill()
+    assert farm.cli_json("down") == {"stopped": []}
+    assert json.loads(farm.cli("status", "--json", check=False).stdout)["error"]["type"] == "FarmNotRunningError"
+
+    up = farm.cli_json("up", "--nodes", "3", timeout_s=240)
+    assert up["changed"] is True
+    assert refs(farm) == known
+    assert (known[lazy], known[present]) == (True, False)
+    assert {layer["source"] for layer in farm.cli_json("unlazy", present)["layers"]} == {"present"}
+    assert {layer["source"] for layer in farm.cli_json("unlazy", lazy)["layers"]} != {"present"}
+    (node,) = farm.cli_json("extract", present)["nodes"]
+    assert Path(node["path"], "data-0").exists()
+
+
+# -- neighbours ----------------------------------------------------------------------------------------------
+
+
+def addresses(told):
+    return {told["redis"], told["s3"], told["ray"]}
+
+
+def test_two_farms_on_one_machine_do_not_meet(farm, registry, tmp_path):
+    """Other ports, other refs; the end of one is nothing to the other; purge leaves nothing of it."""
+    ours, theirs = farm.cli_json("status"), lazy_ref(farm, registry)
+    before = set(processes(farm))
+    with neighbour(tmp_path / "other") as other:
+        assert not addresses(ours) & addresses(other.told)
+        assert theirs not in refs(other)
+        ref = works(other, registry)
+        assert ref not in refs(farm)
+        assert not set(processes(other)) & set(processes(farm))
+        gone = set(processes(other))
+        temp = (other.state_dir / "ray").readlink()
+        assert other.cli_json("down", "--purge")["stopped"]
+        until_gone(gone)
+        assert not other.state_dir.exists()
+        assert not temp.exists()
+        assert mounts(other) == []
+    assert before <= set(processes(farm))
+    assert farm.cli_json("status")["actors"] == ours["actors"]
+    works(farm, registry)
+
+
+def _named(farm, service):
+    """Return a configuration that names one service of *farm*, under another farm's name."""
+    config = farm.cli_json("status")
+    secret = farm.state_dir / "secrets"
+    table = {
+        "redis": f'[redis]\nurl = "{config["redis"]}"\npassword_file = "{secret}/redis-password"\n',
+        "s3": f'[s3]\nendpoint = "{config["s3"]}"\ncredentials_file = "{_s3_file(farm)}"\nbucket = "borrowed"\n',
+        "ray": f'[ray]\naddress = "{config["ray"]}"\ntoken_file = "{secret}/ray-token"\n',
+    }
+    return f'[farm]\nname = "borrower"\n\n{table[service]}'
+
+
+def _s3_file(farm):
+    import tomllib  # noqa: PLC0415 - the one place that looks inside
+
+    return tomllib.loads((farm.state_dir / "farm.toml").read_text())["s3"]["credentials_file"]
+
+
+@pytest.mark.parametrize("service", ["redis", "s3", "ray"])
+def test_what_the_configuration_names_is_used_and_neither_started_nor_ended(farm, registry, tmp_path, service):
+    """Each on its own; the rest is started. Down ends the farm's part of it alone: its actors, where Ray is named."""
+    ref = lazy_ref(farm, registry)
+    lenders = farm.cli_json("status")
+    running = set(processes(farm))
+    node_root = tmp_path / "disk"
+    config = f'{_named(farm, service)}\n[node]\nroot = "{node_root}"\n'
+    with neighbour(tmp_path / "borrower", config) as borrower:
+        assert borrower.told[service] == lenders[service]
+        assert not {name for name, _ in processes(borrower).values()} & {service, f"{service}-proxy", f"{service}-n0"}
+        assert len(borrower.told["nodes"]) == (3 if service == "ray" else 1)
+        assert "problems" not in borrower.cli_json("status")
+        assert ref not in refs(borrower)
+        works(borrower, registry)
+        assert borrower.cli_json("up")["changed"] is False
+        actors = [actor["pid"] for actor in borrower.cli_json("status")["actors"]]
+        (node_root / "precious").write_text("not the farm's")
+        told = borrower.cli_json("down")
+        assert not {name for name in told["stopped"] if name.startswith(service)}
+        until_gone(actors)
+        assert [line for line in Path("/proc/mounts").read_text().splitlines() if str(node_root) in line] == []
+        borrower.cli("down", "--purge")
+        assert [path.name for path in node_root.iterdir()] == ["precious"]
+    assert running <= set(processes(farm))
+    assert "problems" not in farm.cli_json("status")
+    assert refs(farm)[ref] is True
+    works(farm, registry)
+
+
+# -- refusals ------------------------------------------------------------------------------------------------
+
+
+def refused(state_dir, config, tmp_path):
+    """Run an ``up`` that must fail, and return its error document."""
+    file = tmp_path / "farm.toml"
+    file.write_text(config)
+    farm = RunningFarm(state_dir=state_dir, settings=None)
+    done = farm.cli("up", "--config", str(file), "--json", check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    return json.loads(done.stdout)["error"]
+
+
+def test_every_fault_of_a_configuration_is_told_at_once(tmp_path):
+    """Each with its key, without a traceback, and before anything is made."""
+    config = """
+[redis]
+url = "http://127.0.0.1:1"
+[fetch]
+ranges_per_layer = 0
+nonsense = true
+[node]
+snapshotter = "zfs"
+[colour]
+red = 1
+"""
+    error = refused(tmp_path / "state", config, tmp_path)
+    assert error["type"] == "ConfigError"
+    for key in ("redis.url", "fetch.ranges_per_layer", "fetch.nonsense", "node.snapshotter", "colour"):
+        assert key in error["message"]
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_redis_that_evicts_is_refused_before_anything_starts(tmp_path):
+    """Records would be thrown out for want of memory: the policy is named, and what to set instead."""
+    with redis_server(next(iter(redis_binaries().values())), "--maxmemory-policy", "allkeys-lru") as server:
+        error = refused(tmp_path / "state", f'[redis]\nurl = "{server.config.url}"\n', tmp_path)
+    assert error["type"] == "UnsafeStoreError"
+    assert "allkeys-lru" in error["message"]
+    assert "noeviction" in error["message"] + error["hint"]
+    assert not list((tmp_path / "state").glob("run/*.json"))
+
+
+def test_a_named_service_that_does_not_answer_is_named(tmp_path):
+    """The address, within the deadline of its client."""
+    error = refused(tmp_path / "state", '[redis]\nurl = "redis://127.0.0.1:1/0"\ntimeout_s = 2\n', tmp_path)
+    assert "127.0.0.1:1" in error["message"]
