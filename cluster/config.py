@@ -140,6 +140,8 @@ class RegistryConfig:
     ca_file: str = ""
     #: Concurrent requests of the whole cluster at most.
     max_concurrency: int = 12
+    #: Requests a second of the whole cluster at most; 0 for as many as come.
+    max_requests_per_s: float = 0.0
     #: Seconds until a connection or an answer is given up.
     timeout_s: float = 30.0
     #: Tries of one control request, the first included.

@@ -233,6 +233,7 @@ RANGES: dict[str, Range] = {
     "fetch.retry_budget_s": Range(0, _DAY_S),
     "node.cache_bytes": Range(5 * _MIB, 1024 * _TIB),
     "registries.*.max_concurrency": Range(1, 10_000),
+    "registries.*.max_requests_per_s": Range(0, 10_000),
     "registries.*.timeout_s": Range(0.1, _HOUR_S),
     "registries.*.attempts": Range(1, 100),
     "registries.*.retry_budget_s": Range(0, _DAY_S),

@@ -525,7 +525,7 @@ class HostLimiter(Protocol):
     """One cluster-wide limit a registry host, on concurrent requests and on the request rate."""
 
     def slot(self, host: str, *, deadline_s: float) -> AbstractAsyncContextManager[None]:
-        """Hold one of the host's slots; waits its turn, and for the end of a Retry-After.
+        """Hold one of the host's slots for one request; waits its turn, for the rate, and for a Retry-After's end.
 
         Raises:
             DeadlineExceededError: none came free in *deadline_s* seconds.
@@ -533,11 +533,15 @@ class HostLimiter(Protocol):
         ...
 
     async def throttled(self, host: str, retry_after_s: float) -> None:
-        """Record a 429: nobody in the cluster asks before that, and the limit is halved (not below 1)."""
+        """Record a 429: nobody in the cluster asks before that, and the limit is halved (not below 1).
+
+        So is the rate, to half of what was asked of late if that is less (not below 1 a second); where none is
+        configured, one is set.
+        """
         ...
 
     async def succeeded(self, host: str) -> None:
-        """Record a success: the limit creeps back up to what is configured."""
+        """Record a success: limit and rate creep back up to what is configured, or until the rate is lifted."""
         ...
 
 

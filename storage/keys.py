@@ -31,7 +31,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``outcome:KEY:FENCE`` | string, 60 s | payload of the event that ended the flight |
 | ``events:KEY`` | channel | payloads of flight events |
 | ``proof:LENGTH:IDENTITY:SOURCE`` | zset | digest → expiry, milliseconds |
-| ``host:HOST`` | hash, an hour | ``limit`` ``not_before`` ``halved`` |
+| ``host:HOST`` | hash, an hour | ``limit not_before halved rate lift_at tokens recent asked_at`` |
 | ``slots:HOST`` | zset, seconds | slot → expiry, milliseconds |
 | ``queue:HOST`` | zset, seconds | who waits for a slot → its place |
 | ``queue-seen:HOST`` | zset, seconds | who waits for a slot → until when, milliseconds |

@@ -31,9 +31,11 @@ class RedisHostLimiter:
     """Implements :class:`cluster.ports.HostLimiter`.
 
     Additive increase, multiplicative decrease (Chiu and Jain 1989) on concurrent requests: a burst of 429s
-    halves the limit, as many successes as it is high add one. With nothing in the way, entering costs one
-    round trip and leaving none. Who waits has a place in a queue and asks for it again and again, with
-    jitter, rarer the more come before; within a process, who leaves also nudges who has waited longest.
+    halves the limit, as many successes as it is high add one. The request rate goes down and up alike, and is
+    kept by a token bucket; where none is configured there is one only after a 429. With nothing in the way,
+    entering costs one round trip and leaving none. Who waits has a place in a queue and asks for it again and
+    again, with jitter, rarer the more come before; within a process, who leaves also nudges who has waited
+    longest.
     """
 
     def __init__(self, link: RedisLink, keys: Keys, config: Config) -> None:
@@ -42,7 +44,7 @@ class RedisHostLimiter:
         self._config = config
         self._held: dict[str, str] = {}
         self._waiting: dict[str, deque[asyncio.Event]] = {}
-        #: Hosts whose limit was below the configured one when last seen: only these need be told of success.
+        #: Hosts whose limit or rate 429s had brought down when last seen: only these need be told of success.
         self._reduced: set[str] = set()
         self._renewing: asyncio.Task[None] | None = None
 
@@ -70,27 +72,27 @@ class RedisHostLimiter:
     async def throttled(self, host: str, retry_after_s: float) -> None:
         """Record a 429."""
         self._reduced.add(host)
-        limit = self._limit(host)
-        retry_after_ms = int(max(0.0, retry_after_s) * 1000)
-        await self._link.run("host_throttled", self._prefix, host, retry_after_ms, limit, int(_BURST_S * 1000))
+        retry_after_ms, burst_ms = int(max(0.0, retry_after_s) * 1000), int(_BURST_S * 1000)
+        await self._link.run("host_throttled", self._prefix, host, retry_after_ms, *self._configured(host), burst_ms)
 
     async def succeeded(self, host: str) -> None:
         """Record a success."""
         if host in self._reduced:
-            await self._link.run("host_succeeded", self._prefix, host, self._limit(host))
+            await self._link.run("host_succeeded", self._prefix, host, *self._configured(host))
 
-    def _limit(self, host: str) -> int:
-        return self._config.registry(host).max_concurrency
+    def _configured(self, host: str) -> tuple[int, float]:
+        entry = self._config.registry(host)
+        return entry.max_concurrency, entry.max_requests_per_s
 
     async def _take(self, host: str, slot: str) -> None:
-        limit, slot_ms, place_ms = self._limit(host), int(SLOT_TTL_S * 1000), int(_PLACE_TTL_S * 1000)
+        configured, slot_ms, place_ms = self._configured(host), int(SLOT_TTL_S * 1000), int(_PLACE_TTL_S * 1000)
         nudged = asyncio.Event()
         waiting = self._waiting.setdefault(host, deque())
         waiting.append(nudged)
         try:
             while True:
                 taken, wait_ms, before, is_reduced = await self._link.run(
-                    "slot_take", self._prefix, host, slot, limit, slot_ms, place_ms, may_repeat=True
+                    "slot_take", self._prefix, host, slot, *configured, slot_ms, place_ms, may_repeat=True
                 )
                 (self._reduced.add if is_reduced else self._reduced.discard)(host)
                 if taken:

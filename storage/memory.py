@@ -8,6 +8,7 @@ as it is by those of one Redis.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -48,6 +49,8 @@ _FLIGHT_LEASE_S = 120.0
 _OUTCOME_S = 60.0
 _DAY_S = 24 * 3600.0
 _ASK_S = 0.005
+_RECENT_S = 2.0
+_LIFT = 4.0
 
 
 @dataclass(slots=True)
@@ -574,14 +577,36 @@ class _Host:
     not_before_s: float = 0.0
     halved_s: float = -10.0
     queue: deque[object] = field(default_factory=deque)
+    #: What 429s have brought the rate down to, and where that ends if none is configured.
+    rate: float | None = None
+    lift_at: float = math.inf
+    #: Tokens, None for a full bucket, and requests of late, each for less as it gets older: as of ``asked_s``.
+    tokens: float | None = None
+    recent: float = 0.0
+    asked_s: float = 0.0
+
+    def pass_time(self, now_s: float, rate: float) -> float:
+        """Bring tokens and recent requests up to date; return the tokens."""
+        passed_s, capacity = max(0.0, now_s - self.asked_s), max(1.0, rate)
+        tokens = capacity if self.tokens is None else min(capacity, self.tokens + passed_s * rate)
+        self.tokens = tokens if rate else 1.0
+        self.recent *= math.exp(-passed_s / _RECENT_S)
+        self.asked_s = now_s
+        return self.tokens
 
 
 class MemoryHostLimiter:
     """Fake of :class:`storage.limits.RedisHostLimiter`."""
 
-    def __init__(self, memory: Memory, limit: Callable[[str], int] = lambda _host: 12) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        limit: Callable[[str], int] = lambda _host: 12,
+        rate: Callable[[str], float] = lambda _host: 0.0,
+    ) -> None:
         self._memory = memory
         self._configured = limit
+        self._configured_rate = rate
         self._hosts: dict[str, _Host] = {}
 
     @asynccontextmanager
@@ -598,6 +623,7 @@ class MemoryHostLimiter:
             raise DeadlineExceededError(f"a request slot for {host}", f"none came free in {deadline_s:g} s") from exc
         finally:
             state.queue.remove(place)
+        self._ask(host, state)
         state.slots += 1
         try:
             yield
@@ -612,19 +638,42 @@ class MemoryHostLimiter:
         if now_s - state.halved_s > 1.0:
             state.limit = max(1.0, self._limit(host) / 2)
             state.halved_s = now_s
+            self._slow_down(host, state)
 
     async def succeeded(self, host: str) -> None:
         """Record a success."""
-        limit = self._limit(host)
-        self._hosts.setdefault(host, _Host()).limit = limit + 1 / limit
+        limit, state = self._limit(host), self._hosts.setdefault(host, _Host())
+        state.limit = limit + 1 / limit
+        if state.rate is not None:
+            state.rate += 1 / state.rate
+            if state.rate >= (self._configured_rate(host) or state.lift_at):
+                state.rate = None
 
     def _limit(self, host: str) -> float:
         limit = self._hosts.setdefault(host, _Host()).limit
         return self._configured(host) if limit is None else min(limit, self._configured(host))
 
+    def _rate(self, host: str, state: _Host) -> float:
+        return self._configured_rate(host) if state.rate is None else state.rate
+
     def _is_free(self, host: str, state: _Host, place: object) -> bool:
-        free = int(self._limit(host)) - state.slots
-        return self._memory.now_s() >= state.not_before_s and state.queue.index(place) < free
+        now_s, rate, before = self._memory.now_s(), self._rate(host, state), state.queue.index(place)
+        tokens = state.pass_time(now_s, rate)
+        has_token = not rate or tokens >= before + 1
+        return now_s >= state.not_before_s and has_token and before < int(self._limit(host)) - state.slots
+
+    def _ask(self, host: str, state: _Host) -> None:
+        rate = self._rate(host, state)
+        tokens = state.pass_time(self._memory.now_s(), rate)
+        state.tokens = tokens - 1 if rate else tokens
+        state.recent += 1
+
+    def _slow_down(self, host: str, state: _Host) -> None:
+        configured, rate = self._configured_rate(host) or math.inf, self._rate(host, state)
+        state.tokens = min(1.0, state.pass_time(self._memory.now_s(), rate))
+        asked = min(rate or math.inf, state.recent / _RECENT_S)
+        state.rate = min(configured, max(1.0, asked / 2))
+        state.lift_at = _LIFT * state.rate
 
 
 class MemoryProgressStore:

@@ -1,21 +1,24 @@
--- Record a 429: nobody asks for a while, and the limit is halved, once for a burst of them.
+-- Record a 429: nobody asks for a while, and limit and rate are halved, once for a burst of them.
 --
 -- KEYS[1] prefix of the farm's keys
 -- ARGV[1] host
 -- ARGV[2] milliseconds until anybody may ask again
 -- ARGV[3] configured limit
--- ARGV[4] milliseconds within which 429s are one burst
+-- ARGV[4] configured requests a second, 0 for any
+-- ARGV[5] milliseconds within which 429s are one burst
 -- return  the limit now, rounded down
 -- include: time
 -- include: host
+-- include: rate
 local prefix, host = KEYS[1], ARGV[1]
 local now = now_ms()
 local known = redis.call('HMGET', prefix .. ':host:' .. host, 'not_before', 'halved')
 local not_before = math.max(tonumber(known[1] or 0), now + tonumber(ARGV[2]))
 local limit = host_limit(prefix, host, tonumber(ARGV[3]))
-if now - tonumber(known[2] or 0) > tonumber(ARGV[4]) then
+if now - tonumber(known[2] or 0) > tonumber(ARGV[5]) then
   limit = math.max(1, limit / 2)
   host_set(prefix, host, 'limit', limit, 'halved', now)
+  host_slow_down(prefix, host, tonumber(ARGV[4]), now)
 end
 host_set(prefix, host, 'not_before', not_before)
 return math.floor(limit)

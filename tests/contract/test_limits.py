@@ -10,7 +10,7 @@ import pytest
 
 from cluster.errors import DeadlineExceededError
 from storage.limits import SLOT_TTL_S
-from tests.doubles.stores import LIMIT, RedisFarm
+from tests.doubles.stores import LIMIT, RATE, RATED_HOST, SLOW_HOST, RedisFarm
 
 HOST = "registry.example:5000"
 SOON_S = 0.1
@@ -29,6 +29,22 @@ async def is_free(limiter, host=HOST) -> bool:
 async def hold(stack: AsyncExitStack, limiter, count: int) -> None:
     for _ in range(count):
         await stack.enter_async_context(limiter.slot(HOST, deadline_s=LONG_S))
+
+
+async def hold_slowly(stack: AsyncExitStack, stores, count: int) -> None:
+    """Take slots one a second, which every rate allows."""
+    for _ in range(count):
+        stores.pass_time(1.0)
+        await hold(stack, stores.limiter, 1)
+    stores.pass_time(1.0)
+
+
+async def ask(limiter, host=HOST, most=100) -> tuple[int, float]:
+    """Ask one after the other until it takes a wait; return how often it did not, and the seconds that took."""
+    started, count = time.monotonic(), 0
+    while count < most and await is_free(limiter, host):
+        count += 1
+    return count, time.monotonic() - started
 
 
 async def test_no_more_than_the_limit_are_under_way(stores):
@@ -127,7 +143,7 @@ async def test_a_429_halves_the_limit_once_a_burst(stores):
         await stores.limiter.throttled(HOST, 0.0)
         await stores.limiter.throttled(HOST, 0.0)
         async with AsyncExitStack() as held:
-            await hold(held, stores.limiter, allowed)
+            await hold_slowly(held, stores, allowed)
             assert not await is_free(stores.limiter)
         stores.pass_time(1.5)
 
@@ -138,13 +154,13 @@ async def test_successes_bring_the_limit_back(stores):
     for _ in range(4):
         await stores.limiter.succeeded(HOST)
     async with AsyncExitStack() as held:
-        await hold(held, stores.limiter, LIMIT // 2 + 1)
+        await hold_slowly(held, stores, LIMIT // 2 + 1)
         assert not await is_free(stores.limiter)
 
     for _ in range(30):
         await stores.limiter.succeeded(HOST)
     async with AsyncExitStack() as held:
-        await hold(held, stores.limiter, LIMIT)
+        await hold_slowly(held, stores, LIMIT)
         assert not await is_free(stores.limiter)
 
 
@@ -157,6 +173,105 @@ async def test_nobody_asks_before_retry_after(stores):
     assert not await is_free(stores.limiter)
     stores.pass_time(11)
     assert await is_free(stores.limiter)
+
+
+async def test_no_more_a_second_than_the_rate(stores):
+    """A second's worth may be asked at once, then as many as the rate gives; what nobody asks is not saved up."""
+    for _ in range(3):
+        count, took_s = await ask(stores.limiter, RATED_HOST)
+        assert RATE <= count <= RATE + RATE * took_s
+        stores.pass_time(60)
+
+
+async def test_the_rate_is_the_clusters(redis_any):
+    """What one process asks counts for every other."""
+    async with two_processes(redis_any) as (one, two):
+        assert await is_free(one.limiter, SLOW_HOST)
+        assert not await is_free(two.limiter, SLOW_HOST)
+
+
+async def test_a_rate_may_be_less_than_one_a_second(stores):
+    """At one request in two seconds a second is not enough, two are; a 429 makes it neither slower nor faster."""
+    assert await is_free(stores.limiter, SLOW_HOST)
+    for is_throttled in (False, True):
+        if is_throttled:
+            await stores.limiter.throttled(SLOW_HOST, 0.0)
+        stores.pass_time(1.0)
+        assert not await is_free(stores.limiter, SLOW_HOST)
+        stores.pass_time(1.0)
+        assert await is_free(stores.limiter, SLOW_HOST)
+
+
+async def test_the_rate_keeps_the_order_of_arrival(stores):
+    """A token that comes goes to who waits longest, although slots are free for all."""
+    order = []
+
+    async def request(number):
+        async with stores.limiter.slot(HOST, deadline_s=LONG_S):
+            order.append(number)
+
+    await stores.limiter.throttled(HOST, 0.0)  # one a second from here on: never two tokens at a time
+    assert await is_free(stores.limiter)
+    tasks = []
+    for number in range(3):
+        tasks.append(asyncio.create_task(request(number)))
+        await asyncio.sleep(0.01)  # the order of arrival is by the store's clock
+    for task in tasks:
+        stores.pass_time(1.0)  # thrice is less than a place in the queue is kept
+        await task
+
+    assert order == [0, 1, 2]
+
+
+async def test_a_429_sets_half_the_rate_of_late(stores):
+    """Without a configured rate there is none until a 429; then it is half of what was asked in the last seconds."""
+    asked, _ = await ask(stores.limiter, most=40)
+    assert asked == 40  # 20 a second over two seconds, or a little less if it took long
+
+    await stores.limiter.throttled(HOST, 0.0)
+    count, took_s = await ask(stores.limiter)
+    assert 1 <= count <= 1 + 10 * took_s  # whoever got the 429 may try again at once
+    stores.pass_time(10)
+    count, took_s = await ask(stores.limiter)
+    assert 3 <= count <= 10 + 10 * took_s
+
+
+async def test_the_rate_never_falls_below_one_a_second(stores):
+    """However many bursts of 429s, a second is enough for one request."""
+    for _ in range(4):
+        await stores.limiter.throttled(HOST, 0.0)
+        stores.pass_time(2)
+        assert await is_free(stores.limiter)
+
+
+async def test_successes_lift_the_rate(stores):
+    """Successes raise a rate that only 429s have set, until there is none."""
+    await ask(stores.limiter, most=40)
+    await stores.limiter.throttled(HOST, 0.0)
+    for _ in range(20):
+        await stores.limiter.succeeded(HOST)
+    stores.pass_time(10)
+    count, took_s = await ask(stores.limiter)
+    assert count <= 13 + 13 * took_s
+
+    for _ in range(1000):
+        await stores.limiter.succeeded(HOST)
+    assert (await ask(stores.limiter, most=200))[0] == 200
+
+
+async def test_successes_bring_the_configured_rate_back(stores):
+    """A 429 lowers a configured rate, too; successes raise it up to what is configured, and no further."""
+    await ask(stores.limiter, RATED_HOST)
+    await stores.limiter.throttled(RATED_HOST, 0.0)
+    stores.pass_time(10)
+    count, took_s = await ask(stores.limiter, RATED_HOST)
+    assert 1 <= count <= 1 + RATE / 2 * took_s
+
+    for _ in range(20):
+        await stores.limiter.succeeded(RATED_HOST)
+    stores.pass_time(10)
+    count, took_s = await ask(stores.limiter, RATED_HOST)
+    assert RATE <= count <= RATE + RATE * took_s
 
 
 async def test_entering_costs_one_round_trip_and_leaving_none(redis_farm):
@@ -175,6 +290,35 @@ async def test_entering_costs_one_round_trip_and_leaving_none(redis_farm):
         leaving.send(None)  # ran through without waiting for anything
 
     assert entered - before == 1
+
+
+async def test_a_repeated_entry_counts_once(redis_farm):
+    """A client whose connection drops asks for its slot again: it has it, and nothing of the rate is taken twice."""
+    limiter = redis_farm.stores().limiter
+    link, keys = redis_farm.links[0], redis_farm.keys
+    for _ in range(5):
+        answer = await link.run("slot_take", keys.prefix, RATED_HOST, "one", LIMIT, RATE, 15_000, 5_000)
+        assert answer == [1, 0, 0, 0]
+
+    assert (await ask(limiter, RATED_HOST))[0] >= RATE - 1
+
+
+async def test_successes_cost_nothing_once_all_is_as_configured(redis_farm):
+    """Redis is told of successes while a 429 has its effect: until limit and rate are back."""
+    limiter, link = redis_farm.stores().limiter, redis_farm.links[0]
+    await ask(limiter, most=40)
+    await limiter.throttled(HOST, 0.0)
+    told = []
+    for _ in range(2):
+        redis_farm.pass_time(1.0)
+        assert await is_free(limiter)  # the answer says whether anything is reduced
+        before = await calls(link)
+        await limiter.succeeded(HOST)
+        told.append(await calls(link) - before)
+        for _ in range(1000):
+            await limiter.succeeded(HOST)
+
+    assert told == [1, 0]
 
 
 async def test_a_dead_holders_slot_comes_back(redis_farm):

@@ -34,6 +34,18 @@ from tests.doubles.redis import RedisServer, redis_binaries, redis_server
 
 #: Requests that the limited host may have under way.
 LIMIT = 4
+#: A host with a configured rate, and that rate, in requests a second.
+RATED_HOST = "rated.example"
+RATE = 3.0
+#: A host that may be asked once in two seconds.
+SLOW_HOST = "slow.example"
+SLOW_RATE = 0.5
+
+_REGISTRIES = {
+    "default": RegistryConfig(max_concurrency=LIMIT),
+    RATED_HOST: RegistryConfig(max_concurrency=LIMIT, max_requests_per_s=RATE),
+    SLOW_HOST: RegistryConfig(max_concurrency=LIMIT, max_requests_per_s=SLOW_RATE),
+}
 
 # Moves everything that a farm has recorded into the past, which is what the passing of time does to it.
 _AGE = """
@@ -49,7 +61,7 @@ for _, key in ipairs(redis.call('KEYS', prefix .. ':*')) do
       end
     end
   elseif kind == 'hash' then
-    for _, field in ipairs({'expires', 'not_before', 'halved'}) do
+    for _, field in ipairs({'expires', 'not_before', 'halved', 'asked_at'}) do
       if redis.call('HEXISTS', key, field) == 1 then
         redis.call('HINCRBY', key, field, -ms)
       end
@@ -95,13 +107,13 @@ class Stores:
 
 def memory_stores(memory: Memory, clock: FakeClock) -> Stores:
     """Return the fakes over *memory*."""
-    flights = MemoryFlightStore(memory)
+    flights, config = MemoryFlightStore(memory), Config(registries=_REGISTRIES)
     return Stores(
         refs=MemoryRefStore(memory),
         leases=MemoryLeaseStore(memory),
         flights=flights,
         proofs=MemoryProofStore(memory),
-        limiter=MemoryHostLimiter(memory, lambda _host: LIMIT),
+        limiter=MemoryHostLimiter(memory, lambda _host: LIMIT, lambda host: config.registry(host).max_requests_per_s),
         progress=MemoryProgressStore(memory),
         pass_time=clock.advance,
         new_renewer=lambda: MemoryFlightRenewer(flights),
@@ -121,7 +133,7 @@ class RedisFarm:
         """Return adapters over a client of their own."""
         link = connect(self.config)
         self.links.append(link)
-        config = Config(registries={"default": RegistryConfig(max_concurrency=LIMIT)})
+        config = Config(registries=_REGISTRIES)
         return Stores(
             refs=RedisRefStore(link, self.keys),
             leases=RedisLeaseStore(link, self.keys),

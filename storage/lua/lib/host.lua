@@ -1,5 +1,5 @@
 -- The limit of a registry host: `limit` is what 429s have brought it down to; without one it is the
--- configured one. Forgotten after an hour without a 429 or a success that raised it.
+-- configured one. Forgotten after an hour without a request or a 429.
 
 local HOST_S = 3600
 
