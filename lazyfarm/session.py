@@ -32,7 +32,9 @@ from storage.registry.credentials import CredentialSource
 
 T = TypeVar("T")
 
-_POLL_S = 20.0
+#: Seconds that one question poll stays open at an actor. While it is, a driver that was killed counts as there:
+#: this and the actor's grace bound how long work goes on for nobody.
+POLL_S = 5.0
 _REOPEN_PAUSE_S = 0.5
 
 
@@ -167,7 +169,7 @@ class Session:
         async with asyncio.TaskGroup() as group:
             while True:
                 try:
-                    questions = await server.poll_questions(self.session_id, _POLL_S)
+                    questions = await server.poll_questions(self.session_id, POLL_S)
                 except ClusterError:
                     await asyncio.sleep(_REOPEN_PAUSE_S)  # the actor is being restarted, perhaps
                     continue
