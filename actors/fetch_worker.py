@@ -64,6 +64,8 @@ _BYTE_THREADS = 32
 #: Threads of their own for unpacking: every layer has one, also while it waits for its parent, whose bytes
 #: must never wait for a thread in turn.
 _UNPACK_THREADS = 512
+#: Parts in memory at most, of all transfers together: 96 MiB of 8 MiB parts.
+_PART_BUFFERS = 12
 _SHARD_TIMEOUT_S = 60.0
 _SETTLE_EVERY_S = 60.0
 
@@ -134,12 +136,13 @@ class FetchWorker(SessionServer):
             threads=threads,
             limits=TransferLimits(
                 part_bytes=config.fetch.part_bytes,
+                whole_up_to_bytes=config.fetch.whole_up_to_bytes,
                 parallel_from_bytes=config.fetch.parallel_from_bytes,
                 ranges=config.fetch.ranges_per_layer,
                 attempts=config.fetch.attempts,
                 retry_budget_s=config.fetch.retry_budget_s,
             ),
-            buffers=2 * config.fetch.ranges_per_layer + 2,
+            buffers=_PART_BUFFERS,
         )
         unlazier = Unlazier(
             worker=f"{boot.node}/{new_token()}",

@@ -102,6 +102,8 @@ class FetchConfig:
 
     #: Bytes of a range and of a multi-part part, 5 MiB to 5 GiB; grows where 10,000 parts would not do.
     part_bytes: int = 8 * 1024**2
+    #: Blobs up to this size are one part: one GET, one PUT.
+    whole_up_to_bytes: int = 24 * 1024**2
     #: Layers from this size on are fetched in parallel ranges.
     parallel_from_bytes: int = 32 * 1024**2
     #: Ranges of one layer under way at once.

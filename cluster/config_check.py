@@ -225,6 +225,7 @@ RANGES: dict[str, Range] = {
     "flight.deadline_s": Range(1, 7 * _DAY_S),
     # S3's own limits for a part of a multi-part upload.
     "fetch.part_bytes": Range(5 * _MIB, 5 * _GIB),
+    "fetch.whole_up_to_bytes": Range(0, _GIB),
     "fetch.parallel_from_bytes": Range(5 * _MIB, 64 * _TIB),
     "fetch.ranges_per_layer": Range(1, 64),
     "fetch.layers_per_node": Range(1, 256),

@@ -3,8 +3,8 @@
 Threads with preallocated buffers, because one event loop caps a process at a third of what four
 threads reach here. A reader fills a part's buffer from a socket; every chunk is written to the staging
 file and, where it is the next in order, hashed from the buffer; a full part goes to S3 from the same
-buffer on an uploader's thread, while the reader fills the next. Bytes that arrive out of order are
-hashed later from the staging file, which the page cache still holds.
+buffer, while other readers fill theirs. Bytes that arrive out of order are hashed later from the staging
+file, which the page cache still holds.
 
 Memory: the pool's buffers and nothing else, whatever the blob's size.
 """
@@ -17,7 +17,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic, NoReturn, Protocol, TypeVar, assert_never
@@ -55,6 +55,8 @@ from cluster.ports import ContentStore, ObjectInfo, Part
 _CHUNK = 1024 * 1024
 _HTTP_OK = 200
 _REPORT_EVERY_S = 0.2
+#: Seconds between looks at whether a transfer that waits for memory was told to stop.
+_LOOK_EVERY_S = 0.2
 
 
 class SourceResponse(Protocol):
@@ -132,32 +134,45 @@ class TransferStoppedError(Exception):
 
 
 class BufferPool:
-    """A fixed number of part-sized buffers, shared by all transfers of a process.
+    """Buffers of all transfers of a process, *count* times *buffer_bytes* of them at most.
 
-    Nobody holds one buffer while waiting for a second, so the pool can't deadlock.
+    Nobody holds one buffer while waiting for a second, so the pool can't deadlock. One that is larger than
+    the whole pool is given out when nothing else is.
     """
 
     def __init__(self, count: int, buffer_bytes: int) -> None:
         self.buffer_bytes = buffer_bytes
-        self._slots = threading.BoundedSemaphore(count)
-        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        self._budget_bytes = count * buffer_bytes
+        self._used_bytes = 0
+        self._changed = threading.Condition()
+        #: Part-sized ones, kept for the next.
+        self._free: list[bytearray] = []
 
     def acquire(self, needed_bytes: int, stop: threading.Event) -> bytearray:
-        """Take a buffer of at least *needed_bytes*; made on first use, kept afterwards."""
-        while not self._slots.acquire(timeout=0.2):
-            if stop.is_set():
-                raise TransferStoppedError
-        try:
-            buffer = self._free.get_nowait()
-        except queue.Empty:
-            buffer = bytearray(max(self.buffer_bytes, needed_bytes))
-        return buffer if len(buffer) >= needed_bytes else bytearray(needed_bytes)
+        """Take a buffer of at least *needed_bytes*, once there is room for it."""
+        size = max(self.buffer_bytes, needed_bytes)
+        with self._changed:
+            while self._used_bytes and self._used_bytes + size > self._budget_bytes:
+                self._changed.wait(_LOOK_EVERY_S)
+                if stop.is_set():
+                    raise TransferStoppedError
+            self._used_bytes += size
+            if size == self.buffer_bytes and self._free:
+                return self._free.pop()
+        return bytearray(size)
+
+    @property
+    def used_bytes(self) -> int:
+        """Return how much is given out."""
+        return self._used_bytes
 
     def release(self, buffer: bytearray) -> None:
         """Give a buffer back."""
-        if len(buffer) == self.buffer_bytes:
-            self._free.put(buffer)
-        self._slots.release()
+        with self._changed:
+            self._used_bytes -= len(buffer)
+            if len(buffer) == self.buffer_bytes:
+                self._free.append(buffer)
+            self._changed.notify_all()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +196,8 @@ class TransferLimits:
     ranges: int
     attempts: int
     retry_budget_s: float
+    #: Blobs up to this size are one part, whatever *part_bytes* says.
+    whole_up_to_bytes: int = 0
 
 
 class _OrderedHash:
@@ -230,6 +247,25 @@ class _OrderedHash:
 
 class _StartOverError(Exception):
     """Everything fetched so far is to be dropped and fetched anew. Never leaves this module."""
+
+
+class _StoreFailedError(Exception):
+    """A part could not be stored or recorded, which is no fault of its source. Never leaves this module."""
+
+    def __init__(self, error: ClusterError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _run_all(count: int, work: Callable[[], None]) -> None:
+    """Run *work* in *count* threads until all have ended; raise the first error."""
+    with ThreadPoolExecutor(max(1, count), thread_name_prefix="range") as pool:
+        running = [pool.submit(work) for _ in range(count)]
+    for future in running:
+        try:
+            future.result()
+        except _StoreFailedError as exc:
+            raise exc.error from exc
 
 
 class _Cursor:
@@ -345,7 +381,7 @@ class BlobTransfer(Generic[StagingT]):
         size = self._descriptor.size_bytes
         self._contributors.clear()
         part_bytes = resume.part_bytes if resume else part_size(size, self._limits.part_bytes)
-        if size <= part_bytes and resume is None:
+        if size <= max(part_bytes, self._limits.whole_up_to_bytes) and resume is None:
             return self._attempt_whole(staging)
         parts = parts_of(size, part_bytes)
         if resume is None:
@@ -384,7 +420,7 @@ class BlobTransfer(Generic[StagingT]):
         return self._transferred(info, staging)
 
     def _attempt_whole(self, staging: StagingT) -> Transferred[StagingT]:
-        """Fetch a blob of at most one part: one GET, one PUT."""
+        """Fetch a blob that is one part: one GET, one PUT."""
         size = self._descriptor.size_bytes
         hasher = _OrderedHash(staging)
         self._arrived_bytes = 0
@@ -479,23 +515,27 @@ class BlobTransfer(Generic[StagingT]):
         staging: StagingFile,
         hasher: _OrderedHash | None,
     ) -> None:
-        """Read the parts of *todo* and upload each; *stored* gains them."""
+        """Read the parts of *todo* and upload each; *stored* gains them.
+
+        Whoever reads a part uploads it before reading on, so an owner that dies costs one part for each
+        range that was open, and no more (invariant I1); ranges overlap each other's uploads.
+        """
         parallel = not self._in_one_piece and self._descriptor.size_bytes >= self._limits.parallel_from_bytes
         runs: queue.SimpleQueue[Run] = queue.SimpleQueue()
         for run in runs_of(todo, max_parts=1 if parallel else None):
             runs.put(run)
         readers = min(self._limits.ranges if parallel else 1, runs.qsize())
-        uploads: list[Future[None]] = []
         failed = threading.Event()
 
         def upload_part(part: PartRange, buffer: bytearray) -> None:
             try:
                 self._upload_part(part, buffer, upload, stored)
-            except BaseException:
-                failed.set()
-                raise
+            except ClusterError as exc:
+                raise _StoreFailedError(exc) from exc
             finally:
                 self._pool.release(buffer)
+
+        sink = _Sink(staging=staging, hasher=hasher, on_part=upload_part, is_abandoned=failed.is_set)
 
         def read_runs() -> None:
             try:
@@ -509,22 +549,7 @@ class BlobTransfer(Generic[StagingT]):
                 failed.set()
                 raise
 
-        with (
-            ThreadPoolExecutor(max(1, self._limits.ranges), thread_name_prefix="upload") as uploaders,
-            ThreadPoolExecutor(max(1, readers), thread_name_prefix="read") as pool,
-        ):
-            sink = _Sink(
-                staging=staging,
-                hasher=hasher,
-                on_part=lambda part, buffer: uploads.append(uploaders.submit(upload_part, part, buffer)),
-                is_abandoned=failed.is_set,
-            )
-            reading = [pool.submit(read_runs) for _ in range(readers)]
-            wait(reading, return_when=FIRST_EXCEPTION)
-            wait(reading)
-        # An error of a part's upload explains a reader that gave up, not the other way round.
-        for future in [*uploads, *reading]:
-            future.result()
+        _run_all(readers, read_runs)
         missing = [p.number for p in todo if p.number not in stored]
         if missing:
             raise InternalError(f"parts {missing} of {self._descriptor.digest} were never uploaded")

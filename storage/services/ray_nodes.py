@@ -30,6 +30,8 @@ STATE_VARIABLE = "LAZYFARM_STATE_DIR"
 NODE_LABEL = "lazyfarm-node"
 
 _READY_S = 90.0
+#: Seconds that a node may take to end by itself.
+_STOP_S = 2.0
 _STARTED = b"Ray runtime started."
 #: Unix socket paths end at 107 bytes, and Ray's are some 70 long: no state directory is sure to be short.
 _SHORT_TEMP = Path("/tmp")  # noqa: S108 - a directory of mkdtemp's goes there
@@ -204,14 +206,13 @@ class RayService:
 
     @staticmethod
     def _stop(nodes: Iterable[RayNode]) -> list[str]:
+        # All at once and without patience: whatever runs on a node may be killed at any instant by design.
         ending = sorted(nodes, key=lambda node: node.index, reverse=True)
-        workers = [node for node in ending if node.index > 0]
-        stopped = []
-        if workers:
-            with ThreadPoolExecutor(len(workers)) as pool:
-                ran = list(pool.map(lambda node: node.process.stop(), workers))
-            stopped = [node.process.name for node, did_run in zip(workers, ran, strict=True) if did_run]
-        return stopped + [node.process.name for node in ending if node.index == 0 and node.process.stop()]
+        if not ending:
+            return []
+        with ThreadPoolExecutor(len(ending)) as pool:
+            ran = list(pool.map(lambda node: node.process.stop(deadline_s=_STOP_S), ending))
+        return [node.process.name for node, did_run in zip(ending, ran, strict=True) if did_run]
 
     def _temp_dir(self) -> Path:
         """Return the cluster's short directory, ours alone, made unless ``STATE/ray`` links to one."""

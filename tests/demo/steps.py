@@ -27,6 +27,7 @@ _RANGES_PER_LAYER = 3
 CONFIG = f"""\
 [fetch]
 part_bytes = {_PART_BYTES}
+whole_up_to_bytes = {_PART_BYTES}
 parallel_from_bytes = {2 * _PART_BYTES}
 ranges_per_layer = {_RANGES_PER_LAYER}
 """
