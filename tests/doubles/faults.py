@@ -1,0 +1,486 @@
+"""A farm to break: a switch for every fault point, proxies before its stores, and what must hold afterwards.
+
+Every process of the farm gets one standing plan, in which each point has a rule to kill, to hang and to fail;
+each rule needs a claim (a file that nobody has made), and all claims are taken. So nothing happens until a
+test gives one up: then the first process that passes the point takes it, acts, and nobody else does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import os
+import random
+import secrets
+import signal
+import tarfile
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import zstandard
+
+from actors.join import leave
+from cluster.config import S3Config
+from cluster.digest import Digest
+from cluster.faultpoints import FaultPoint
+from cluster.ref import BlobRecord
+from lazyfarm.farm import Farm
+from storage.blobs import S3ContentStore
+from storage.connect import connect
+from storage.faults import HITS_VARIABLE, PLAN_VARIABLE
+from storage.keys import Keys
+from storage.presence import Presence
+from storage.refs import BLOB
+from storage.services.local import LocalServices
+from storage.services.process import FARM_MARK, marked_pids
+from storage.services.state_dir import StateDir
+from tests.doubles.farm import RunningFarm, running_farm
+from tests.doubles.registry import Image, LayerCompression, Registry, build_image, build_layer, docker_registry
+from tests.doubles.registry_faults import RegistryFaultProxy, registry_fault_proxy
+from tests.doubles.s3_faults import Hang, S3FaultProxy
+
+MIB = 1024 * 1024
+PART_BYTES = 5 * MIB
+LEASE_TTL_S = 2.0
+#: Ranges of one layer at once: what may be fetched twice when an owner dies is a part for each.
+RANGES = 3
+
+#: Short, so that faults show within a test's patience.
+SETTINGS = {
+    "LAZYFARM__FLIGHT__LEASE_TTL_S": str(LEASE_TTL_S),
+    "LAZYFARM__FLIGHT__POLL_S": "0.5",
+    "LAZYFARM__FLIGHT__DEADLINE_S": "60",
+    "LAZYFARM__CACHE__LEASE_TTL_S": "6",
+    "LAZYFARM__FETCH__PART_BYTES": str(PART_BYTES),
+    "LAZYFARM__FETCH__WHOLE_UP_TO_BYTES": "0",
+    "LAZYFARM__FETCH__PARALLEL_FROM_BYTES": str(16 * MIB),
+    "LAZYFARM__FETCH__RANGES_PER_LAYER": str(RANGES),
+    "LAZYFARM__FETCH__STALL_TIMEOUT_S": "2",
+    "LAZYFARM__FETCH__ATTEMPTS": "3",
+    "LAZYFARM__FETCH__RETRY_BUDGET_S": "15",
+    "LAZYFARM__REGISTRIES__DEFAULT__TIMEOUT_S": "3",
+    "LAZYFARM__REGISTRIES__DEFAULT__ATTEMPTS": "4",
+    "LAZYFARM__REGISTRIES__DEFAULT__RETRY_BUDGET_S": "10",
+    "LAZYFARM__S3__TIMEOUT_S": "5",
+    "LAZYFARM__S3__ATTEMPTS": "4",
+}
+
+
+# -- fault points -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A process that hangs at a fault point until the gate opens."""
+
+    path: Path
+
+    @property
+    def pid(self) -> int | None:
+        """Return the process at the gate."""
+        try:
+            text = Path(f"{self.path}.arrived").read_text().split()
+        except FileNotFoundError:
+            return None
+        return int(text[-1]) if text else None
+
+    async def arrival(self) -> int:
+        """Wait for a process at the gate; return its pid."""
+        pid = await eventually(lambda: self.pid, f"somebody at {self.path.name}")
+        assert pid is not None
+        return pid
+
+    def open(self) -> None:
+        """Let it go on."""
+        self.path.touch()
+
+
+class FaultSwitches:
+    """The standing plan's claims. Files of *directory*."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.hits = directory / "hits"
+        plan = []
+        for point in FaultPoint:
+            where = directory / point
+            plan += [
+                f"{point}=kill!{where}.kill",
+                f"{point}=hang:{where}.gate!{where}.hang",
+                f"{point}=error:UnavailableError!{where}.error",
+                f"{point}@2+=kill!{where}.kill-later",
+            ]
+        (directory / "plan").write_text("\n".join(plan))
+        self.reset()
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """Return what makes a process follow the plan."""
+        return {PLAN_VARIABLE: str(self._directory / "plan"), HITS_VARIABLE: str(self.hits)}
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Make what is started meanwhile, and all that it starts, follow the plan."""
+        os.environ.update(self.environ)
+        try:
+            yield
+        finally:
+            for name in self.environ:
+                del os.environ[name]
+
+    def reset(self) -> None:
+        """Let nothing more happen, and everybody who hangs go on."""
+        for point in FaultPoint:
+            for action in ("kill", "hang", "error", "kill-later"):
+                self._claim(point, action).touch()
+            self._gate(point).touch()
+
+    def kill(self, point: FaultPoint, *, later: bool = False) -> Callable[[], bool]:
+        """Kill the next process that passes *point* (*later*: not for the first time); tell whether it happened."""
+        claim = self._claim(point, "kill-later" if later else "kill")
+        claim.unlink()
+        return claim.exists
+
+    def fail(self, point: FaultPoint) -> Callable[[], bool]:
+        """Raise UnavailableError in the next that passes *point*; tell whether it happened."""
+        claim = self._claim(point, "error")
+        claim.unlink()
+        return claim.exists
+
+    def hang(self, point: FaultPoint) -> Gate:
+        """Make the next process that passes *point* wait at the gate."""
+        gate = self._gate(point)
+        gate.unlink()
+        Path(f"{gate}.arrived").unlink(missing_ok=True)
+        self._claim(point, "hang").unlink()
+        return Gate(gate)
+
+    def _claim(self, point: FaultPoint, action: str) -> Path:
+        return self._directory / f"{point}.{action}"
+
+    def _gate(self, point: FaultPoint) -> Path:
+        return self._directory / f"{point}.gate"
+
+
+# -- the farm -----------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class BrokenFarm:
+    """A farm of three nodes with something to break on every side."""
+
+    running: RunningFarm
+    faults: FaultSwitches
+    #: Between the farm and its S3 server.
+    s3_proxy: S3FaultProxy
+    #: Between the farm and the open registry.
+    proxy: RegistryFaultProxy
+    registry: Registry
+    store: S3ContentStore
+    #: Of images: never those of another run on the same farm.
+    _seeds: Iterator[int] = field(default_factory=lambda: itertools.count(secrets.randbits(48)))
+
+    # -- drivers --
+
+    @contextlib.asynccontextmanager
+    async def driver(self, **options: Any) -> AsyncIterator[Farm]:
+        """Join as a driver of this process; several at once are several sessions."""
+        farm = await self.running.connect(**options)
+        try:
+            yield farm
+        finally:
+            await farm.close()
+
+    def s3_back(self) -> None:
+        """Let S3 work again."""
+        for plan in self.s3_proxy._plans:
+            if isinstance(plan.then, Hang):
+                plan.then.proceed.set()
+        self.s3_proxy._plans.clear()
+
+    def restart_redis(self) -> None:
+        """Kill Redis and start it again, as ``up`` does."""
+        state = self.running.state_dir
+        os.kill(json.loads((state / "run" / "redis.json").read_text())["pid"], signal.SIGKILL)
+        assert LocalServices(state, self.running.settings.wanted).up_redis().was_started
+
+    def heal(self) -> None:
+        """Disarm everything, and count anew."""
+        self.faults.reset()
+        self.proxy.forget()
+        self.proxy.bytes_per_s = None
+        self.s3_back()
+
+    # -- images --
+
+    def image(
+        self,
+        *sizes: int,
+        repository: str = "app",
+        tag: str | None = None,
+        compression: LayerCompression = "zstd",
+        registry: Registry | None = None,
+    ) -> tuple[str, Image]:
+        """Push an image that nobody has seen, with layers of *sizes* bytes; return its name at the proxy."""
+        seed = next(self._seeds)
+        dice = random.Random(seed)  # noqa: S311 -- reproducible bytes, not secrets
+        layers = [
+            build_layer({f"data-{n}": dice.randbytes(size), "shared": b"%d" % n}, compression=compression)
+            for n, size in enumerate(sizes)
+        ]
+        image = build_image(layers, label=str(seed))
+        found = tag or f"t{seed}"
+        (registry or self.registry).push(repository, found, image)
+        host = registry.host if registry is not None else self.proxy.host
+        return f"{host}/{repository}:{found}", image
+
+    def fetched(self, image: Image) -> dict[str, int]:
+        """Return the bytes that the registry gave of each layer."""
+        return {layer.digest: self.proxy.blob_bytes[layer.digest] for layer in image.layers}
+
+    def assert_fetched(self, image: Image, *, lost_owners: int = 0) -> None:
+        """I1: each byte once, and with each owner lost at most one part more for each range that was open."""
+        for layer in image.layers:
+            got, size = self.proxy.blob_bytes[layer.digest], len(layer.data)
+            most = size + lost_owners * min(size, RANGES * PART_BYTES)
+            assert got <= most, f"{layer.digest}: {got} bytes served of {size}, at most {most} are right"
+            if not lost_owners:
+                assert got == size, f"{layer.digest}: {got} bytes served of {size}"
+
+    @staticmethod
+    def was_fetched_once(proxy: RegistryFaultProxy, image: Image) -> bool:
+        """Tell whether each byte of an image's layers came once through a proxy, before which one has to log in."""
+        # The bodies of a few 401s are counted with them.
+        return all(0 <= proxy.blob_bytes[layer.digest] - len(layer.data) < 8192 for layer in image.layers)
+
+    # -- what is recorded --
+
+    @property
+    def prefix(self) -> str:
+        """Return what every Redis key of the farm starts with."""
+        return Keys(self.running.settings.config.farm.name).prefix
+
+    async def redis(self, *command: Any) -> Any:
+        """Ask the farm's Redis."""
+        link = connect(self.running.settings.config.redis)
+        try:
+            return await link.execute(*command, may_repeat=True)
+        finally:
+            await link.close()
+
+    async def keys(self, pattern: str) -> list[str]:
+        """Return the keys that match, without the farm's prefix."""
+        found, cursor = [], b"0"
+        # The hash tag's braces are no pattern of Redis's.
+        while True:
+            cursor, batch = await self.redis("SCAN", cursor, "MATCH", f"{self.prefix}:{pattern}", "COUNT", 1000)
+            found += [key.decode().removeprefix(f"{self.prefix}:") for key in batch]
+            if int(cursor) == 0:
+                return sorted(set(found))
+
+    async def blob(self, digest: str) -> BlobRecord | None:
+        """Return the record of a blob that is present."""
+        value = await self.redis("GET", f"{self.prefix}:blob:{digest}")
+        return None if value is None else BLOB.decode(value)
+
+    async def owner_of(self, digest: str) -> str | None:
+        """Return the node that owns the flight of a blob."""
+        value = await self.redis("HGET", f"{self.prefix}:flight:blob:{digest}", "owner")
+        return None if value is None else value.decode().partition("/")[0]
+
+    async def worker_pids(self) -> dict[str, int]:
+        """Return the fetch workers' pids, by node."""
+        link = connect(self.running.settings.config.redis)
+        try:
+            actors = await Presence(link, Keys(self.running.settings.config.farm.name)).actors()
+        finally:
+            await link.close()
+        return {actor.node: actor.pid for actor in actors if actor.kind == "fetch-worker" and actor.state == "ready"}
+
+    def processes(self) -> set[int]:
+        """Return the pids of all of the farm's processes."""
+        mark = StateDir(self.running.state_dir).farm_id()
+        return set(marked_pids({FARM_MARK: mark}))
+
+    def logs(self, event: str) -> list[str]:
+        """Return the lines about *event* in the actors' logs."""
+        return [
+            line
+            for path in sorted((self.running.state_dir / "logs").glob("*.jsonl"))
+            for line in path.read_text(errors="replace").splitlines()
+            if event in line
+        ]
+
+    # -- invariants --
+
+    async def assert_whole(self, image: Image | None = None) -> None:
+        """Repaired by itself: every worker is there again, and all is consistent."""
+
+        async def all_there() -> bool:
+            return len(await self.worker_pids()) == 3
+
+        await eventually(all_there, "three workers")
+        await self.assert_consistent(image)
+
+    async def assert_consistent(self, image: Image | None = None) -> None:
+        """I2, I4 and I9: what is recorded is true, and nothing is left behind."""
+        await self._assert_nothing_left()
+        await self._assert_present_is_whole()
+        await self._assert_one_record_each(image)
+
+    async def _assert_nothing_left(self) -> None:
+        """No flight, no waiter, no recorded upload, no staging file, no mount of nothing."""
+
+        async def left() -> list[str]:
+            keys = [key for kind in ("flight", "waiters") for key in await self.keys(f"{kind}:*")]
+            # What a fetch that nobody wanted any more had uploaded is kept for the next one; not once that is done.
+            uploads = await self.keys("upload:*")
+            done = [await self.redis("EXISTS", f"{self.prefix}:{key.removeprefix('upload:')}") for key in uploads]
+            return keys + [key for key, is_done in zip(uploads, done, strict=True) if is_done] + self.staged()
+
+        last: list[str] = []
+
+        async def nothing() -> bool:
+            last[:] = await left()
+            return not last
+
+        await eventually(nothing, lambda: f"these to go: {last}", within_s=4 * LEASE_TTL_S + 6)
+
+    def staged(self) -> list[str]:
+        """Return what is being written on the nodes, or was."""
+        nodes = self.running.state_dir / "nodes"
+        found = [str(path) for path in nodes.glob("*/cache/staging/*")]
+        return found + [str(path) for path in nodes.glob("*/snapshots/*/staging/*")]
+
+    async def _assert_present_is_whole(self) -> None:
+        """Each blob record names an object of S3 that hashes to its digest."""
+        for key in await self.keys("blob:*"):
+            value = await self.redis("GET", f"{self.prefix}:{key}")
+            if value is None:
+                continue
+            record = BLOB.decode(value)
+            assert f"blob:{record.digest}" == key
+            if record.digest not in _verified:
+                assert await asyncio.to_thread(self.digest_in_s3, record) == record.digest, f"{key} is not whole in S3"
+                _verified[record.digest] = record.key
+            assert _verified[record.digest] == record.key or (
+                await asyncio.to_thread(self.digest_in_s3, record) == record.digest
+            )
+
+    def digest_in_s3(self, record: BlobRecord) -> str:
+        """Hash what S3 has."""
+        hasher, size = hashlib.sha256(), 0
+        buffer = memoryview(bytearray(MIB))
+        with self.store.open(record.key) as stream:
+            while count := stream.readinto(buffer):
+                hasher.update(buffer[:count])
+                size += count
+        assert size == record.size_bytes
+        return f"sha256:{hasher.hexdigest()}"
+
+    async def _assert_one_record_each(self, image: Image | None) -> None:
+        """I4: one record a blob chain ID, and one snapshot a chain ID and node, by name and by content."""
+        refs = await self.keys("ref:*")
+        for key in refs:
+            _version, _kind, record = msgpack.unpackb(await self.redis("GET", f"{self.prefix}:{key}"))
+            assert key == f"ref:{record['id']}"
+        assert len(await self.redis("ZRANGE", f"{self.prefix}:refs", 0, -1)) == len(refs)
+        if image is not None:
+            digests = {layer.digest for layer in image.layers}
+            blobs = [msgpack.unpackb(await self.redis("GET", f"{self.prefix}:{key}"))[2]["blob"] for key in refs]
+            assert len([blob for blob in blobs if blob["digest"] in digests]) == len(digests)
+        for node in (self.running.state_dir / "nodes").glob("*"):
+            chains = [json.loads(path.read_bytes())["chain"] for path in node.glob("snapshots/*/s/*/snapshot.json")]
+            assert len(chains) == len(set(chains)), f"{node.name} has a chain twice"
+
+
+#: Digests whose object was read already: a second look costs as much as the first.
+_verified: dict[Digest, str] = {}
+
+
+def assert_extracted(path: str, image: Image) -> None:
+    """Every file of the image's layers is at *path*, byte for byte, through the hash of its tar."""
+    expected: dict[str, bytes] = {}
+    for layer in image.layers:
+        data = layer.data
+        if layer.media_type.endswith("+zstd"):
+            data = zstandard.decompress(data)
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:*") as tar:
+            for member in tar:
+                opened = tar.extractfile(member)
+                assert opened is not None
+                expected[member.name] = opened.read()
+    for name, content in expected.items():
+        assert Path(path, name).read_bytes() == content, f"{name} has other bytes"
+
+
+async def eventually(fact: Callable[[], Any], what: str | Callable[[], str], *, within_s: float = 20.0) -> Any:
+    """Wait until *fact* (awaited where it has to be) is true, and return it."""
+    deadline_s = time.monotonic() + within_s
+    while True:
+        found = fact()
+        if asyncio.iscoroutine(found):
+            found = await found
+        if found:
+            return found
+        if time.monotonic() > deadline_s:
+            raise AssertionError(f"waited {within_s:.0f} s for {what if isinstance(what, str) else what()}")
+        await asyncio.sleep(0.05)
+
+
+@contextlib.contextmanager
+def paused(pid: int) -> Iterator[None]:
+    """Stop a process while the body runs: alive, and doing nothing."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def broken_farm(s3: S3Config) -> Iterator[BrokenFarm]:
+    """Bring a farm up whose every process follows the standing plan, behind proxies."""
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lf-faults-")))
+        faults = FaultSwitches(directory)
+        s3_proxy = stack.enter_context(S3FaultProxy(s3))
+        with faults.followed():
+            running = stack.enter_context(running_farm(nodes=3, environ=environ_of(s3_proxy.config)))
+        yield stack.enter_context(behind_proxies(running, faults, s3_proxy, s3))
+
+
+def environ_of(s3: S3Config) -> dict[str, str]:
+    """Return the settings of a farm over that S3 server."""
+    return {
+        **SETTINGS,
+        "LAZYFARM__S3__ENDPOINT": s3.endpoint,
+        "LAZYFARM__S3__BUCKET": s3.bucket,
+        "LAZYFARM__S3__CREDENTIALS_FILE": s3.credentials_file,
+    }
+
+
+@contextlib.contextmanager
+def behind_proxies(
+    running: RunningFarm, faults: FaultSwitches, s3_proxy: S3FaultProxy, s3: S3Config
+) -> Iterator[BrokenFarm]:
+    """Put what it takes to break a farm around one that runs."""
+    leave()  # of a farm that other tests of this process use: a process is in one cluster at a time
+    with contextlib.ExitStack() as stack:
+        running.environ.update(faults.environ)
+        registry = stack.enter_context(docker_registry())
+        proxy = stack.enter_context(registry_fault_proxy(registry.url))
+        store = S3ContentStore(s3)
+        stack.callback(store.close)
+        stack.callback(leave)
+        stack.callback(faults.reset)
+        yield BrokenFarm(running=running, faults=faults, s3_proxy=s3_proxy, proxy=proxy, registry=registry, store=store)
