@@ -38,6 +38,9 @@ _POLL_S = 0.2
 #: Seconds that one ``up`` or ``down`` waits for another; the S3 server's first start installs it.
 _LOCK_S = 900.0
 
+#: Under the state directory: a link to the directory that ``node.root`` names.
+_NODE_ROOT = "node-root"
+
 Report = Callable[[str], None]
 
 
@@ -91,8 +94,8 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
             s3_credentials_file=config.s3.credentials_file,
             ray_address=config.ray.address,
             ray_token_file=config.ray.token_file,
-            node_root=str(nodes_dir(config, str(settings.state_dir))),
         )
+        _link_root(settings)
         write_running(settings.state_dir, running)
         settings = replace(settings, running=running)
         actors = _up_actors(config, settings, expected_nodes=1 if wanted.ray.address else count)
@@ -215,8 +218,8 @@ def down(settings: FarmSettings, *, purge: bool, report: Report = lambda _line: 
         # Actors end with the nodes they run on, but a cluster that was there before goes on.
         stopped = [] if settings.running is None or _running_nodes(services) else _retire_actors(settings, report)
         stopped += services.down()
-        nodes = nodes_dir(settings.config, str(settings.state_dir))
-        for root in nodes.glob("*/snapshots"):
+        nodes = [nodes_dir(Config(), str(settings.state_dir)), *_named_root(settings.state_dir)]
+        for root in (snapshots for one in nodes for snapshots in one.glob("*/snapshots")):
             snapshotter = choose(root, "auto")
             for name in snapshotter.mounts():
                 snapshotter.unmount(name)
@@ -224,7 +227,8 @@ def down(settings: FarmSettings, *, purge: bool, report: Report = lambda _line: 
             report(f"stopped {name}")
         forget_running(settings.state_dir)
         if purge:
-            _remove_nodes(nodes)
+            for one in nodes:
+                _remove_nodes(one)
             services.purge()
             report(f"removed {settings.state_dir}")
     return stopped
@@ -250,6 +254,19 @@ def _retire_actors(settings: FarmSettings, report: Report) -> list[str]:
     finally:
         leave()
     return names
+
+
+def _link_root(settings: FarmSettings) -> None:
+    """Remember where ``node.root`` is, for a ``down --purge`` that comes after the configuration was forgotten."""
+    if settings.wanted.node.root:
+        link = settings.state_dir / _NODE_ROOT
+        link.unlink(missing_ok=True)
+        link.symlink_to(settings.wanted.node.root)
+
+
+def _named_root(state_dir: Path) -> list[Path]:
+    link = state_dir / _NODE_ROOT
+    return [link.readlink()] if link.is_symlink() else []
 
 
 def _remove_nodes(root: Path) -> None:

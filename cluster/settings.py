@@ -33,8 +33,6 @@ class Running:
     ray_address: str
     #: "" for a cluster without one.
     ray_token_file: str = ""
-    #: Absolute directory of the nodes' data; "" where an older release did not record it.
-    node_root: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,5 +72,4 @@ class FarmSettings:
                 credentials_file=running.s3_credentials_file,
             ),
             ray=replace(wanted.ray, address=running.ray_address, token_file=running.ray_token_file),
-            node=replace(wanted.node, root=running.node_root or wanted.node.root),
         )

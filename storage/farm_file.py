@@ -25,10 +25,7 @@ _PLACES = {
     "s3_credentials_file": ("s3", "credentials_file"),
     "ray_address": ("ray", "address"),
     "ray_token_file": ("ray", "token_file"),
-    "node_root": ("node", "root"),
 }
-#: What an older release did not write.
-_ADDED = {"node_root"}
 
 
 def farm_file(state_dir: Path) -> Path:
@@ -58,7 +55,7 @@ def read_running(state_dir: Path) -> Running | None:
         value = table.get(key) if isinstance(table, dict) else None
         if isinstance(value, str):
             values[name] = value
-        elif value is not None or name not in _ADDED:
+        else:
             faults.append(f"{section}.{key}: must be text, is {'absent' if value is None else type(value).__name__}")
     if faults:
         raise ConfigError(str(path), tuple(faults))
