@@ -294,8 +294,25 @@ class BrokenFarm:
 
     async def owner_of(self, digest: str) -> str | None:
         """Return the node that owns the flight of a blob."""
+        if f"flight:blob:{digest}" not in await self.live_flights():
+            return None
         value = await self.redis("HGET", f"{self.prefix}:flight:blob:{digest}", "owner")
         return None if value is None else value.decode().partition("/")[0]
+
+    async def live_flights(self) -> list[str]:
+        """Return the keys of flights that somebody owns or waits for; what a dead one left lies a day and is taken up.
+
+        By Redis's clock, which is this machine's.
+        """
+        now_ms = time.time() * 1000
+        found = []
+        for key in await self.keys("flight:*"):
+            expires = await self.redis("HGET", f"{self.prefix}:{key}", "expires")
+            if expires is not None and float(expires) > now_ms:
+                found.append(key)
+        waited = await self.keys("waiters:*")
+        alive = [await self.redis("ZCOUNT", f"{self.prefix}:{key}", now_ms, "+inf") for key in waited]
+        return found + [key for key, count in zip(waited, alive, strict=True) if count]
 
     async def worker_pids(self) -> dict[str, int]:
         """Return the fetch workers' pids, by node."""
@@ -310,15 +327,6 @@ class BrokenFarm:
         """Return the pids of all of the farm's processes."""
         mark = StateDir(self.running.state_dir).farm_id()
         return set(marked_pids({FARM_MARK: mark}))
-
-    def logs(self, event: str) -> list[str]:
-        """Return the lines about *event* in the actors' logs."""
-        return [
-            line
-            for path in sorted((self.running.state_dir / "logs").glob("*.jsonl"))
-            for line in path.read_text(errors="replace").splitlines()
-            if event in line
-        ]
 
     # -- invariants --
 
@@ -341,7 +349,7 @@ class BrokenFarm:
         """No flight, no waiter, no recorded upload, no staging file, no mount of nothing."""
 
         async def left() -> list[str]:
-            keys = [key for kind in ("flight", "waiters") for key in await self.keys(f"{kind}:*")]
+            keys = await self.live_flights()
             # What a fetch that nobody wanted any more had uploaded is kept for the next one; not once that is done.
             uploads = await self.keys("upload:*")
             done = [await self.redis("EXISTS", f"{self.prefix}:{key.removeprefix('upload:')}") for key in uploads]
