@@ -32,6 +32,7 @@ from actors.join import leave
 from cluster.config import S3Config
 from cluster.digest import Digest
 from cluster.faultpoints import FaultPoint
+from cluster.messages import ActorRecord
 from cluster.ref import BlobRecord
 from lazyfarm.farm import Farm
 from storage.blobs import S3ContentStore
@@ -314,14 +315,18 @@ class BrokenFarm:
         alive = [await self.redis("ZCOUNT", f"{self.prefix}:{key}", now_ms, "+inf") for key in waited]
         return found + [key for key, count in zip(waited, alive, strict=True) if count]
 
-    async def worker_pids(self) -> dict[str, int]:
-        """Return the fetch workers' pids, by node."""
+    async def actors(self) -> list[ActorRecord]:
+        """Return the actors that say that they are there."""
         link = connect(self.running.settings.config.redis)
         try:
             actors = await Presence(link, Keys(self.running.settings.config.farm.name)).actors()
         finally:
             await link.close()
-        return {actor.node: actor.pid for actor in actors if actor.kind == "fetch-worker" and actor.state == "ready"}
+        return [actor for actor in actors if actor.state == "ready"]
+
+    async def worker_pids(self) -> dict[str, int]:
+        """Return the fetch workers' pids, by node."""
+        return {actor.node: actor.pid for actor in await self.actors() if actor.kind == "fetch-worker"}
 
     def processes(self) -> set[int]:
         """Return the pids of all of the farm's processes."""

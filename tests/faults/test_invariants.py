@@ -217,6 +217,14 @@ async def test_i8_no_credential_is_at_rest_or_in_a_log(lab: BrokenFarm, token_re
     # A token's signature is a secret part by itself.
     secrets |= {token.rpartition(".")[2].encode() for token in tokens if token.count(".") == 2}
 
+    # A search that could find nothing would prove nothing.
+    known = {b"fetch-worker-n1"}
+    assert await _in_redis(lab, known)
+    assert await asyncio.to_thread(_in_s3, lab, {b"rootfs"})
+    assert await asyncio.to_thread(_in_files, lab.running.state_dir, known)
+    assert _in_processes(lab.processes(), {b"RAY_AUTH_MODE"})
+    assert await asyncio.to_thread(_in_gcs, lab.processes(), known)
+
     assert not await _in_redis(lab, secrets)
     assert not await asyncio.to_thread(_in_s3, lab, secrets)
     assert not await asyncio.to_thread(_in_files, lab.running.state_dir, secrets)

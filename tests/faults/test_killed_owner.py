@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from cluster.faultpoints import FaultPoint
-from tests.doubles.faults import MIB, BrokenFarm, assert_extracted
+from tests.doubles.faults import MIB, BrokenFarm, assert_extracted, eventually
 from tests.doubles.registry import Registry, docker_registry
 from tests.doubles.registry_faults import blobs
 
@@ -66,6 +68,20 @@ async def test_an_extract_outlives_the_death_of_a_worker_at(lab: BrokenFarm, poi
         assert_extracted(result.path, image)
     lab.assert_fetched(image, lost_owners=1)
     await lab.assert_whole(image)
+
+
+async def test_actors_that_are_killed_are_back_without_being_called(lab: BrokenFarm):
+    """Every actor is killed, the supervisor too: each is there again by itself, though nobody asks it for anything."""
+    before = {actor.name: actor.pid for actor in await eventually(lab.actors, "actors")}
+    for pid in before.values():
+        os.kill(pid, signal.SIGKILL)
+
+    async def are_back() -> bool:
+        now = {actor.name: actor.pid for actor in await lab.actors()}
+        return set(now) == set(before) and not set(now.values()) & set(before.values())
+
+    await eventually(are_back, "every actor", within_s=40)
+    await lab.assert_whole()
 
 
 async def test_a_flight_outlives_the_death_of_one_who_waits_for_it(lab: BrokenFarm):
