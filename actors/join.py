@@ -11,11 +11,12 @@ from collections.abc import Iterator
 
 import ray
 import ray.exceptions
-from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]  # compiled
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]  # likewise
 
 from actors.options import namespace
 from cluster.config import Config
-from cluster.errors import FarmNotRunningError
+from cluster.errors import FarmNotRunningError, OtherClusterError
 
 
 def set_ray_environment(config: Config) -> None:
@@ -26,19 +27,25 @@ def set_ray_environment(config: Config) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = config.ray.token_file
         # Ray reads the mode when it is imported, which was before anybody could know it; its own
-        # `enable_token_auth` makes it read it again in this way.
+        # `enable_token_auth` makes it read it again in this way. A token of another cluster is forgotten.
         RayConfig.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def join(config: Config, *, state_dir: str) -> None:
     """Connect this process to the farm's cluster; does nothing where it is connected already.
 
-    The address is always exact: a bare ``ray.init()`` joins whatever cluster the machine last started.
+    The address is always exact: a bare ``ray.init()`` joins whatever cluster the machine last started. A
+    process is in one cluster at a time, which is Ray's way.
 
     Raises:
         FarmNotRunningError: nothing answers there.
+        OtherClusterError: the process is in another cluster.
     """
     if ray.is_initialized():
+        current = ray.get_runtime_context().gcs_address
+        if current != config.ray.address:
+            raise OtherClusterError(current, config.ray.address)
         return
     set_ray_environment(config)
     try:

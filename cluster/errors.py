@@ -576,6 +576,20 @@ class FarmNotRunningError(FarmError):
         return f"no farm is running in {self.state_dir}: {self.reason}"
 
 
+class OtherClusterError(FarmError):
+    """This process is connected to another Ray cluster than the farm's."""
+
+    _hint = "use one process for each farm, or call ray.shutdown() between them"
+
+    def __init__(self, current: str, wanted: str) -> None:
+        super().__init__(current, wanted)
+        self.current = current
+        self.wanted = wanted
+
+    def __str__(self) -> str:
+        return f"this process is in the Ray cluster at {self.current}, the farm's is at {self.wanted}"
+
+
 class StartError(FarmError):
     """A part of the farm did not start; *log* is the file that says why."""
 

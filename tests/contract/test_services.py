@@ -81,13 +81,16 @@ def test_a_process_with_a_reused_pid_is_left_alone(state):
     process = ServiceProcess(state, "sleeper")
     with subprocess.Popen(_SLEEP) as innocent:
         process.start(_SLEEP)
-        process._write(replace(process.record(), pid=innocent.pid))
+        record = process.record()
+        # Both may have started within one tick of the clock; a pid is reused later than that.
+        process._write(replace(record, pid=innocent.pid, start_ticks=record.start_ticks - 1))
+        try:
+            assert not process.is_alive()
+            process.stop()
 
-        assert not process.is_alive()
-        process.stop()
-
-        assert innocent.poll() is None
-        innocent.kill()
+            assert innocent.poll() is None
+        finally:
+            innocent.kill()
 
 
 def test_a_record_of_an_earlier_boot_is_not_alive(state):
