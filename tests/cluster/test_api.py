@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from actors.join import leave
 from cluster.descriptor import Descriptor
 from cluster.errors import (
     ClusterError,
@@ -41,13 +40,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.registry]
 
 MIB = 1024**2
 BASIC = "Basic YWxpY2U6d29uZGVybGFuZA=="
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _leave_ray():
-    """This process joins Ray with the first driver; it leaves before the farm goes."""
-    yield
-    leave()
 
 
 def fresh_image(*, layers=3, layer_bytes=20_000):

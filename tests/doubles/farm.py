@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from actors import launch
+from actors.join import leave
 from cluster.settings import FarmSettings
 from lazyfarm.farm import Farm
 from lazyfarm.records import FarmRecords
@@ -73,13 +74,18 @@ class RunningFarm:
 
 @contextmanager
 def running_farm(*, nodes: int, environ: Mapping[str, str] = FAST) -> Iterator[RunningFarm]:
-    """Bring a farm up in a new directory, and purge it at the end."""
+    """Bring a farm up in a new directory, and purge it at the end.
+
+    This process leaves the farm that earlier tests joined, at both ends: a process is in one cluster at a time.
+    """
     root = Path(tempfile.mkdtemp(prefix="lf-test-"))
     settings = load_settings(root, None, {**environ})
+    leave()
     try:
         report = launch.up(settings, nodes=nodes)
         yield RunningFarm(state_dir=root, settings=report.settings, environ=dict(environ))
     finally:
+        leave()
         launch.down(settings, purge=True)
         shutil.rmtree(root, ignore_errors=True)
 

@@ -28,7 +28,6 @@ from typing import Any
 import msgpack
 import zstandard
 
-from actors.join import leave
 from cluster.config import S3Config
 from cluster.digest import Digest
 from cluster.faultpoints import FaultPoint
@@ -487,13 +486,11 @@ def behind_proxies(
     running: RunningFarm, faults: FaultSwitches, s3_proxy: S3FaultProxy, s3: S3Config
 ) -> Iterator[BrokenFarm]:
     """Put what it takes to break a farm around one that runs."""
-    leave()  # of a farm that other tests of this process use: a process is in one cluster at a time
     with contextlib.ExitStack() as stack:
         running.environ.update(faults.environ)
         registry = stack.enter_context(docker_registry())
         proxy = stack.enter_context(registry_fault_proxy(registry.url))
         store = S3ContentStore(s3)
         stack.callback(store.close)
-        stack.callback(leave)
         stack.callback(faults.reset)
         yield BrokenFarm(running=running, faults=faults, s3_proxy=s3_proxy, proxy=proxy, registry=registry, store=store)
