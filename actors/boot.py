@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +19,7 @@ import ray.exceptions
 import structlog
 
 from actors.logs import configure_logs
+from actors.version import VERSION
 from cluster.cache.runner import CacheManager
 from cluster.config import Config
 from cluster.errors import ClusterError
@@ -42,9 +42,6 @@ log = structlog.get_logger()
 
 #: Seconds between an actor's tries to start.
 _START_PAUSE_S = 1.0
-
-#: Release of this code; part of every actor's name.
-VERSION = installed_version("lazyfarm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

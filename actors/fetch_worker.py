@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from actors.boot import VERSION, Boot, Starter, Stores, build_stores, new_token, node_root
+from actors.boot import Boot, Starter, Stores, build_stores, new_token, node_root
 from actors.handles import CacheShardHandle
 from actors.metrics import WorkerMetrics
 from actors.session_host import SessionAuthorizer, SessionServer
 from actors.shell import answers
+from actors.version import VERSION
 from cluster.cache.ring import ShardRing
 from cluster.cache.runner import usable_providers
 from cluster.config import Config

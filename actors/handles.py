@@ -13,7 +13,7 @@ import ray
 import ray.exceptions
 
 from actors.options import namespace
-from actors.shell import unwrap
+from actors.replies import unwrap
 from cluster.errors import ActorLostError, DeadlineExceededError, UnavailableError
 from cluster.messages import (
     ExtractRequest,

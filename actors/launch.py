@@ -14,10 +14,11 @@ from typing import Any
 
 import ray
 
-from actors.boot import VERSION, Boot, nodes_dir
+from actors.boot import Boot, nodes_dir
 from actors.join import join, leave
 from actors.options import namespace, options
-from actors.supervisor import Supervisor
+from actors.remote import RemoteSupervisor
+from actors.version import VERSION
 from cluster.config import Config
 from cluster.errors import FarmNotRunningError, StartError
 from cluster.messages import ActorRecord, NodeRecord
@@ -165,7 +166,7 @@ def _await_supervisor(chosen: dict[str, Any], boot: bytes, logs: str) -> None:
     """
     give_up_s = time.monotonic() + _READY_S
     while True:
-        supervisor: Any = ray.remote(Supervisor).options(**chosen).remote(boot)
+        supervisor: Any = ray.remote(RemoteSupervisor).options(**chosen).remote(boot)
         try:
             ray.get(supervisor.ready.remote(), timeout=max(1.0, give_up_s - time.monotonic()))
         except ray.exceptions.RayError as exc:

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Mapping
 
-from actors.shell import RESULT
+from actors.replies import RESULT
 from cluster.errors import SessionGoneError
 from cluster.messages import SessionAnswer, SessionInfo, SessionQuestion
 from cluster.ports import Authorization, AuthRequest

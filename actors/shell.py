@@ -5,21 +5,18 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import structlog
 
+from actors.replies import ERROR, RESULT
 from cluster.errors import ClusterError, InternalError
-from cluster.wire import decode, decode_error, encode, encode_error
+from cluster.wire import decode, encode, encode_error
 
 S = TypeVar("S")
 Request = TypeVar("Request")
 
 log = structlog.get_logger()
-
-#: First byte of a reply: an error's payload follows, or the result's.
-ERROR = b"\x01"
-RESULT = b"\x00"
 
 
 def answers(
@@ -50,15 +47,3 @@ def answers(
         return call
 
     return wrap
-
-
-def unwrap(kind: str, result_type: type[Any], reply: bytes) -> Any:
-    """Return the result of a reply, or raise the error it carries.
-
-    Raises:
-        ClusterError: whatever the call raised there.
-        MalformedPayloadError: the reply is truncated.
-    """
-    if reply[:1] == ERROR:
-        raise decode_error(reply[1:])
-    return decode(f"{kind}-result", result_type, reply[1:])

@@ -9,10 +9,10 @@ from typing import Any
 import ray
 import structlog
 
-from actors.boot import VERSION, Boot, Starter, Stores, build_stores
-from actors.cache_shard import CacheShard
-from actors.fetch_worker import FetchWorker
+from actors.boot import Boot, Starter, Stores, build_stores
 from actors.options import namespace, options
+from actors.remote import RemoteCacheShard, RemoteFetchWorker
+from actors.version import VERSION
 from cluster.errors import InternalError
 from cluster.messages import NodeRecord
 from cluster.topology import ActorView, Kind, NodeView, Retire, Spawn, Step, reconcile
@@ -24,7 +24,7 @@ log = structlog.get_logger()
 _ROUND_S = 1.0
 #: Label that the farm's own nodes carry; others go by their Ray ID.
 NODE_LABEL = "lazyfarm-node"
-_CLASSES: dict[Kind, type[Any]] = {Kind.CACHE_SHARD: CacheShard, Kind.FETCH_WORKER: FetchWorker}
+_CLASSES: dict[Kind, type[Any]] = {Kind.CACHE_SHARD: RemoteCacheShard, Kind.FETCH_WORKER: RemoteFetchWorker}
 
 
 class Supervisor:

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from actors.boot import VERSION
 from actors.handles import CacheShardHandle, FetchWorkerHandle, SessionServerHandle
 from actors.join import join
+from actors.version import VERSION
 from cluster.cache.names import find_ref
 from cluster.cache.ring import ShardRing
 from cluster.config import Config

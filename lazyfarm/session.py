@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from actors.handles import SessionServerHandle
 from cluster.config import Config
@@ -27,8 +27,11 @@ from cluster.wire import encode_error
 from storage.connect import connect
 from storage.keys import Keys
 from storage.leases import RedisLeaseStore
-from storage.registry.auth import CredentialAuthorizer
 from storage.registry.credentials import CredentialSource
+from storage.registry.identity import identity_of
+
+if TYPE_CHECKING:
+    from storage.registry.auth import CredentialAuthorizer
 
 T = TypeVar("T")
 
@@ -46,6 +49,8 @@ class Session:
         self.lease_id = LeaseId(f"driver-{self.session_id}")
         self._config = config
         self._credentials = credentials
+        self._identity_key = _identity_key(config)
+        self._authorizer: CredentialAuthorizer | None = None
         self._keep_s = keep_s
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="lazyfarm-session", daemon=True)
@@ -53,7 +58,6 @@ class Session:
         self._lost: LeaseLostError | None = None
         self._renewal: asyncio.Task[None] | None = None
         self._thread.start()
-        self._authorizer = self._call(self._make_authorizer())
         self._link = connect(config.redis)
         self._leases = RedisLeaseStore(self._link, Keys(config.farm.name))
 
@@ -84,9 +88,6 @@ class Session:
     def _call(self, work: Coroutine[object, object, T], timeout_s: float = 30.0) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
 
-    async def _make_authorizer(self) -> CredentialAuthorizer:
-        return CredentialAuthorizer(self._credentials, self._config, identity_key=_identity_key(self._config))
-
     async def _open(self) -> None:
         # Short, also where it is to be kept: a driver that is killed holds nothing for days.
         ttl_s = self._config.cache.lease_ttl_s
@@ -107,7 +108,8 @@ class Session:
             else:
                 await self._leases.renew(self.lease_id, ttl_s=self._keep_s)
         await self._link.close()
-        await self._authorizer.aclose()
+        if self._authorizer is not None:
+            await self._authorizer.aclose()
 
     # -- the lease -----------------------------------------------------------------------------------------
 
@@ -136,7 +138,7 @@ class Session:
         """Return what a call says of its caller; identities are of those *registries* that may matter."""
         return SessionInfo(
             session_id=self.session_id,
-            identities={registry: self._authorizer.identity(registry) for registry in set(registries)},
+            identities={registry: self._identity(registry) for registry in set(registries)},
             progress=progress,
             deadline_s=deadline_s,
             trace=trace or secrets.token_hex(6),
@@ -185,7 +187,7 @@ class Session:
             was_refused=question.was_refused,
         )
         try:
-            found = await self._authorizer.authorize(request)
+            found = await self._authorizing().authorize(request)
             answer = SessionAnswer(
                 question_id=question.question_id,
                 header=found.header if found else None,
@@ -195,6 +197,17 @@ class Session:
             answer = SessionAnswer(question_id=question.question_id, error=encode_error(exc))
         with contextlib.suppress(ClusterError):
             server.send_answer(self.session_id, answer)
+
+    def _identity(self, registry: str) -> str:
+        return identity_of(registry, self._credentials.lookup(registry), key=self._identity_key)
+
+    def _authorizing(self) -> CredentialAuthorizer:
+        """Return what authorizes requests: made at the first question, for it speaks HTTP, which most never need."""
+        if self._authorizer is None:
+            from storage.registry.auth import CredentialAuthorizer  # noqa: PLC0415  # aiohttp is slow to import
+
+            self._authorizer = CredentialAuthorizer(self._credentials, self._config, identity_key=self._identity_key)
+        return self._authorizer
 
 
 def _identity_key(config: Config) -> bytes:

@@ -81,7 +81,18 @@ def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Far
     # What libraries print must not get between the document and its reader.
     away = contextlib.redirect_stdout(out.stderr if out.as_json else sys.stdout)
     with _driver_logs(settings, command), away:
-        return run_to_end(joined)
+        try:
+            return run_to_end(joined)
+        finally:
+            _leave()
+
+
+def _leave() -> None:
+    """Leave Ray's cluster, if it was joined: left to the interpreter's end, Ray sleeps for half a second first."""
+    if "ray" in sys.modules:
+        from actors.join import leave  # noqa: PLC0415 - see the module
+
+        leave()
 
 
 @contextlib.contextmanager

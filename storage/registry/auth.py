@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
-import hmac
 import json
 import time
 from collections.abc import Callable
@@ -20,8 +18,9 @@ from cluster.errors import AccessDeniedError, InsecureRegistryError, RegistryPro
 from cluster.ports import Authorization, AuthRequest
 from storage.registry.answers import FORBIDDEN, UNAUTHORIZED
 from storage.registry.challenge import Challenge, covers, merge_scopes, parse_challenges
-from storage.registry.credentials import Credential, CredentialSource, hostname
+from storage.registry.credentials import Credential, CredentialSource
 from storage.registry.endpoint import may_use_plain_http, registry_config
+from storage.registry.identity import identity_of
 from storage.registry.transport import Answer, Transport, control_policy, retrying
 
 #: Seconds that a token holds whose server doesn't say, or says 0 (distribution's default; Quay says nothing).
@@ -97,22 +96,14 @@ class CredentialAuthorizer:
         await self._transport.aclose()
 
     def identity(self, registry: str) -> str:
-        """Return ``anonymous``, or a keyed hash (hex HMAC-SHA256) of registry, user and secret.
+        """Return who the caller is there; see :func:`storage.registry.identity.identity_of`.
 
         Blocks where files are read or a credential helper is run, at most once in five minutes.
 
         Raises:
             ConfigError, CredentialHelperError: the credentials can't be read.
         """
-        return self._identity_of(registry, self._credentials.lookup(registry))
-
-    def _identity_of(self, registry: str, credential: Credential | None) -> str:
-        if credential is None:
-            return "anonymous"
-        parts = (hostname(registry), credential.username, credential.identity_token or credential.secret)
-        # Each with its length, so that no two triples are one text.
-        text = b"".join(len(part.encode()).to_bytes(8, "big") + part.encode() for part in parts)
-        return hmac.new(self._identity_key, text, hashlib.sha256).hexdigest()
+        return identity_of(registry, self._credentials.lookup(registry), key=self._identity_key)
 
     async def authorize(self, request: AuthRequest) -> Authorization | None:
         """Return what to send; see :meth:`cluster.ports.Authorizer.authorize`.
@@ -128,7 +119,7 @@ class CredentialAuthorizer:
         if request.was_refused:
             self._credentials.forget(request.registry)
         credential = await asyncio.to_thread(self._credentials.lookup, request.registry)
-        identity = self._identity_of(request.registry, credential)
+        identity = identity_of(request.registry, credential, key=self._identity_key)
         if request.challenge is None:
             return self._cached(identity, request)
         challenges = {challenge.scheme: challenge for challenge in reversed(parse_challenges(request.challenge))}

@@ -64,6 +64,7 @@ def main() -> int:
                 bench = FarmBench(stage)
                 # First: idle is what a worker has that has done nothing yet, not what earlier work left it with.
                 measure("memory", bench.memory)
+                measure("start of a command", bench.command_start)
                 measure("duplicate factor", bench.duplicate_factors)
                 measure("cold pull and extract", bench.pull_and_extract)
                 measure("bytes into S3", bench.bytes_into_s3)

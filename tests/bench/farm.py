@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.bench.images import random_image
 from tests.bench.memory import PeakMemory
-from tests.bench.peers import boto3_upload, skopeo_and_umoci
+from tests.bench.peers import boto3_upload, ray_init, skopeo_and_umoci
 from tests.bench.ratio import Ratio
 from tests.demo.stage import Stage
 from tests.demo.variants import padded
@@ -17,6 +18,7 @@ from tests.doubles.oci_layout import LayoutImage
 
 _CALLERS = 8
 _RUNS = 3
+_STARTS = 5
 _MIB = 1 << 20
 _GIGABYTE = 10**9
 
@@ -106,6 +108,25 @@ class FarmBench:
             value=ours_s / peer_s,
             target=1.15,
             detail=f"{ours_s:.2f} s of {peer_s:.2f} s for 160 MB; boto3 with {setting}; median of {_RUNS}",
+        )
+        return [found]
+
+    def command_start(self) -> list[Ratio]:
+        """An acting command from start to exit, against a program that joins Ray and leaves again."""
+        _, reference = self._pushed(self._random(layers=1, layer_bytes=1000))
+        ray = self._stage.config.ray
+        ours, peers = [], []
+        for _ in range(_STARTS):
+            peers.append(ray_init(ray.address, ray.token_file))
+            began = time.monotonic()
+            self._stage.cli("pull", reference)
+            ours.append(time.monotonic() - began)
+        ours_s, peer_s = statistics.median(ours), statistics.median(peers)
+        found = Ratio(
+            name="acting_command_over_ray_init",
+            value=ours_s / peer_s,
+            target=1.5,
+            detail=f"`pull` {ours_s:.2f} s of {peer_s:.2f} s for ray.init and ray.shutdown; median of {_STARTS}",
         )
         return [found]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +27,8 @@ from tests.doubles.redis import redis_binaries
 _MIB = 1 << 20
 #: Concurrent parts that are tried; the fastest is what counts.
 _CONCURRENCIES = (4, 8, 16)
-_PART_BYTES = 8 * _MIB
+#: Sizes of parts that are tried, in bytes; a file of no more than one part is one PUT.
+_PARTS_BYTES = (8 * _MIB, 32 * _MIB)
 
 
 def skopeo_and_umoci(reference: str, work: Path) -> tuple[float, float]:
@@ -43,13 +47,22 @@ def skopeo_and_umoci(reference: str, work: Path) -> tuple[float, float]:
     return copied - began, unpacked - copied
 
 
+def ray_init(address: str, token_file: str) -> float:
+    """Join a Ray cluster as a program that does nothing else; return the seconds from its start to its end."""
+    code = f"import ray; ray.init(address={address!r}, logging_level='ERROR', log_to_driver=False); ray.shutdown()"
+    environ = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_file}
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True, timeout=60)
+    return time.monotonic() - began
+
+
 def boto3_upload(files: Sequence[Path], s3: S3Config, prefix: str) -> tuple[float, str]:
     """Upload files in parallel, at several settings; return the best time and its setting."""
     best_s, best = float("inf"), ""
-    for concurrency in _CONCURRENCIES:
+    for concurrency, part_bytes in itertools.product(_CONCURRENCIES, _PARTS_BYTES):
         client = _client(s3, connections=2 * concurrency)
         transfer = TransferConfig(
-            multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=concurrency
+            multipart_threshold=part_bytes, multipart_chunksize=part_bytes, max_concurrency=concurrency
         )
 
         def upload(file: Path, client: S3Client = client, transfer: TransferConfig = transfer) -> None:
@@ -65,7 +78,7 @@ def boto3_upload(files: Sequence[Path], s3: S3Config, prefix: str) -> tuple[floa
         client.close()
         if seconds < best_s:
             best_s = seconds
-            best = f"{files_at_once} files, {concurrency} parts of {_PART_BYTES // _MIB} MiB each at once"
+            best = f"{files_at_once} files, {concurrency} parts of {part_bytes // _MIB} MiB each at once"
     return best_s, best
 
 
@@ -103,8 +116,6 @@ def versions() -> dict[str, str]:
 
 
 def _cpus() -> int:
-    import os  # noqa: PLC0415 - only here
-
     return len(os.sched_getaffinity(0))
 
 

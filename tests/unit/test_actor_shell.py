@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from actors.shell import ERROR, RESULT, answers, unwrap
+from actors.replies import ERROR, RESULT, unwrap
+from actors.shell import answers
 from cluster.errors import BlobNotFoundError, InternalError, MalformedPayloadError
 from cluster.wire import encode
 

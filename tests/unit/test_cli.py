@@ -756,6 +756,18 @@ def test_reading_commands_import_nothing_heavy(args, state_dir):
     assert _HEAVY & set(told.stdout.split()) == set()
 
 
+def test_a_driver_imports_ray_and_little_else():
+    """What the actors are made of is imported where they run: a driver only looks them up and calls them."""
+    code = (
+        "import sys\n"
+        "import lazyfarm.farm, lazyfarm.blocking, actors.remote\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))\n"
+    )
+    told = python("-c", code)
+    assert told.returncode == 0, told.stderr
+    assert {"aiohttp", "boto3", "botocore", "structlog", "redis"} & set(told.stdout.split()) == set()
+
+
 def test_a_folder_that_hides_a_package_of_ours_is_named(tmp_path):
     """A driver's own `cluster/` would break an import somewhere deep inside: say it at once, in one line."""
     (tmp_path / "cluster").mkdir()

@@ -1,0 +1,95 @@
+"""The actor classes as Ray sees them. Each imports what it is made of where it runs, and nowhere else.
+
+Whoever looks an actor up, every driver and every command, imports its class for the names of its methods:
+the real ones would bring the registry client, S3 and the unpackers along, which takes longer than Ray itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from actors.cache_shard import CacheShard
+    from actors.fetch_worker import FetchWorker
+    from actors.session_host import SessionServer
+
+
+class RemoteSupervisor:
+    """See :class:`actors.supervisor.Supervisor`."""
+
+    def __init__(self, boot: bytes) -> None:
+        from actors.supervisor import Supervisor  # noqa: PLC0415  # see above
+
+        self._actor = Supervisor(boot)
+
+    async def ready(self) -> bool:
+        """Forward."""
+        return await self._actor.ready()
+
+
+class _RemoteSessionServer:
+    """See :class:`actors.session_host.SessionServer`."""
+
+    _actor: SessionServer
+
+    async def session_next(self, session_id: str, wait_s: float) -> bytes:
+        """Forward."""
+        return await self._actor.session_next(session_id, wait_s)
+
+    async def session_answer(self, session_id: str, payload: bytes) -> None:
+        """Forward."""
+        await self._actor.session_answer(session_id, payload)
+
+
+class RemoteCacheShard(_RemoteSessionServer):
+    """See :class:`actors.cache_shard.CacheShard`."""
+
+    _actor: CacheShard
+
+    def __init__(self, boot: bytes) -> None:
+        from actors.cache_shard import CacheShard  # noqa: PLC0415  # see above
+
+        self._actor = CacheShard(boot)
+
+    async def ready(self) -> bool:
+        """Forward."""
+        return await self._actor.ready()
+
+    async def get_by_blob(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.get_by_blob(payload)
+
+    async def get(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.get(payload)
+
+
+class RemoteFetchWorker(_RemoteSessionServer):
+    """See :class:`actors.fetch_worker.FetchWorker`."""
+
+    _actor: FetchWorker
+
+    def __init__(self, boot: bytes) -> None:
+        from actors.fetch_worker import FetchWorker  # noqa: PLC0415  # see above
+
+        self._actor = FetchWorker(boot)
+
+    async def ready(self) -> bool:
+        """Forward."""
+        return await self._actor.ready()
+
+    async def pull(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.pull(payload)
+
+    async def unlazy(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.unlazy(payload)
+
+    async def extract(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.extract(payload)
+
+    async def push(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.push(payload)
