@@ -7,6 +7,7 @@ says what to do next.
     ClusterError
     ├─ ConfigError                 every fault at once, each with its key and file
     ├─ InputError                  what the caller gave can't be meant: reference, digest, descriptor
+    │  └─ GraphError               a build graph, for a vertex of it
     ├─ ContentError                bytes: absent, damaged, of another digest or size, not unpackable
     ├─ RefError                    refs: unknown, ambiguous, without a usable provider
     ├─ LeaseError                  leases and fences: lost, stale
@@ -110,6 +111,74 @@ class InvalidPlatformError(InputError):
 
     def __str__(self) -> str:
         return f"invalid platform {self.text!r}"
+
+
+# -- build graphs -------------------------------------------------------------------------------
+
+
+class GraphError(InputError):
+    """A build graph can't be meant, because of one vertex of it; nothing of it was run.
+
+    *vertex* is its digest, *name* what the user calls it (may be empty).
+    """
+
+    def __init__(self, vertex: str, name: str, reason: str) -> None:
+        super().__init__(vertex, name, reason)
+        self.vertex = vertex
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        named = f"{self.name!r} ({self.vertex})" if self.name else self.vertex
+        return f"vertex {named}: {self.reason}"
+
+
+class CycleError(GraphError):
+    """A vertex needs its own result."""
+
+
+class UnknownVertexError(GraphError):
+    """A vertex is named (as an input, a target, or by a display name) that the definition doesn't hold."""
+
+
+class UnneededVertexError(GraphError):
+    """No target needs a vertex of the definition."""
+
+
+class InputCountError(GraphError):
+    """An op has too few or too many inputs."""
+
+
+class InputIndexError(GraphError):
+    """A mount or a copy is from an input that the op doesn't have."""
+
+
+class UnknownOpError(GraphError):
+    """A vertex is of an op, or a version of one, that this release doesn't know."""
+
+    _hint = "run the same release of lazyfarm in the driver and in the farm"
+
+
+class MalformedOpError(GraphError):
+    """An op's fields are not what its kind has."""
+
+
+class VertexDigestError(GraphError):
+    """A vertex is filed under another digest than its own."""
+
+    _hint = "run the same release of lazyfarm in the driver and in the farm"
+
+
+class EmptyGraphError(InputError):
+    """There is nothing to build: the graph has no target."""
+
+    _hint = "start from image() or local(); scratch() alone has nothing in it"
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __str__(self) -> str:
+        return "the build graph has no target"
 
 
 # -- bytes --------------------------------------------------------------------------------------

@@ -3,14 +3,34 @@
 A vertex is an op over its inputs' vertices; its digest covers the op and the inputs' digests, so equal work has
 equal digests in every driver. Each vertex has one output: a filesystem (a chain of layers, or nothing at all).
 After BuildKit's LLB (``solver/pb``).
+
+Ops are tagged with a kind and a version of it. A field may only be added to an op together with a new version:
+to an older farm that ignored the field, the vertex would be other work under the same digest.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
-from cluster.digest import Digest
+import msgspec
+
+from cluster import wire
+from cluster.digest import Digest, digest_of
+from cluster.errors import (
+    CycleError,
+    EmptyGraphError,
+    GraphError,
+    InputCountError,
+    InputIndexError,
+    MalformedOpError,
+    UnknownOpError,
+    UnknownVertexError,
+    UnneededVertexError,
+    VertexDigestError,
+)
 
 
 class Network(Enum):
@@ -85,6 +105,10 @@ class Limits:
     #: CPUs, e.g. 1.5.
     cpus: float = 0.0
     pids: int = 0
+
+    def __post_init__(self) -> None:
+        # 1 and 1.0 are equal and must have one encoding, or equal vertices would have two digests.
+        object.__setattr__(self, "cpus", float(self.cpus))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,3 +215,226 @@ class DiffOp:
 
 
 Op = ImageOp | LocalOp | RunOp | FileOp | MergeOp | DiffOp
+
+
+# -- vertices -----------------------------------------------------------------------------------------
+
+#: What the digest of a vertex and the encoding of a definition call an op, and the version of it that this release
+#: writes and reads.
+_OPS: dict[str, tuple[int, type[Op]]] = {
+    "image": (1, ImageOp),
+    "local": (1, LocalOp),
+    "run": (1, RunOp),
+    "file": (1, FileOp),
+    "merge": (1, MergeOp),
+    "diff": (1, DiffOp),
+}
+_TAGS: dict[type[Op], tuple[str, int]] = {cls: (kind, version) for kind, (version, cls) in _OPS.items()}
+_ACTIONS: dict[str, type[FileAction]] = {"copy": CopyAction, "mkdir": MakeDirectory, "mkfile": MakeFile}
+_ACTION_TAGS: dict[type[FileAction], str] = {cls: kind for kind, cls in _ACTIONS.items()}
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+@dataclass(frozen=True, slots=True)
+class Vertex:
+    """An op over its inputs."""
+
+    op: Op
+    #: Digests of the vertices that it is over, in the op's order; None: scratch, an empty filesystem.
+    inputs: tuple[Digest | None, ...] = ()
+    #: Names what the op does and what it does it to; display names are no part of it.
+    digest: Digest = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Fields are encoded in the order in which they are declared, sets and maps don't occur in ops: one vertex has
+        # one encoding.
+        object.__setattr__(self, "digest", digest_of(_encoder.encode((*_tagged(self.op), self.inputs))))
+
+    @property
+    def kind(self) -> str:
+        """Return the op's kind: image, local, run, file, merge or diff."""
+        return _TAGS[type(self.op)][0]
+
+
+def _tagged(op: Op) -> tuple[str, int, object]:
+    """Return an op's kind, version and body."""
+    if isinstance(op, FileOp):
+        # msgspec doesn't tell dataclasses of a union apart.
+        return *_TAGS[FileOp], {"actions": [(_ACTION_TAGS[type(action)], action) for action in op.actions]}
+    return *_TAGS[type(op)], op
+
+
+# -- definitions --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A build graph: vertices by digest, and those whose results are wanted. Checked when it is made.
+
+    Raises:
+        EmptyGraphError: no targets.
+        UnknownVertexError: an input, a target or a name is of a vertex that is not there.
+        CycleError: a vertex needs itself.
+        UnneededVertexError: no target needs a vertex.
+        InputCountError: an op with another number of inputs than it takes.
+        InputIndexError: a mount or copy from an input that is not there.
+        MalformedOpError: a command without arguments, or a file op without actions.
+        VertexDigestError: a vertex under a digest that is not its own.
+    """
+
+    vertices: Mapping[Digest, Vertex]
+    #: At least one; what :class:`cluster.solver` returns results for, in this order.
+    targets: tuple[Digest, ...]
+    #: What people call vertices; not all need have one.
+    names: Mapping[Digest, str] = field(default_factory=dict)
+    #: Every vertex after its inputs.
+    order: tuple[Digest, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise EmptyGraphError
+        for digest in (*self.targets, *self.names):
+            if digest not in self.vertices:
+                raise UnknownVertexError(digest, self.name(digest), "it is asked for and not in the definition")
+        object.__setattr__(self, "order", tuple(self._ordered()))
+        if len(self.order) < len(self.vertices):
+            unneeded = min(self.vertices.keys() - set(self.order))
+            raise self._fault(UnneededVertexError, unneeded, "no target needs it")
+        for digest in self.order:
+            self._check(digest, self.vertices[digest])
+
+    def name(self, digest: Digest) -> str:
+        """Return a vertex's display name; empty where it has none."""
+        return self.names.get(digest, "")
+
+    def _ordered(self) -> Iterator[Digest]:
+        """Yield what the targets need, each vertex after its inputs: depth first, without recursion."""
+        open_: dict[Digest, Iterator[Digest | None]] = {}  # from a target down to where the walk is
+        done: set[Digest] = set()
+        for target in self.targets:
+            if target in done:
+                continue
+            open_[target] = iter(self.vertices[target].inputs)
+            while open_:
+                current = next(reversed(open_))
+                for below in open_[current]:
+                    if below is None or below in done:
+                        continue
+                    if below in open_:
+                        raise self._fault(CycleError, below, "it needs its own result")
+                    if below not in self.vertices:
+                        reason = f"its input {below} is not in the definition"
+                        raise self._fault(UnknownVertexError, current, reason)
+                    open_[below] = iter(self.vertices[below].inputs)
+                    break
+                else:
+                    del open_[current]
+                    done.add(current)
+                    yield current
+
+    def _check(self, digest: Digest, vertex: Vertex) -> None:
+        if vertex.digest != digest:
+            raise self._fault(VertexDigestError, digest, f"its digest is {vertex.digest}")
+        count = len(vertex.inputs)
+        match vertex.op:
+            case ImageOp() | LocalOp():
+                self._check_count(digest, vertex, 0, 0)
+            case DiffOp():
+                self._check_count(digest, vertex, 2, 2)
+            case MergeOp():
+                self._check_count(digest, vertex, 2, count)
+            case RunOp(args=args, binds=binds):
+                self._check_count(digest, vertex, 1, count)
+                self._check_used(digest, count, [(f"the mount at {bind.target}", bind.input) for bind in binds])
+                if not args:
+                    raise self._fault(MalformedOpError, digest, "the command is empty")
+            case FileOp(actions=actions):
+                self._check_count(digest, vertex, 1, count)
+                copies = [action for action in actions if isinstance(action, CopyAction)]
+                self._check_used(digest, count, [(f"the copy to {copy.destination}", copy.input) for copy in copies])
+                if not actions:
+                    raise self._fault(MalformedOpError, digest, "there is nothing to do")
+                if any(not copy.sources for copy in copies):
+                    raise self._fault(MalformedOpError, digest, "a copy has no sources")
+
+    def _check_count(self, digest: Digest, vertex: Vertex, least: int, most: int) -> None:
+        count = len(vertex.inputs)
+        if not least <= count <= most:
+            takes = str(least) if least == most else f"{least} or more"
+            raise self._fault(InputCountError, digest, f"{vertex.kind} takes {takes} input(s), it has {count}")
+
+    def _check_used(self, digest: Digest, count: int, uses: list[tuple[str, int]]) -> None:
+        for what, index in uses:
+            if not 1 <= index < count:
+                reason = f"{what} is from input {index}, the last one is {count - 1} and 0 is the root"
+                raise self._fault(InputIndexError, digest, reason)
+        if unused := set(range(1, count)) - {index for _, index in uses}:
+            raise self._fault(InputCountError, digest, f"nothing is done with input {min(unused)}")
+
+    def _fault(self, error: type[GraphError], digest: Digest, reason: str) -> GraphError:
+        return error(digest, self.name(digest), reason)
+
+
+# -- payloads -----------------------------------------------------------------------------------------
+
+_KIND = "definition"
+
+
+class _Body(msgspec.Struct):
+    """The body of a definition's payload."""
+
+    #: Digest, the op's kind, version and body, inputs; every vertex after its inputs.
+    vertices: list[tuple[Digest, str, int, Any, tuple[Digest | None, ...]]]
+    targets: tuple[Digest, ...]
+    names: dict[Digest, str] = {}
+
+
+def encode_definition(definition: Definition) -> bytes:
+    """Return a definition as a payload."""
+    vertices = [definition.vertices[digest] for digest in definition.order]
+    rows = [(vertex.digest, *_tagged(vertex.op), vertex.inputs) for vertex in vertices]
+    return wire.encode(_KIND, _Body(vertices=rows, targets=definition.targets, names=dict(definition.names)))
+
+
+def decode_definition(data: bytes) -> Definition:
+    """Return the definition in a payload.
+
+    Raises:
+        UnknownVersionError: another release wrote it, in a form that is unknown here.
+        MalformedPayloadError: it is truncated or no definition.
+        UnknownOpError: a vertex is of an op, or a version of one, that is unknown here.
+        MalformedOpError: a vertex's op has not the fields of its kind.
+        GraphError: as :class:`Definition` raises.
+    """
+    body = wire.decode(_KIND, _Body, data)
+    vertices = {
+        digest: Vertex(_op(digest, body.names.get(digest, ""), kind, version, fields), inputs)
+        for digest, kind, version, fields, inputs in body.vertices
+    }
+    return Definition(vertices, body.targets, body.names)
+
+
+def _op(digest: Digest, name: str, kind: str, version: int, fields: object) -> Op:
+    known = _OPS.get(kind)
+    if known is None:
+        raise UnknownOpError(digest, name, f"there is no op {kind!r}")
+    known_version, cls = known
+    if version != known_version:
+        raise UnknownOpError(digest, name, f"version {version} of op {kind!r} is unknown, {known_version} is known")
+    try:
+        if cls is FileOp:
+            rows = msgspec.convert(fields, _FileBody).actions
+            for action, _ in rows:
+                if action not in _ACTIONS:
+                    raise UnknownOpError(digest, name, f"there is no file action {action!r}")
+            return FileOp(actions=tuple(msgspec.convert(row, _ACTIONS[action]) for action, row in rows))
+        return msgspec.convert(fields, cls)
+    except (msgspec.ValidationError, ValueError, RecursionError) as exc:
+        raise MalformedOpError(digest, name, f"{kind}: {exc}") from exc
+
+
+class _FileBody(msgspec.Struct):
+    """The body of a file op."""
+
+    actions: list[tuple[str, Any]]
