@@ -14,6 +14,8 @@ says what to do next.
     ├─ RegistryError               what a registry answered and meant
     ├─ WireError                   a payload of an unknown version, truncated or malformed
     ├─ RemoteError                 an error of a class that only the other end knows
+    ├─ OpError                     an op of a build can't be carried out, or its command failed
+    ├─ ContainerError              this node can't run a container, or not as it is asked to
     ├─ FarmError                   the farm itself: not running, no such node
     ├─ UnavailableError            no answer, outcome unknown; may be tried again
     └─ InternalError               our bug
@@ -179,6 +181,22 @@ class EmptyGraphError(InputError):
 
     def __str__(self) -> str:
         return "the build graph has no target"
+
+
+class DockerfileError(InputError):
+    """A Dockerfile can't be built as it stands: it is wrong, or asks for what is not supported."""
+
+    _hint = "correct that line, or build another --target that does not need it"
+
+    def __init__(self, file: str, line: int, what: str) -> None:
+        super().__init__(file, line, what)
+        self.file = file
+        #: From 1: where the instruction starts.
+        self.line = line
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.what}"
 
 
 # -- bytes --------------------------------------------------------------------------------------
@@ -622,6 +640,124 @@ class RemoteError(ClusterError):
 
     def __str__(self) -> str:
         return f"{self.type_name}: {self.message}"
+
+
+# -- ops of builds ------------------------------------------------------------------------------------
+
+
+class OpError(ClusterError):
+    """An op of a build can't be carried out as it is written, on any node."""
+
+
+class FileActionError(OpError):
+    """A copy, or the making of a file or directory, can't be done at *path*."""
+
+    def __init__(self, action: str, path: str, reason: str) -> None:
+        super().__init__(action, path, reason)
+        self.action = action
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.action} {self.path}: {self.reason}"
+
+
+class UnknownUserError(OpError):
+    """A user or group is given by a name that the root's ``/etc/passwd`` or ``/etc/group`` doesn't have."""
+
+    _hint = "give it by number, or create it in an earlier step"
+
+    def __init__(self, user: str, reason: str) -> None:
+        super().__init__(user, reason)
+        self.user = user
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"user {self.user!r}: {self.reason}"
+
+
+class MissingSecretError(OpError):
+    """A command needs a secret that the driver doesn't give."""
+
+    _hint = "give it with the build: --secret id=ID,src=FILE"
+
+    def __init__(self, secret_id: str) -> None:
+        super().__init__(secret_id)
+        self.secret_id = secret_id
+
+    def __str__(self) -> str:
+        return f"secret {self.secret_id!r} is required and was not given"
+
+
+class UnusableSecretError(OpError):
+    """A secret's value can't be given in the way that is asked for; the value is never repeated."""
+
+    def __init__(self, secret_id: str, reason: str) -> None:
+        super().__init__(secret_id, reason)
+        self.secret_id = secret_id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"secret {self.secret_id!r}: {self.reason}"
+
+
+class ProcessNotStartedError(OpError):
+    """A command can't be started in its container: not found, not executable."""
+
+    def __init__(self, command: tuple[str, ...], reason: str) -> None:
+        super().__init__(tuple(command), reason)
+        self.command = tuple(command)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.command)!r} can't be started: {self.reason}"
+
+
+class ProcessFailedError(OpError):
+    """A command ended with another exit code than 0; 128 and up: by that signal."""
+
+    def __init__(self, command: tuple[str, ...], exit_code: int, last_lines: tuple[str, ...]) -> None:
+        super().__init__(tuple(command), exit_code, tuple(last_lines))
+        self.command = tuple(command)
+        self.exit_code = exit_code
+        #: What it said last, secrets taken out.
+        self.last_lines = tuple(last_lines)
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.command)!r} ended with exit code {self.exit_code}"
+
+
+class ProcessOutOfMemoryError(ProcessFailedError):
+    """A command failed after the kernel killed some of its processes for want of memory."""
+
+    _hint = "raise the step's memory limit, or have it do less at once"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}: out of memory"
+
+
+class ContainerError(ClusterError):
+    """A node can't do something for a container."""
+
+    def __init__(self, doing: str, reason: str) -> None:
+        super().__init__(doing, reason)
+        self.doing = doing
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.doing}: {self.reason}"
+
+
+class RuntimeMissingError(ContainerError):
+    """A node can't run containers at all."""
+
+    _hint = "apt-get install runc on the node, and run the farm there as root; `lazyfarm doctor` checks it"
+
+
+class LimitUnavailableError(ContainerError):
+    """A node can't keep a container to the limit that is asked for; nothing was run without it."""
+
+    _hint = "give the node's processes a writable cgroup hierarchy, or leave the limit out"
 
 
 # -- the farm itself ----------------------------------------------------------------------------------
