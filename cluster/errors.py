@@ -115,6 +115,70 @@ class InvalidPlatformError(InputError):
         return f"invalid platform {self.text!r}"
 
 
+class InvalidPatternError(InputError):
+    """A pattern for files, as in ``.dockerignore``, is malformed."""
+
+    _hint = "write a backslash before *, ?, [, ! and - that are meant literally"
+
+    def __init__(self, pattern: str, reason: str) -> None:
+        super().__init__(pattern, reason)
+        self.pattern = pattern
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"invalid pattern {self.pattern!r}: {self.reason}"
+
+
+class ScanError(InputError):
+    """A local directory, or something in it, can't be taken into a build."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"can't take {self.path} into the build: {self.reason}"
+
+
+class FileChangedError(InputError):
+    """A local file changed between being scanned and being sent."""
+
+    _hint = "build again when nothing writes to the directory"
+
+    def __init__(self, path: str, expected: str) -> None:
+        super().__init__(path, expected)
+        self.path = path
+        self.expected = expected
+
+    def __str__(self) -> str:
+        return f"{self.path} changed while it was sent: it was {self.expected}"
+
+
+class InvalidTreeError(InputError):
+    """A tree's manifest contradicts itself, or would reach out of its directory."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"invalid tree at {self.path!r}: {self.reason}"
+
+
+class BuildArgumentError(InputError):
+    """A step of a build graph is called with something that it can't mean; *step* is image, run, copy and so on."""
+
+    def __init__(self, step: str, reason: str) -> None:
+        super().__init__(step, reason)
+        self.step = step
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.step}: {self.reason}"
+
+
 # -- build graphs -------------------------------------------------------------------------------
 
 
