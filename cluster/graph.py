@@ -379,13 +379,16 @@ class Definition:
 # -- payloads -----------------------------------------------------------------------------------------
 
 _KIND = "definition"
+_VERTEX_KIND = "vertex"
+#: Digest, the op's kind, version and body, inputs.
+_VertexRow = tuple[Digest, str, int, Any, tuple[Digest | None, ...]]
 
 
 class _Body(msgspec.Struct):
     """The body of a definition's payload."""
 
-    #: Digest, the op's kind, version and body, inputs; every vertex after its inputs.
-    vertices: list[tuple[Digest, str, int, Any, tuple[Digest | None, ...]]]
+    #: Every vertex after its inputs.
+    vertices: list[_VertexRow]
     targets: tuple[Digest, ...]
     names: dict[Digest, str] = {}
 
@@ -413,6 +416,20 @@ def decode_definition(data: bytes) -> Definition:
         for digest, kind, version, fields, inputs in body.vertices
     }
     return Definition(vertices, body.targets, body.names)
+
+
+def encode_vertex(vertex: Vertex) -> bytes:
+    """Return one vertex as a payload: what a worker is sent."""
+    return wire.encode(_VERTEX_KIND, (vertex.digest, *_tagged(vertex.op), vertex.inputs))
+
+
+def decode_vertex(data: bytes) -> Vertex:
+    """Return the vertex in a payload; raises as :func:`decode_definition`."""
+    digest, kind, version, fields, inputs = wire.decode(_VERTEX_KIND, _VertexRow, data)
+    vertex = Vertex(_op(digest, "", kind, version, fields), inputs)
+    if vertex.digest != digest:
+        raise VertexDigestError(digest, "", f"its digest is {vertex.digest}")
+    return vertex
 
 
 def _op(digest: Digest, name: str, kind: str, version: int, fields: object) -> Op:
