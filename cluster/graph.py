@@ -380,23 +380,31 @@ class Definition:
 
 _KIND = "definition"
 _VERTEX_KIND = "vertex"
-#: Digest, the op's kind, version and body, inputs.
-_VertexRow = tuple[Digest, str, int, Any, tuple[Digest | None, ...]]
+
+
+class _Row(msgspec.Struct, array_like=True):
+    """A vertex in a payload."""
+
+    digest: Digest
+    kind: str
+    version: int
+    #: The op's fields, by its kind.
+    fields: Any
+    inputs: tuple[Digest | None, ...]
 
 
 class _Body(msgspec.Struct):
     """The body of a definition's payload."""
 
     #: Every vertex after its inputs.
-    vertices: list[_VertexRow]
+    vertices: list[_Row]
     targets: tuple[Digest, ...]
     names: dict[Digest, str] = {}
 
 
 def encode_definition(definition: Definition) -> bytes:
     """Return a definition as a payload."""
-    vertices = [definition.vertices[digest] for digest in definition.order]
-    rows = [(vertex.digest, *_tagged(vertex.op), vertex.inputs) for vertex in vertices]
+    rows = [_row(definition.vertices[digest]) for digest in definition.order]
     return wire.encode(_KIND, _Body(vertices=rows, targets=definition.targets, names=dict(definition.names)))
 
 
@@ -411,42 +419,46 @@ def decode_definition(data: bytes) -> Definition:
         GraphError: as :class:`Definition` raises.
     """
     body = wire.decode(_KIND, _Body, data)
-    vertices = {
-        digest: Vertex(_op(digest, body.names.get(digest, ""), kind, version, fields), inputs)
-        for digest, kind, version, fields, inputs in body.vertices
-    }
+    vertices = {row.digest: Vertex(_op(row, body.names.get(row.digest, "")), row.inputs) for row in body.vertices}
     return Definition(vertices, body.targets, body.names)
 
 
 def encode_vertex(vertex: Vertex) -> bytes:
     """Return one vertex as a payload: what a worker is sent."""
-    return wire.encode(_VERTEX_KIND, (vertex.digest, *_tagged(vertex.op), vertex.inputs))
+    return wire.encode(_VERTEX_KIND, _row(vertex))
 
 
 def decode_vertex(data: bytes) -> Vertex:
     """Return the vertex in a payload; raises as :func:`decode_definition`."""
-    digest, kind, version, fields, inputs = wire.decode(_VERTEX_KIND, _VertexRow, data)
-    vertex = Vertex(_op(digest, "", kind, version, fields), inputs)
-    if vertex.digest != digest:
-        raise VertexDigestError(digest, "", f"its digest is {vertex.digest}")
+    row = wire.decode(_VERTEX_KIND, _Row, data)
+    vertex = Vertex(_op(row, ""), row.inputs)
+    if vertex.digest != row.digest:
+        raise VertexDigestError(row.digest, "", f"its digest is {vertex.digest}")
     return vertex
 
 
-def _op(digest: Digest, name: str, kind: str, version: int, fields: object) -> Op:
+def _row(vertex: Vertex) -> _Row:
+    kind, version, fields = _tagged(vertex.op)
+    return _Row(vertex.digest, kind, version, fields, vertex.inputs)
+
+
+def _op(row: _Row, name: str) -> Op:
+    """Return a row's op; *name* is what the vertex is called in errors."""
+    digest, kind = row.digest, row.kind
     known = _OPS.get(kind)
     if known is None:
         raise UnknownOpError(digest, name, f"there is no op {kind!r}")
-    known_version, cls = known
-    if version != known_version:
-        raise UnknownOpError(digest, name, f"version {version} of op {kind!r} is unknown, {known_version} is known")
+    version, cls = known
+    if row.version != version:
+        raise UnknownOpError(digest, name, f"version {row.version} of op {kind!r} is unknown, {version} is known")
     try:
         if cls is FileOp:
-            rows = msgspec.convert(fields, _FileBody).actions
-            for action, _ in rows:
+            actions = msgspec.convert(row.fields, _FileBody).actions
+            for action, _ in actions:
                 if action not in _ACTIONS:
                     raise UnknownOpError(digest, name, f"there is no file action {action!r}")
-            return FileOp(actions=tuple(msgspec.convert(row, _ACTIONS[action]) for action, row in rows))
-        return msgspec.convert(fields, cls)
+            return FileOp(actions=tuple(msgspec.convert(body, _ACTIONS[action]) for action, body in actions))
+        return msgspec.convert(row.fields, cls)
     except (msgspec.ValidationError, ValueError, RecursionError) as exc:
         raise MalformedOpError(digest, name, f"{kind}: {exc}") from exc
 

@@ -117,7 +117,7 @@ class _Walk:
             if not stat.S_ISREG(status.st_mode):
                 self.left_out.append(path)
                 return None
-            with open(found.path, "rb", opener=_open_no_follow) as file:  # noqa: PTH123 - Path.open takes no opener
+            with open(found.path, "rb", opener=_open_no_follow) as file:
                 digest = Digest("sha256:" + hashlib.file_digest(file, "sha256").hexdigest())
                 size_bytes = file.tell()
         except OSError as exc:
