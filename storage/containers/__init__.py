@@ -1,0 +1,1 @@
+"""Commands in containers: ``runc`` over a writable root, with mounts, secrets and limits."""
