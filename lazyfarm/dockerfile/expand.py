@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from lazyfarm.dockerfile.refused import RefusedError
+
 #: The escape character where no directive says otherwise.
 DEFAULT_ESCAPE = "\\"
 
@@ -17,15 +19,11 @@ _NAME = re.compile(r"[^\W\d]\w*|\d+|[@*#?\-$!]")
 _MODIFIERS = frozenset("-+?#%/")
 
 
-class ExpansionError(ValueError):
-    """A word can't be read or expanded. Never leaves this package: callers say where the word stands."""
-
-
 def expand(text: str, env: Mapping[str, str], escape: str = DEFAULT_ESCAPE) -> str:
     """Return *text* as one word: quotes and escapes taken off, variables replaced.
 
     Raises:
-        ExpansionError: a quote or brace is not closed, a substitution is malformed, or ``${x:?}`` refuses.
+        RefusedError: a quote or brace is not closed, a substitution is malformed, or ``${x:?}`` refuses.
     """
     return _Lexer(text, env, escape).read()[0]
 
@@ -34,7 +32,7 @@ def expand_words(text: str, env: Mapping[str, str], escape: str = DEFAULT_ESCAPE
     """Return the words of *text*, split at blanks that are not quoted, also those that variables bring.
 
     Raises:
-        ExpansionError: as :func:`expand`.
+        RefusedError: as :func:`expand`.
     """
     return _Lexer(text, env, escape).read()[1]
 
@@ -45,14 +43,14 @@ def expand_body(text: str, env: Mapping[str, str]) -> str:
     As in BuildKit, and unlike in the shell, a backslash before any character goes.
 
     Raises:
-        ExpansionError: as :func:`expand`.
+        RefusedError: as :func:`expand`.
     """
     return _Lexer(text, env, DEFAULT_ESCAPE, has_quotes=False).read()[0]
 
 
 def unquote(word: str, escape: str) -> str:
     """Take quotes and escapes off; variables stay."""
-    result = []
+    result: list[str] = []
     quote = ""
     characters = iter(word)
     for character in characters:
@@ -71,7 +69,7 @@ def split_raw(text: str, escape: str) -> tuple[str, str]:
     """Return the first word of *text*, quotes and escapes left as they are, and what follows the blanks after it.
 
     Raises:
-        ExpansionError: a quote is not closed.
+        RefusedError: a quote is not closed.
     """
     text = text.lstrip()
     quote = ""
@@ -88,7 +86,7 @@ def split_raw(text: str, escape: str) -> tuple[str, str]:
             break
         at += 1
     if quote:
-        raise ExpansionError(f"a quote {quote} is not closed")
+        raise RefusedError(f"a quote {quote} is not closed")
     return text[:at], text[at:].lstrip()
 
 
@@ -96,7 +94,7 @@ def raw_words(text: str, escape: str) -> list[str]:
     """Return the words of *text*, quotes and escapes left as they are.
 
     Raises:
-        ExpansionError: a quote is not closed.
+        RefusedError: a quote is not closed.
     """
     words = []
     rest = text.strip()
@@ -156,7 +154,7 @@ class _Lexer:
 
     def _read_until(self, stop: str, *, keeps_escapes: bool) -> tuple[str, list[str]]:
         """Read up to and with the character *stop*; "" for the end of the text."""
-        result = []
+        result: list[str] = []
         words = _Words()
         while character := self._take():
             if stop and character == stop:
@@ -177,20 +175,20 @@ class _Lexer:
             result.append(part)
         else:
             if stop:
-                raise ExpansionError(f"a {stop} is missing in a substitution")
+                raise RefusedError(f"a {stop} is missing in a substitution")
         words.end()
         return "".join(result), words.done
 
     def _single_quoted(self) -> str:
         end = self._text.find("'", self._at)
         if end < 0:
-            raise ExpansionError("a quote ' is not closed")
+            raise RefusedError("a quote ' is not closed")
         quoted = self._text[self._at : end]
         self._at = end + 1
         return quoted
 
     def _double_quoted(self, *, keeps_escapes: bool) -> str:
-        result = []
+        result: list[str] = []
         while character := self._take():
             if character == '"':
                 return "".join(result)
@@ -200,7 +198,7 @@ class _Lexer:
                 result.append((character if keeps_escapes else "") + self._take())
             else:
                 result.append(character)
-        raise ExpansionError('a quote " is not closed')
+        raise RefusedError('a quote " is not closed')
 
     def _name(self) -> str:
         found = _NAME.match(self._text, self._at)
@@ -218,7 +216,7 @@ class _Lexer:
         self._take()
         name = self._name()
         if not name:
-            raise ExpansionError(f"bad substitution at {self._text[start : start + 20]!r}")
+            raise RefusedError(f"bad substitution at {self._text[start : start + 20]!r}")
         modifier = self._take()
         if modifier == "}":
             return self._env.get(name, "")
@@ -226,10 +224,10 @@ class _Lexer:
         if is_empty_unset:
             modifier = self._take()
         if not modifier:
-            raise ExpansionError("a } is missing in a substitution")
+            raise RefusedError("a } is missing in a substitution")
         if modifier not in _MODIFIERS or (is_empty_unset and modifier not in "-+?"):
             colon = ":" if is_empty_unset else ""
-            raise ExpansionError(f"the modifier {colon}{modifier} in a substitution is not supported")
+            raise RefusedError(f"the modifier {colon}{modifier} in a substitution is not supported")
         return self._modified(name, modifier, is_empty_unset=is_empty_unset)
 
     def _modified(self, name: str, modifier: str, *, is_empty_unset: bool) -> str:
@@ -246,7 +244,7 @@ class _Lexer:
             return value
         if modifier == "-":
             return word
-        raise ExpansionError(f"{name}: {word or 'is not allowed to be unset or empty'}")
+        raise RefusedError(f"{name}: {word or 'is not allowed to be unset or empty'}")
 
     def _trimmed(self, value: str, modifier: str) -> str:
         pattern, _ = self._read_until("}", keeps_escapes=True)
@@ -271,7 +269,7 @@ class _Lexer:
 
 def _compile(pattern: str) -> re.Pattern[str]:
     """Turn a shell pattern into a regular expression: ``*``, ``?`` and backslash escapes; no brackets."""
-    result = []
+    result: list[str] = []
     characters = iter(pattern)
     for character in characters:
         if character == "*":

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from cluster.errors import DockerfileError
-from lazyfarm.dockerfile.expand import ExpansionError, raw_words
+from lazyfarm.dockerfile.expand import raw_words
 from lazyfarm.dockerfile.parser import Heredoc, Source, Statement, parse_opener, read_json_words, read_statements
+from lazyfarm.dockerfile.refused import RefusedError
 
 _STAGE_NAME = re.compile(r"[a-z][a-z0-9._-]*\Z")
 _DURATION = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|ms|s|m|h)")
@@ -227,7 +228,7 @@ def parse_dockerfile(data: str | bytes, file: str = "Dockerfile") -> Dockerfile:
         try:
             data = data.decode()
         except UnicodeDecodeError as exc:
-            line = data.count(b"\n", 0, exc.start) + 1
+            line = exc.object.count(b"\n", 0, exc.start) + 1
             raise DockerfileError(file, line, "it is not UTF-8 text") from exc
     source = read_statements(data, file)
     instructions = [_Statement(statement, source).instruction() for statement in source.statements]
@@ -240,9 +241,7 @@ def parse_dockerfile(data: str | bytes, file: str = "Dockerfile") -> Dockerfile:
     if not starts:
         raise DockerfileError(file, instructions[-1].line, "there is no FROM")
     stages = tuple(_stage(instructions[at:end]) for at, end in zip(starts, [*starts[1:], None], strict=True))
-    return Dockerfile(
-        file=file, escape=source.escape, syntax=source.syntax, global_args=global_args, stages=stages
-    )
+    return Dockerfile(file=file, escape=source.escape, syntax=source.syntax, global_args=global_args, stages=stages)
 
 
 def _stage(instructions: list[Instruction]) -> Stage:
@@ -275,7 +274,7 @@ class _Statement:
             self._fail(f"{statement.keyword} needs an argument")
         try:
             return read(self)
-        except ExpansionError as exc:
+        except RefusedError as exc:
             raise DockerfileError(self._source.file, statement.line, str(exc)) from exc
 
     # -- parts ----------------------------------------------------------------------------------------

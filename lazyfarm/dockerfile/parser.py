@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.errors import DockerfileError
-from lazyfarm.dockerfile.expand import DEFAULT_ESCAPE, ExpansionError, split_raw, unquote
+from lazyfarm.dockerfile.expand import DEFAULT_ESCAPE, raw_words, split_raw, unquote
+from lazyfarm.dockerfile.refused import RefusedError
 
 _DIRECTIVE = re.compile(r"#\s*(?P<name>[a-zA-Z][a-zA-Z0-9]*)\s*=\s*(?P<value>.+?)\s*\Z")
 _DIRECTIVES = frozenset({"escape", "syntax", "check"})
@@ -181,7 +182,7 @@ class _Reader:
                 word, rest = split_raw(rest, self._escape)
                 if word != "--":
                     flags.append(unquote(word, self._escape))
-            except ExpansionError as exc:
+            except RefusedError as exc:
                 raise DockerfileError(self._file, line, str(exc)) from exc
             if word == "--":
                 break
@@ -199,7 +200,7 @@ class _Reader:
         while rest:
             try:
                 word, rest = split_raw(rest, self._escape)
-            except ExpansionError:
+            except RefusedError:
                 return []  # An unclosed quote is for the command's shell to complain of.
             depth += word.count("((") - word.count("))")
             if depth > 0:
@@ -210,14 +211,14 @@ class _Reader:
                 word += name
             try:
                 opener = parse_opener(word)
-            except ExpansionError as exc:
+            except RefusedError as exc:
                 raise DockerfileError(self._file, line, f"heredoc {word}: {exc}") from exc
             if opener is not None:
                 openers.append(opener)
         return openers
 
     def _body(self, opener: Heredoc, line: int) -> Heredoc:
-        content = []
+        content: list[str] = []
         while self._at < len(self._lines):
             text = self._next()
             end = text.removesuffix("\r")
@@ -243,12 +244,13 @@ def parse_opener(word: str) -> Heredoc | None:
     """Return the heredoc that *word* opens, without its body; None where it opens none.
 
     Raises:
-        ExpansionError: a quote in it is not closed.
+        RefusedError: a quote in it is not closed.
     """
     found = _HEREDOC.match(word)
-    if found is None or not found["name"]:
-        return None
     # Heredocs are the shell's: their quoting knows only the backslash.
-    name = unquote(found["name"], DEFAULT_ESCAPE)
-    is_quoted = any(mark in re.sub(r"\\.", "", found["name"]) for mark in "'\"")
+    words = raw_words(found["name"], DEFAULT_ESCAPE) if found else []
+    if found is None or len(words) != 1:
+        return None
+    is_quoted = re.search(r"['\"]", re.sub(r"\\.", "", words[0])) is not None
+    name = unquote(words[0], DEFAULT_ESCAPE)
     return Heredoc(name=name, content="", is_expanded=not is_quoted, is_chomped=bool(found["chomp"]))
