@@ -327,6 +327,20 @@ class BlobDamagedError(ContentError):
         return f"blob {self.digest} in the content store is lost: {self.reason}"
 
 
+class TreeLostError(ContentError):
+    """A driver's directory, or the content of a file in it, is not in the content store, or not any more."""
+
+    _hint = "build again: what is not there is sent again"
+
+    def __init__(self, digest: str, reason: str) -> None:
+        super().__init__(digest, reason)
+        self.digest = digest
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"local content {self.digest} is not in the content store: {self.reason}"
+
+
 class LayerError(ContentError):
     """A layer can't be unpacked as it is: *entry* names the tar entry, or is empty for the whole."""
 

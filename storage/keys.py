@@ -36,6 +36,8 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``queue:HOST`` | zset, seconds | who waits for a slot → its place |
 | ``queue-seen:HOST`` | zset, seconds | who waits for a slot → until when, milliseconds |
 | ``progress:STREAM`` | stream, a day | payloads ``progress`` |
+| ``local:files`` | hash | digest of a driver's file → payload ``packed``: in which object it lies, and where |
+| ``local:trees`` | hash | digest of a driver's directory → key of the object that is its manifest |
 | ``nodes`` | string | payload ``nodes``: the nodes as the supervisor last saw them |
 | ``actors`` | hash | actor name → payload ``actor`` |
 | ``actor:NAME`` | string, seconds | there while the actor says that it is |
@@ -117,6 +119,16 @@ class Keys:
     def progress(self, stream: str) -> str:
         """Name a progress stream."""
         return f"{self.prefix}:progress:{stream}"
+
+    @property
+    def local_files(self) -> str:
+        """Name the index of drivers' files."""
+        return f"{self.prefix}:local:files"
+
+    @property
+    def local_trees(self) -> str:
+        """Name the index of drivers' directories."""
+        return f"{self.prefix}:local:trees"
 
     @property
     def nodes(self) -> str:

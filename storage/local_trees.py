@@ -1,0 +1,377 @@
+"""Drivers' directories in the content store: each content once, whatever the number of drivers, builds and trees.
+
+Small files are packed together, so that ten thousand of them are a few requests. Redis tells for each content in
+which object it lies, and where; for each tree, which object is its manifest. Objects are never changed and have keys of
+their own: two drivers that send one file at the same time both write it, the later record stands, and no reader sees
+half of anything. A record is written after its object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from uuid import uuid4
+
+from cluster.digest import Digest, digest_of, hex_of
+from cluster.errors import (
+    BlobNotFoundError,
+    ClusterError,
+    DigestMismatchError,
+    FileChangedError,
+    ScanError,
+    TreeLostError,
+    first_error,
+)
+from cluster.ports import ByteStream, ContentStore, Part
+from cluster.tree import Tree, decode_tree, encode_tree
+from storage.codec import Codec
+from storage.keys import Keys
+from storage.link import RedisLink
+from storage.tree_writer import TreeWriter
+
+T = TypeVar("T")
+
+#: What a pack holds at most. A bigger file has an object of its own, in parts of at least this size.
+_PACK_BYTES = 8 * 1024**2
+#: Parts that S3 takes for one object.
+_MAX_PARTS = 10_000
+#: Packs on their way at once: what sending takes of memory is this many times a pack.
+_TRANSFERS = 4
+#: Bytes between two files that are read and dropped rather than asked for separately.
+_GAP_BYTES = 256 * 1024
+_CHUNK_BYTES = 1024**2
+#: Records that one command reads or writes at most.
+_BATCH = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """Where a content lies."""
+
+    #: Key of the object.
+    key: str
+    #: Of its first byte in the object.
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """What sending a tree came to."""
+
+    tree: Digest
+    #: Contents that the farm lacked, and their length.
+    files: int
+    size_bytes: int
+
+
+_PACKED: Codec[Packed] = Codec("packed", Packed)
+
+
+class LocalTrees:
+    """The trees of drivers' directories, and the contents of their files.
+
+    Every method may raise UnavailableError: no answer of Redis or S3. What was written before stays, and is found by
+    the next try.
+    """
+
+    def __init__(self, link: RedisLink, keys: Keys, store: ContentStore, *, threads: Executor) -> None:
+        self._link = link
+        self._keys = keys
+        self._store = store
+        self._threads = threads
+
+    # -- from a driver ------------------------------------------------------------------------------------
+
+    async def send(self, tree: Tree, paths: Mapping[Digest, Path]) -> Sent:
+        """Make the farm hold *tree*: send the contents that it lacks, read at *paths*, and then the manifest.
+
+        Raises:
+            FileChangedError: a file is not what the tree says any more; nothing is recorded of it.
+            ScanError: a file can't be read.
+        """
+        sizes = tree.files
+        missing = await self.missing(sizes)
+        await self.put_files({digest: paths[digest] for digest in missing})
+        digest = await self.put_tree(tree)
+        return Sent(tree=digest, files=len(missing), size_bytes=sum(sizes[one] for one in missing))
+
+    async def missing(self, digests: Iterable[Digest]) -> list[Digest]:
+        """Return which of *digests* the farm lacks, in their order."""
+        wanted = list(dict.fromkeys(digests))
+        records = await self._records(wanted)
+        return [digest for digest in wanted if digest not in records]
+
+    async def put_files(self, paths: Mapping[Digest, Path]) -> None:
+        """Store the content of each digest from the file at its path; raises as :meth:`send`."""
+        slots = asyncio.Semaphore(_TRANSFERS)
+
+        async def put(files: Sequence[_File]) -> None:
+            async with slots:
+                records = await self._in_thread(lambda stop: self._put_pack(files, stop))
+            commands = [
+                ("HSET", self._keys.local_files, *(part for pair in batch for part in pair))
+                for batch in _batches([(digest, _PACKED.encode(packed)) for digest, packed in records.items()])
+            ]
+            await self._link.execute_many(commands, may_repeat=True)
+
+        planned = await self._in_thread(lambda _: list(_packs(paths)))
+        async with _together() as group:
+            for files in planned:
+                group.create_task(put(files))
+
+    async def put_tree(self, tree: Tree) -> Digest:
+        """Store a tree's manifest and return its digest. Its files should be there already."""
+        payload = encode_tree(tree)
+        digest = digest_of(payload)
+        if not await self._link.execute("HEXISTS", self._keys.local_trees, digest, may_repeat=True):
+            key = f"local/trees/{hex_of(digest)}/{uuid4().hex}"
+            await self._in_thread(lambda _: self._store.put(key, payload))
+            await self._link.execute("HSET", self._keys.local_trees, digest, key, may_repeat=True)
+        return digest
+
+    # -- on a node ----------------------------------------------------------------------------------------
+
+    async def open_tree(self, digest: Digest) -> Tree:
+        """Return the tree of a digest.
+
+        Raises:
+            TreeLostError: the farm doesn't hold it, or not any more.
+        """
+        key = await self._link.execute("HGET", self._keys.local_trees, digest, may_repeat=True)
+        if key is None:
+            raise TreeLostError(digest, "the farm doesn't hold its manifest")
+        try:
+            payload = await self._in_thread(lambda _: self._read(key.decode()))
+        except BlobNotFoundError as exc:
+            raise await self._lost(self._keys.local_trees, digest, str(exc)) from exc
+        if (actual := digest_of(payload)) != digest:
+            raise await self._lost(self._keys.local_trees, digest, f"{key.decode()} holds {actual}")
+        return decode_tree(payload)
+
+    async def materialise(self, tree: Tree, directory: str | os.PathLike[str]) -> None:
+        """Write a tree into *directory*, which is there and empty; every content is hashed on its way.
+
+        Everything gets the mode that the tree says and one time, and as root also root for an owner. Where it fails,
+        some of it has been written; when it has ended, also by cancellation, nothing is written any more.
+
+        Raises:
+            TreeLostError: a content is not there, or not any more, or is damaged.
+            NodeDiskError: the directory can't be written.
+        """
+        sizes = tree.files
+        records = await self._records(list(sizes))
+        if lost := [digest for digest in sizes if digest not in records]:
+            raise TreeLostError(lost[0], f"the farm lacks this and {len(lost) - 1} more of the tree's files")
+        writer = TreeWriter(tree, directory)
+        await self._in_thread(lambda _: writer.begin())
+        slots = asyncio.Semaphore(_TRANSFERS)
+
+        async def fetch(run: Sequence[tuple[Digest, Packed]]) -> None:
+            async with slots:
+                await self._in_thread(lambda stop: self._fetch(run, writer, stop))
+
+        try:
+            async with _together() as group:
+                for run in _runs(records):
+                    group.create_task(fetch(run))
+        except TreeLostError as exc:
+            raise await self._lost(self._keys.local_files, Digest(exc.digest), exc.reason) from exc
+        await self._in_thread(lambda _: writer.end())
+
+    # -- records ------------------------------------------------------------------------------------------
+
+    async def _records(self, digests: Sequence[Digest]) -> dict[Digest, Packed]:
+        found: dict[Digest, Packed] = {}
+        for batch in _batches(digests):
+            payloads = await self._link.execute("HMGET", self._keys.local_files, *batch, may_repeat=True)
+            for digest, payload in zip(batch, payloads, strict=True):
+                if payload is not None:
+                    found[digest] = _PACKED.decode(payload)
+        return found
+
+    async def _lost(self, index: str, digest: Digest, reason: str) -> TreeLostError:
+        """Forget a content whose object is gone or damaged, so that the next driver that has it sends it again."""
+        await self._link.execute("HDEL", index, digest, may_repeat=True)
+        return TreeLostError(digest, reason)
+
+    # -- in threads ---------------------------------------------------------------------------------------
+
+    async def _in_thread(self, call: Callable[[threading.Event], T]) -> T:
+        """Run *call* in a thread; where this is cancelled, tell it so by its event, and return when it has ended."""
+        stop = threading.Event()
+        running = asyncio.get_running_loop().run_in_executor(self._threads, call, stop)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            stop.set()
+            # It notices within a chunk, or the store's own deadline.
+            with suppress(ClusterError, _StoppedError):
+                await running
+            raise
+
+    def _put_pack(self, files: Sequence[_File], stop: threading.Event) -> dict[Digest, Packed]:
+        """Store some files as one object and return where each content lies."""
+        key = f"local/packs/{uuid4().hex}"
+        if sum(file.size_bytes for file in files) > _PACK_BYTES:
+            (file,) = files
+            self._put_parts(key, file, stop)
+            return {file.digest: Packed(key=key, offset=0, size_bytes=file.size_bytes)}
+        pack, records = bytearray(), dict[Digest, Packed]()
+        for file in files:
+            content = b"".join(file.chunks(_PACK_BYTES, stop))
+            records[file.digest] = Packed(key=key, offset=len(pack), size_bytes=len(content))
+            pack += content
+        self._store.put(key, memoryview(pack))
+        return records
+
+    def _put_parts(self, key: str, file: _File, stop: threading.Event) -> None:
+        part_bytes = max(_PACK_BYTES, -(-file.size_bytes // _MAX_PARTS))
+        upload_id = self._store.begin_upload(key)
+        try:
+            parts: list[Part] = [
+                self._store.upload_part(key, upload_id, number, memoryview(chunk))
+                for number, chunk in enumerate(file.chunks(part_bytes, stop), 1)
+            ]
+            self._store.complete_upload(key, upload_id, parts)
+        except BaseException:
+            with suppress(ClusterError):  # the sweeper aborts what is left
+                self._store.abort_upload(key, upload_id)
+            raise
+
+    def _read(self, key: str) -> bytes:
+        content, buffer = bytearray(), memoryview(bytearray(_CHUNK_BYTES))
+        with self._store.open(key) as stream:
+            while count := stream.readinto(buffer):
+                content += buffer[:count]
+        return bytes(content)
+
+    def _fetch(self, run: Sequence[tuple[Digest, Packed]], writer: TreeWriter, stop: threading.Event) -> None:
+        """Read a stretch of one object and write the contents in it."""
+        first, last = run[0][1], run[-1][1]
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        at = first.offset
+        try:
+            with self._store.open(first.key, at, last.offset + last.size_bytes - at) as stream:
+                for digest, packed in run:
+                    for _ in _chunks(stream, packed.offset - at, buffer, stop):
+                        pass  # a content that is not wanted
+                    writer.write(digest, _chunks(stream, packed.size_bytes, buffer, stop))
+                    at = packed.offset + packed.size_bytes
+        except BlobNotFoundError as exc:
+            raise TreeLostError(run[0][0], str(exc)) from exc
+        except DigestMismatchError as exc:
+            raise TreeLostError(exc.expected, str(exc)) from exc
+
+
+class _StoppedError(Exception):
+    """Nobody waits any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file of the driver that is to be sent."""
+
+    digest: Digest
+    path: Path
+    #: When it was looked at for packing.
+    size_bytes: int
+
+    def chunks(self, chunk_bytes: int, stop: threading.Event) -> Iterator[bytes]:
+        """Yield its content, none for an empty one; after the last chunk, it was the content of its digest.
+
+        Raises:
+            FileChangedError: it isn't.
+            ScanError: it can't be read.
+        """
+        hashed, left = hashlib.sha256(), self.size_bytes
+        with _reading(self.path), self.path.open("rb") as file:
+            while chunk := file.read(min(chunk_bytes, left + 1)):
+                if stop.is_set():
+                    raise _StoppedError
+                hashed.update(chunk)
+                left -= len(chunk)
+                if left < 0:
+                    break  # it has grown
+                if left == 0 and f"sha256:{hashed.hexdigest()}" != self.digest:
+                    break
+                yield chunk
+        if left or f"sha256:{hashed.hexdigest()}" != self.digest:
+            raise FileChangedError(str(self.path), self.digest)
+
+
+def _packs(paths: Mapping[Digest, Path]) -> Iterator[list[_File]]:
+    """Yield files by what is packed together, in their order: files of one directory are read together, too."""
+    pack: list[_File] = []
+    room = _PACK_BYTES
+    for digest, path in paths.items():
+        with _reading(path):
+            file = _File(digest, path, path.stat().st_size)
+        if file.size_bytes > _PACK_BYTES:
+            yield [file]
+            continue
+        if file.size_bytes > room:
+            yield pack
+            pack, room = [], _PACK_BYTES
+        pack.append(file)
+        room -= file.size_bytes
+    if pack:
+        yield pack
+
+
+def _runs(records: Mapping[Digest, Packed]) -> Iterator[list[tuple[Digest, Packed]]]:
+    """Yield contents by what is read with one request: neighbours in one object, as far as a pack is long."""
+    run: list[tuple[Digest, Packed]] = []
+    for digest, packed in sorted(records.items(), key=lambda item: (item[1].key, item[1].offset)):
+        if run:
+            first, last = run[0][1], run[-1][1]
+            if packed.key != first.key or packed.offset - last.offset - last.size_bytes > _GAP_BYTES:
+                yield run
+                run = []
+        run.append((digest, packed))
+    if run:
+        yield run
+
+
+def _chunks(stream: ByteStream, size_bytes: int, buffer: memoryview, stop: threading.Event) -> Iterator[memoryview]:
+    """Yield the next bytes of a stream, in views of *buffer* that hold until the next one."""
+    left = size_bytes
+    while left:
+        if stop.is_set():
+            raise _StoppedError
+        count = stream.readinto(buffer[: min(left, len(buffer))])
+        if count == 0:
+            return  # the object is too short: the digest won't be right
+        left -= count
+        yield buffer[:count]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise ScanError(str(path), exc.strerror or str(exc)) from exc
+
+
+@asynccontextmanager
+async def _together() -> AsyncIterator[asyncio.TaskGroup]:
+    """Run tasks that stand or fall together; raises the first error alone."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        raise first_error(errors) from None
+
+
+def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), _BATCH):
+        yield items[start : start + _BATCH]
