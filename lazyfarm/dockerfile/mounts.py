@@ -66,7 +66,8 @@ class _Fields:
             case "bind":
                 return graph.bind(
                     self._place.source(self._fields.get("from", "")),
-                    self._target(),
+                    # BuildKit's: without a target it is the working directory.
+                    self._absolute(self._fields.get("target", "")),
                     from_path=self._fields.get("source") or "/",
                     read_only=not self._boolean("readwrite", "readonly"),
                 )
@@ -110,7 +111,7 @@ class _Fields:
         return self._absolute(target)
 
     def _absolute(self, path: str) -> str:
-        return posixpath.join(self._place.directory, path)
+        return posixpath.normpath(posixpath.join(self._place.directory, path))
 
     def _boolean(self, name: str, opposite: str = "") -> bool:
         """Return whether *name* is set, or its *opposite* is set to false."""

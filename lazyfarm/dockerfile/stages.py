@@ -111,6 +111,9 @@ class StageTable:
         text = self._expand(start.platform, start.line)
         if start.platform and not text:
             raise DockerfileError(self._file.file, start.line, f"the platform {start.platform} is empty")
+        if text and "/" not in text:
+            # An architecture alone is one of the same system, as containerd's platforms package has it.
+            text = f"{default.os}/{text}"
         try:
             return parse_platform(text) if text else default
         except InvalidPlatformError as exc:
