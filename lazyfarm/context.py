@@ -48,7 +48,7 @@ def scan(directory: str | os.PathLike[str], include: Iterable[str] = (), exclude
     if not root.is_dir():
         raise ScanError(str(root), "it is not a directory" if root.exists() else "there is no such directory")
     walk = _Walk(root, PatternMatcher(include), PatternMatcher(exclude))
-    tree = Tree(tuple(walk.entries("", ROOT, ROOT)))
+    tree = Tree(tuple(walk.entries()))
     return ScannedTree(
         root=root,
         tree=tree,
@@ -56,6 +56,16 @@ def scan(directory: str | os.PathLike[str], include: Iterable[str] = (), exclude
         paths=walk.paths,
         left_out=tuple(walk.left_out),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A directory that a walk is in."""
+
+    path: str
+    rest: Iterator[os.DirEntry[str]]
+    included: Match
+    excluded: Match
 
 
 class _Walk:
@@ -68,34 +78,41 @@ class _Walk:
         self.paths: dict[Digest, Path] = {}
         self.left_out: list[str] = []
 
-    def entries(self, directory: str, included: Match, excluded: Match) -> Iterator[TreeEntry]:
-        """Yield what is taken of a directory, in the order of trees."""
-        for found in self._listed(directory):
-            path = f"{directory}/{found.name}" if directory else found.name
-            now_included = self._include.step(path, included)
-            now_excluded = self._exclude.step(path, excluded)
-            is_taken = (now_included.is_match or not self._include) and not now_excluded.is_match
-            is_directory = found.is_dir(follow_symlinks=False)
-            if not is_taken and not (is_directory and self._may_take_below(path, now_included, now_excluded)):
+    def entries(self) -> Iterator[TreeEntry]:
+        """Yield what is taken, in the order of trees; without recursion, as directories may be deep."""
+        open_ = [_Open("", self._listed(""), ROOT, ROOT)]
+        # Directories that the walk is in and that are taken only if something in them is.
+        waiting: list[TreeEntry] = []
+        while open_:
+            directory = open_[-1]
+            found = next(directory.rest, None)
+            if found is None:
+                open_.pop()
+                if waiting and waiting[-1].path == directory.path:
+                    waiting.pop()
                 continue
-            if not is_directory:
-                entry = self._entry(path, found)
-                if entry is not None:
-                    yield entry
+            path = f"{directory.path}/{found.name}" if directory.path else found.name
+            included = self._include.step(path, directory.included)
+            excluded = self._exclude.step(path, directory.excluded)
+            is_taken = (included.is_match or not self._include) and not excluded.is_match
+            if found.is_dir(follow_symlinks=False):
+                if not is_taken and not self._may_take_below(path, included, excluded):
+                    continue
+                open_.append(_Open(path, self._listed(path), included, excluded))
+                waiting.append(TreeEntry(path, EntryKind.DIRECTORY, self._mode(path, found)))
+            elif is_taken and (entry := self._entry(path, found)) is not None:
+                waiting.append(entry)
+            else:
                 continue
-            own = TreeEntry(path, EntryKind.DIRECTORY, self._mode(path, found))
             if is_taken:
-                yield own
-            for index, entry in enumerate(self.entries(path, now_included, now_excluded)):
-                if index == 0 and not is_taken:
-                    yield own
-                yield entry
+                yield from waiting
+                waiting.clear()
 
     def _may_take_below(self, path: str, included: Match, excluded: Match) -> bool:
         is_included = not self._include or included.is_match or self._include.may_differ_below(path, included)
         return is_included and (not excluded.is_match or self._exclude.may_differ_below(path, excluded))
 
-    def _listed(self, directory: str) -> list[os.DirEntry[str]]:
+    def _listed(self, directory: str) -> Iterator[os.DirEntry[str]]:
         try:
             with os.scandir(self._root / directory) as found:
                 listed = sorted(found, key=lambda entry: entry.name)
@@ -104,7 +121,7 @@ class _Walk:
         for entry in listed:
             if not _is_text(entry.name):
                 raise ScanError(repr(entry.path), "its name is not UTF-8")
-        return listed
+        return iter(listed)
 
     def _entry(self, path: str, found: os.DirEntry[str]) -> TreeEntry | None:
         try:

@@ -129,6 +129,19 @@ def test_what_cant_be_scanned_is_named(tmp_path):
         scan(tmp_path)
 
 
+def test_depth_is_no_limit(tmp_path):
+    """A directory as deep as paths can be is scanned."""
+    made = [tmp_path]
+    for _ in range(1500):
+        made.append(made[-1] / "d")
+        made[-1].mkdir()
+
+    assert len(scan(tmp_path, exclude=["x"]).tree.entries) == 1500
+
+    for path in reversed(made[1:]):  # what removes tmp_path recurses
+        path.rmdir()
+
+
 # -- digests ------------------------------------------------------------------------------------------
 
 
