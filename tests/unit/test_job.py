@@ -1,0 +1,65 @@
+"""Jobs and their events as values: what ends, and how they get across."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster import wire
+from cluster.digest import digest_of
+from cluster.errors import MalformedPayloadError
+from cluster.job import (
+    JobEnded,
+    JobId,
+    JobRecord,
+    JobSpec,
+    JobState,
+    LogStream,
+    VertexEvent,
+    VertexLayers,
+    VertexLog,
+    VertexLogDropped,
+    VertexState,
+    decode_event,
+    encode_event,
+)
+from cluster.messages import SessionInfo
+from cluster.progress import LayerPhase, ProgressItem
+
+V = digest_of(b"vertex")
+
+EVENTS = [
+    VertexEvent(vertex=V, name="compile ü", state=VertexState.FAILED, error=b"\x00payload"),
+    VertexLog(vertex=V, stream=LogStream.STDERR, text="line\nline\n"),
+    VertexLogDropped(vertex=V),
+    VertexLayers(vertex=V, item=ProgressItem(item="fetch:d", phase=LayerPhase.FETCHING, current_bytes=3)),
+    JobEnded(state=JobState.CANCELLED),
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_events_get_across(event):
+    """What is decoded is what was encoded, in its own class."""
+    assert decode_event(*encode_event(event)) == event
+
+
+def test_events_of_other_kinds_are_refused():
+    """A payload is no event of another kind, nor of one that is unknown."""
+    _, data = encode_event(EVENTS[0])
+
+    for kind in ("vertex-log", "unheard-of"):
+        with pytest.raises(MalformedPayloadError, match=kind):
+            decode_event(kind, data)
+
+
+def test_a_job_record_gets_across():
+    """A job's record is wire data, with all that it holds."""
+    spec = JobSpec(id=JobId("j"), definition=V, targets=(V,), session=SessionInfo(session_id="s"), labels={"who": "ci"})
+    record = JobRecord(spec=spec, state=JobState.DONE, created_wall_s=1.5, ended_wall_s=2.0, results={V: b"\x00"})
+
+    assert wire.decode("job-record", JobRecord, wire.encode("job-record", record)) == record
+
+
+def test_what_ends():
+    """A job ends in three states and a vertex in four; in the others both go on."""
+    assert [state.value for state in JobState if not state.is_end] == ["queued", "running"]
+    assert [state.value for state in VertexState if not state.is_end] == ["waiting", "running"]
