@@ -53,6 +53,9 @@ class Redactor:
         #: The longest first: of two that begin alike, it is the one to be taken out.
         self._values = sorted((value for value in values if value.strip()), key=len, reverse=True)
         self._pattern = re.compile(b"|".join(map(re.escape, self._values))) if self._values else None
+        self._by_first: dict[int, list[bytes]] = {}
+        for value in self._values:
+            self._by_first.setdefault(value[0], []).append(value)
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
@@ -81,9 +84,10 @@ class Redactor:
         """Return where the longest end of *data* begins that is a proper beginning of a value."""
         longest = len(self._values[0]) - 1
         for start in range(max(len(data) - longest, 0), len(data)):
-            tail = data[start:]
-            if any(len(tail) < len(value) and value.startswith(tail) for value in self._values):
-                return start
+            length = len(data) - start
+            for value in self._by_first.get(data[start], ()):
+                if length < len(value) and data.endswith(value[:length]):
+                    return start
         return len(data)
 
 

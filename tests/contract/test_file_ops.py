@@ -456,9 +456,12 @@ def test_deep_trees_are_errors_not_crashes(root, source):
         here = inner
     os.close(here)
 
-    with pytest.raises(FileActionError, match="too long"):
-        do(root, source, copy("/", to="/"))
-    subprocess.run(["rm", "-rf", root, source], check=True)  # deeper than Python's own can go
+    try:
+        with pytest.raises(FileActionError, match="too long"):
+            do(root, source, copy("/", to="/"))
+    finally:
+        # Deeper than Python's own removal can go.
+        subprocess.run(["rm", "-rf", root, source], check=True)
 
 
 # -- archives ---------------------------------------------------------------------------------------------

@@ -7,7 +7,23 @@ import shutil
 import subprocess
 from pathlib import Path
 
-COMMANDS = ("sh", "cat", "chmod", "head", "id", "ln", "ls", "mkdir", "mknod", "mv", "rm", "sleep", "stat", "tail", "touch")
+COMMANDS = (
+    "sh",
+    "cat",
+    "chmod",
+    "head",
+    "id",
+    "ln",
+    "ls",
+    "mkdir",
+    "mknod",
+    "mv",
+    "rm",
+    "sleep",
+    "stat",
+    "tail",
+    "touch",
+)
 
 
 def make_root(root: Path, commands: tuple[str, ...] = COMMANDS) -> Path:
