@@ -352,7 +352,12 @@ class _Container:
         process = self._runtime.start(self._id, self._bundle.path)
         assert process.stdout is not None  # noqa: S101  # asked for
         assert process.stderr is not None  # noqa: S101  # asked for
-        exited = _Exit(process)
+        try:
+            exited = _Exit(process)
+        except OSError as exc:
+            process.kill()
+            process.wait()
+            raise ContainerError("watching a container", str(exc)) from exc
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._read(process.stdout, LogStream.STDOUT, secrets, log))

@@ -1,7 +1,7 @@
 """What is told to the OCI runtime: a command, its mounts, its rights and its limits (runtime-spec 1.0).
 
-Mounts, masked paths and capabilities are containerd's defaults as BuildKit uses them: no ``/run`` of its own,
-privileges may be gained (``sudo`` works), no terminal.
+Mounts, masked paths, capabilities and denied system calls are containerd's defaults as BuildKit uses them: no
+``/run`` of its own, privileges may be gained (``sudo`` works), no terminal.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cluster.graph import Limits, Network
+from storage.containers.seccomp import profile
 from storage.containers.users import ProcessUser
 
 DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -136,6 +137,9 @@ def runtime_spec(
         "maskedPaths": list(_MASKED),
         "readonlyPaths": list(_READ_ONLY),
     }
+    filtered = profile()
+    if filtered is not None:
+        linux["seccomp"] = filtered
     if cgroup is not None:
         linux["cgroupsPath"] = cgroup
         linux["resources"] = _resources(limits)

@@ -251,6 +251,19 @@ async def test_rights_are_the_usual_ones(runc, root):
     assert "Operation not permitted" in said
 
 
+async def test_no_namespaces_of_its_own(runc, root):
+    """Even without the right to, a user namespace would lend a command all rights over more of the kernel."""
+    said = await run(
+        runc,
+        root,
+        "unshare -U true 2>&1 || echo refused; unshare -m true 2>&1 || echo refused; echo thread | cat",
+        user="bob",
+    )
+
+    assert said.count("refused") == 2
+    assert "thread" in said
+
+
 # -- mounts -----------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.graph import Limits, Network, RunOp, SecretMount
 from storage.containers.logs import MAX_LINE_BYTES, LineReader, LogLine, LogStream, Redactor
+from storage.containers.seccomp import profile
 from storage.containers.secrets import environment
 from storage.containers.secrets import given as secrets_given
 from storage.containers.spec import DEFAULT_PATH, bind, runtime_spec, tmpfs
@@ -81,6 +82,15 @@ def test_limits():
     assert made["cpu"] == {"quota": 150_000, "period": 100_000}
     assert made["pids"] == {"limit": 7}
     assert spec()["linux"]["resources"] == {"devices": [{"allow": False, "access": "rwm"}]}
+
+
+def test_denied_system_calls():
+    """For each machine that runs 32-bit programs, those too; on one that isn't known, none."""
+    known = profile("x86_64")
+
+    assert known["architectures"] == ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"]
+    assert "unshare" in known["syscalls"][0]["names"]
+    assert profile("unheard-of") is None
 
 
 def test_mounts_come_after_the_systems_and_by_depth():
