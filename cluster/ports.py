@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from types import TracebackType
+from typing import BinaryIO, Protocol, Self
 
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
@@ -67,6 +68,68 @@ class AppliedLayer:
     entries: int
     #: False where another had published this snapshot first, and what was unpacked here was dropped.
     was_published: bool
+
+
+class Workspace(Protocol):
+    """A writable tree on top of a published snapshot, of one user; leaving its context discards it.
+
+    Changes are made to the files under :attr:`path`, by this process or by a container that has it as its
+    root. The first call that asks what has changed ends the writing: from then on there is no *path*.
+
+    Sockets are left out of what is committed. A process that is killed leaves only what
+    :meth:`Snapshotter.recover` removes; the containers that it ran must have been ended before that.
+    """
+
+    @property
+    def path(self) -> Path:
+        """Return where the tree is."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def is_unchanged(self) -> bool:
+        """Tell whether nothing was changed: then there is no layer, and the parent is the result.
+
+        Raises:
+            SnapshotError: a process still writes to the tree, or a name in it can't be in a layer.
+        """
+        ...
+
+    def commit(self, out: BinaryIO, *, source_date_epoch: int | None) -> Digest:
+        """Write the uncompressed layer tar of what was changed; return its diff ID. May be repeated.
+
+        Sorted by path: one tree gives one tar. Modification times later than *source_date_epoch*, in
+        seconds, are clamped to it, as BuildKit's ``rewrite-timestamp`` does; None: kept.
+
+        Raises:
+            SnapshotError: as above, or the disk refused.
+            ClusterError: whatever *out* raised, unchanged.
+        """
+        ...
+
+    def publish(self, chain: Digest) -> bool:
+        """Publish the tree as this node's snapshot of *chain*, as if the committed layer had been unpacked; close it.
+
+        A rename, without unpacking again. Returns False, and drops the tree, where that snapshot is there
+        already.
+
+        Raises:
+            SnapshotError: the parent is not on this node any more, or the disk refused.
+            InternalError: it was not committed, or *chain* is not that of parent and diff ID.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Drop the tree; does nothing where that was done, or it was published.
+
+        Raises:
+            SnapshotError: the disk or the kernel refused; the next :meth:`Snapshotter.recover` does it.
+        """
+        ...
 
 
 class Snapshotter(Protocol):
@@ -123,6 +186,18 @@ class Snapshotter(Protocol):
 
         Raises:
             SnapshotError: it is not published here, or the kernel refused.
+        """
+        ...
+
+    def workspace(self, parent: Digest | None, name: str) -> Workspace:
+        """Open a writable tree on top of the snapshot *parent* (None or EMPTY_CHAIN: on top of nothing).
+
+        Args:
+            parent: Chain ID of the snapshot, which must stay published as long as the workspace is open.
+            name: For people, as of a mount; need not be unique.
+
+        Raises:
+            SnapshotError: *parent* is not published here, or the disk or the kernel refused.
         """
         ...
 

@@ -11,7 +11,7 @@ from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import DiffIdMismatchError, LayerError, SnapshotError
 from cluster.faultpoints import FaultPoint, hit
-from cluster.ports import AppliedLayer, ByteStream
+from cluster.ports import AppliedLayer, ByteStream, Workspace
 from storage.snapshots.attributes import AttributeWriter, Ledger
 from storage.snapshots.diff import Changes, compare, write_layer
 from storage.snapshots.inflate import DamagedStreamError, LayerStream
@@ -57,6 +57,10 @@ class LayeredSnapshotter(ABC):
     @abstractmethod
     def _own_changes(self, chain: Digest, parent: Digest | None) -> Changes | None:
         """Return what *chain* changes of *parent* where that can be read off; None where trees must be compared."""
+
+    @abstractmethod
+    def workspace(self, parent: Digest | None, name: str) -> Workspace:
+        """Open a writable tree on top of the snapshot *parent*; see the port."""
 
     # -- the port --
 

@@ -20,6 +20,7 @@ from storage.snapshots.names import join
 from storage.snapshots.store import LEDGER, remove_tree
 from storage.snapshots.tree import Tree
 from storage.snapshots.unpack import Unpacker
+from storage.snapshots.workspace import CopyingWorkspace
 
 
 class CopyingSnapshotter(LayeredSnapshotter):
@@ -58,6 +59,11 @@ class CopyingSnapshotter(LayeredSnapshotter):
         except OSError as exc:
             raise SnapshotError(chain, "mounting", str(exc)) from exc
         return target
+
+    def workspace(self, parent: Digest | None, name: str) -> CopyingWorkspace:
+        """Open a writable copy of the snapshot *parent*; see the port. Takes as long as copying it does."""
+        lower = None if parent is None or parent == EMPTY_CHAIN else self._tree(parent, "standing on")
+        return CopyingWorkspace(self._store, parent, lower, name)
 
     def unmount(self, name: str) -> None:
         """Undo :meth:`mount`; does nothing where there is no such mount."""

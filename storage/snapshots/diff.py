@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 from cluster.digest import Digest
-from storage.snapshots.attributes import Attributes
+from storage.snapshots.attributes import Attributes, Ledger
 from storage.snapshots.names import OPAQUE, WHITEOUT, join, parent_of
 from storage.snapshots.tree import Node, Tree, is_opaque, is_whiteout
 
@@ -105,7 +105,7 @@ class _Comparison:
             new, old = pending.pop()
             if new.inode is not None:
                 self._groups.setdefault(new.inode, []).append(new.relative)
-            is_alike = old is not None and _are_alike(new, old)
+            is_alike = old is not None and are_alike(new, old)
             if new.relative and not is_alike:
                 self.changes.nodes[new.relative] = new
             if new.is_dir:
@@ -142,7 +142,7 @@ class _Comparison:
 
 
 def _compare_roots(changes: Changes, new: Node, old: Node | None) -> None:
-    if old is None or not _are_alike(new, old):
+    if old is None or not are_alike(new, old):
         changes.nodes[b""] = new
 
 
@@ -163,7 +163,8 @@ def _add_ancestors(changes: Changes, root: Node) -> None:
                 changes.nodes[path] = node
 
 
-def _are_alike(new: Node, old: Node) -> bool:
+def are_alike(new: Node, old: Node) -> bool:
+    """Tell whether two files are the same in all but access time and, for directories, what is in them."""
     if stat.S_IFMT(new.mode) != stat.S_IFMT(old.mode):
         return False
     if new.path and new.path == old.path and not new.is_dir:
@@ -203,8 +204,14 @@ class _HashingWriter:
         return Digest(f"sha256:{self._hash.hexdigest()}")
 
 
-def write_layer(changes: Changes, out: BinaryIO) -> Digest:
-    """Write the layer tar of *changes*, in the order of paths compared by component; return its diff ID."""
+def write_layer(changes: Changes, out: BinaryIO, *, latest_ns: int | None = None) -> Digest:
+    """Write the layer tar of *changes*, in the order of paths compared by component; return its diff ID.
+
+    Args:
+        changes: What to write.
+        out: Where to.
+        latest_ns: Modification times are clamped to this, in nanoseconds since the epoch; None: to nothing.
+    """
     writer = _HashingWriter(out)
     #: Inode → the path that it was written under.
     written: dict[tuple[int, int], bytes] = {}
@@ -213,6 +220,7 @@ def write_layer(changes: Changes, out: BinaryIO) -> Digest:
             writer.write(_header(b"/".join(key), Attributes(mode=stat.S_IFREG | 0o600)))
             continue
         attributes = node.attributes()
+        attributes = replace(attributes, mtime_ns=layer_time(attributes.mtime_ns, latest_ns))
         inode = node.inode
         target = changes.links.get(node.relative)
         if target is None and inode is not None:
@@ -230,6 +238,25 @@ def write_layer(changes: Changes, out: BinaryIO) -> Digest:
             writer.write(_header(node.relative, attributes))
     writer.write(bytes(2 * _BLOCK))
     return writer.digest
+
+
+def layer_time(mtime_ns: int, latest_ns: int | None) -> int:
+    """Return the modification time that a layer gives a file: not before the epoch, which no reader takes."""
+    return max(0, mtime_ns if latest_ns is None else min(mtime_ns, latest_ns))
+
+
+def clamp_times(changes: Changes, latest_ns: int | None, ledger: Ledger | None) -> None:
+    """Give the files of *changes* on disk the times that :func:`write_layer` writes of them."""
+    for path, node in changes.nodes.items():
+        attributes = node.attributes()
+        mtime_ns = layer_time(attributes.mtime_ns, latest_ns)
+        # A link to an unchanged file is that file: it keeps its time.
+        if mtime_ns == attributes.mtime_ns or path in changes.links:
+            continue
+        if node.path:
+            os.utime(node.path, ns=(mtime_ns, mtime_ns), follow_symlinks=False)
+        elif ledger is not None:
+            ledger.put(path, replace(attributes, mtime_ns=mtime_ns))
 
 
 def _entries(changes: Changes) -> list[tuple[tuple[bytes, ...], Node | None]]:

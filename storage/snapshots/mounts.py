@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from cluster.digest import Digest
 from cluster.errors import SnapshotError
+from storage.snapshots.kernel import mount_overlay, mount_points, run_mount, unmount
 from storage.snapshots.locks import locked
 
+__all__ = ["Mounts", "check_name", "mount_points"]
+
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@+-]{0,199}\Z")
-_TIMEOUT_S: Final = 30.0
-#: Options of a mount(2) come in one page.
-_PAGE_BYTES: Final = 4096
 
 
 def check_name(name: str) -> str:
@@ -29,17 +27,6 @@ def check_name(name: str) -> str:
     if _NAME.match(name) is None:
         raise SnapshotError(name, "mounting", "a mount's name has letters, digits and _.:@+- only, at most 200")
     return name
-
-
-def mount_points() -> set[Path]:
-    """Return every mount point that this process sees."""
-    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    return {Path(_unescape(line.split(" ")[4])) for line in lines}
-
-
-def _unescape(field: str) -> str:
-    """Undo mountinfo's octal escapes of space, tab, newline and backslash."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
 class Mounts:
@@ -75,23 +62,18 @@ class Mounts:
         # Before the mount: a mount without it could not be told from another chain's.
         (self._chains / name).write_text(chain)
         if len(layers) > 1:
-            options = f"ro,redirect_dir=nofollow,metacopy=off,lowerdir={':'.join(layers)}"
-            if len(options) >= _PAGE_BYTES:
-                raise SnapshotError(chain, "mounting", f"{len(layers)} layers are more than one overlay mount can have")
-            command = ["mount", "-t", "overlay", "-o", options, "overlay", str(point)]
+            options = ["ro", "redirect_dir=nofollow", "metacopy=off", f"lowerdir={':'.join(layers)}"]
+            mount_overlay(chain, "overlay", point, directory, options)
         else:
             source = directory / layers[0] if layers else self._empty
-            command = ["mount", "-o", "bind,ro", str(source), str(point)]
-        # The working directory is what lets the layers have short names. Newer mount(8) passes options one by
-        # one, with 256 bytes each at most, unless told to use mount(2).
-        self._run(chain, "mounting", command, directory, {**os.environ, "LIBMOUNT_FORCE_MOUNT2": "always"})
+            run_mount(chain, "mounting", ["mount", "-o", "bind,ro", str(source), str(point)], directory)
 
     def unmount(self, name: str) -> None:
         """Undo :meth:`mount`. A busy mount disappears from sight at once and goes when its last user does."""
         point = self._points / check_name(name)
         with locked(self._chains, fcntl.LOCK_EX):
             while point in mount_points():
-                self._run(name, "unmounting", ["umount", "--lazy", "--no-canonicalize", str(point)], self._root, None)
+                unmount(name, point)
             self._forget(name)
 
     def mounts(self) -> dict[str, Path]:
@@ -127,13 +109,3 @@ class Mounts:
         if point.is_dir():
             point.rmdir()
         (self._chains / name).unlink(missing_ok=True)
-
-    def _run(self, subject: str, doing: str, command: list[str], cwd: Path, env: dict[str, str] | None) -> None:
-        try:
-            done = subprocess.run(  # noqa: S603  # mount(8) and paths of our own
-                command, cwd=cwd, env=env, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired) as exc:
-            raise SnapshotError(subject, doing, str(exc)) from exc
-        if done.returncode:
-            raise SnapshotError(subject, doing, done.stderr.strip() or f"{command[0]} failed")

@@ -7,15 +7,17 @@ import stat
 import tempfile
 from pathlib import Path
 
-from cluster.digest import Digest
+from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import SnapshotError
 from storage.snapshots.attributes import AttributeWriter
 from storage.snapshots.base import LayeredSnapshotter
 from storage.snapshots.diff import Changes, read_upper
+from storage.snapshots.kernel import unmount
 from storage.snapshots.mounts import Mounts
 from storage.snapshots.store import OPAQUE_ROOT, short_name
 from storage.snapshots.tree import Tree
 from storage.snapshots.unpack import Unpacker
+from storage.snapshots.workspace import OverlayWorkspace, mount_writable
 
 
 class OverlaySnapshotter(LayeredSnapshotter):
@@ -34,6 +36,13 @@ class OverlaySnapshotter(LayeredSnapshotter):
         """Mount the snapshot read-only under *name*; see the port."""
         layers = [f"{short_name(each)}/fs" for each in self._layers(chain, "mounting")]
         return self._mounts.mount(name, chain, self._store.published, layers)
+
+    def workspace(self, parent: Digest | None, name: str) -> OverlayWorkspace:
+        """Open a writable tree on top of the snapshot *parent*; see the port."""
+        below = None if parent in (None, EMPTY_CHAIN) else parent
+        lower = None if below is None else self._tree(below, "standing on")
+        layers = [] if below is None else [f"{short_name(each)}/fs" for each in self._layers(below, "standing on")]
+        return OverlayWorkspace(self._store, parent, lower, name, layers=layers)
 
     def unmount(self, name: str) -> None:
         """Undo :meth:`mount`; does nothing where there is no such mount."""
@@ -125,8 +134,8 @@ def can_mount(root: Path) -> bool:
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=root, prefix="probe-") as scratch:
         base = Path(scratch)
-        for layer in ("a", "b"):
-            (base / layer).mkdir()
+        for directory in ("a", "b", "w", "w/fs"):
+            (base / directory).mkdir()
         chain = Digest("probe")
         try:
             os.mknod(base / "a" / "whiteout", stat.S_IFCHR, 0)
@@ -134,6 +143,8 @@ def can_mount(root: Path) -> bool:
             mounts = Mounts(base / "mounts")
             mounts.mount("probe", chain, base, ["a", "b"])
             mounts.unmount("probe")
+            # Some file systems serve for the layers and not for what is written to.
+            unmount("probe", mount_writable("probe", base / "w", base, ["a", "b"]))
         except (OSError, SnapshotError):
             return False
     return True

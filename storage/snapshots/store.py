@@ -8,7 +8,7 @@
                      ledger        what could not be made without root
                      opaque-root   there if the layer hides all that is below it
                      settled       there once all of it is known to be on the disk
-    ROOT/KIND/staging/NONCE/     being unpacked, or being removed; locked by who does
+    ROOT/KIND/staging/NONCE/     being unpacked, written to as a workspace, or being removed; locked by who does
     ROOT/KIND/mnt/NAME/          a mount, and beside it ROOT/KIND/mounted/NAME: of which chain
 
 **Crashes.** A killed process leaves staging directories whose lock is free: :meth:`Store.recover` removes them;
@@ -39,6 +39,7 @@ import msgspec
 from cluster.digest import EMPTY_CHAIN, Digest, hex_of
 from cluster.errors import SnapshotError
 from cluster.faultpoints import FaultPoint, hit
+from storage.snapshots.kernel import unmount_below
 from storage.snapshots.locks import locked
 
 #: 120 bits of the chain ID: two chains that share them can't be found, and 140 names fit a mount's option page.
@@ -151,7 +152,7 @@ class Store:
 
     @contextmanager
     def stage(self) -> Iterator[Path]:
-        """Lend a new staging directory; what is left of it in the end is removed."""
+        """Lend a new staging directory; what is left of it in the end is unmounted and removed."""
         path = self.staging / secrets.token_hex(8)
         # Shared: recover() takes this lock alone, so it never sees a directory between its making and its locking.
         with locked(self.staging, fcntl.LOCK_SH):
@@ -162,7 +163,7 @@ class Store:
             yield path
         finally:
             try:
-                remove_tree(path)
+                _clear(path)
             finally:
                 os.close(own)
 
@@ -228,12 +229,12 @@ class Store:
             os.close(fd)
 
     def recover(self) -> list[str]:
-        """Remove staging directories that nobody holds, and snapshots that a crash of the machine left unsure."""
+        """Remove staging directories that nobody holds, with their mounts, and snapshots that a crash left unsure."""
         removed: list[str] = []
         with locked(self.staging, fcntl.LOCK_EX):
             for path in sorted(self.staging.iterdir()):
                 if _is_abandoned(path):
-                    remove_tree(path)
+                    _clear(path)
                     removed.append(f"staging/{path.name}")
         for path in sorted(self.published.iterdir()):
             if self._read(path) is None:
@@ -241,6 +242,12 @@ class Store:
                     path.rename(staged / "removed")
                     removed.append(f"s/{path.name}")
         return removed
+
+
+def _clear(staged: Path) -> None:
+    """Remove a staging directory: never through a mount, behind which may be anything."""
+    unmount_below(staged)
+    remove_tree(staged)
 
 
 def _is_abandoned(path: Path) -> bool:

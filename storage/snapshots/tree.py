@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from storage.snapshots.attributes import Attributes, Ledger, is_device, read_attributes
 from storage.snapshots.names import join
 
-_OPAQUE_XATTR = "trusted.overlay.opaque"
+#: Overlayfs's mark of a directory that hides what is below it.
+OPAQUE_XATTR = "trusted.overlay.opaque"
 
 
 def is_whiteout(status: os.stat_result) -> bool:
@@ -23,7 +24,7 @@ def is_whiteout(status: os.stat_result) -> bool:
 def is_opaque(path: bytes) -> bool:
     """Tell whether a directory of an overlay layer hides what is below it."""
     try:
-        return os.getxattr(path, _OPAQUE_XATTR, follow_symlinks=False) == b"y"
+        return os.getxattr(path, OPAQUE_XATTR, follow_symlinks=False) == b"y"
     except OSError:
         # ENODATA; ENOTSUP, and without root the attribute isn't there to be seen.
         return False

@@ -77,7 +77,7 @@ _TYPE: Final = {
     tar.FIFO: stat.S_IFIFO,
 }
 #: What a directory has that is neither in the archive nor below.
-_DEFAULT_DIRECTORY: Final = Attributes(mode=stat.S_IFDIR | 0o755)
+DEFAULT_DIRECTORY: Final = Attributes(mode=stat.S_IFDIR | 0o755)
 
 
 class UpperDirectory:
@@ -537,7 +537,7 @@ class Unpacker:
         if directory.attributes is not None:
             return directory.attributes
         node = None if directory.is_new else self._same_below(path)
-        return _DEFAULT_DIRECTORY if node is None else node.attributes()
+        return DEFAULT_DIRECTORY if node is None else node.attributes()
 
     def deleted_in(self, path: bytes) -> list[bytes]:
         """Return the names in the directory *path* that are below and that the layer deletes."""

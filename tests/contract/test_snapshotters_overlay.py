@@ -14,7 +14,7 @@ import pytest
 from cluster.digest import chain_id
 from cluster.errors import SnapshotError
 from storage.snapshots import CopyingSnapshotter, OverlaySnapshotter
-from storage.snapshots.mounts import mount_points
+from storage.snapshots.kernel import mount_points
 from tests.doubles.layers import Bytes, apply, apply_all, directory, facts, file, layer, opaque, sketch, whiteout
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
