@@ -14,6 +14,7 @@ says what to do next.
     ├─ RegistryError               what a registry answered and meant
     ├─ WireError                   a payload of an unknown version, truncated or malformed
     ├─ RemoteError                 an error of a class that only the other end knows
+    ├─ JobError                    builds: unknown, ended, another under that ID
     ├─ OpError                     an op of a build can't be carried out, or its command failed
     ├─ ContainerError              this node can't run a container, or not as it is asked to
     ├─ FarmError                   the farm itself: not running, no such node
@@ -718,6 +719,53 @@ class RemoteError(ClusterError):
 
     def __str__(self) -> str:
         return f"{self.type_name}: {self.message}"
+
+
+# -- jobs ---------------------------------------------------------------------------------------------
+
+
+class JobError(ClusterError):
+    """Something is wrong with a job, a build that was submitted."""
+
+
+class JobNotFoundError(JobError):
+    """No job has that ID, or it ended so long ago that it is forgotten."""
+
+    _hint = "`lazyfarm jobs ls` lists the jobs that are known"
+
+    def __init__(self, job: str) -> None:
+        super().__init__(job)
+        self.job = job
+
+    def __str__(self) -> str:
+        return f"no job {self.job!r} is known to this farm"
+
+
+class JobEndedError(JobError):
+    """A job has ended in *state* already; nothing was changed."""
+
+    _hint = "`lazyfarm jobs show JOB` says how it ended"
+
+    def __init__(self, job: str, state: str) -> None:
+        super().__init__(job, state)
+        self.job = job
+        self.state = state
+
+    def __str__(self) -> str:
+        return f"job {self.job} has ended already: {self.state}"
+
+
+class JobIdTakenError(JobError):
+    """Another job has been submitted under that ID; nothing was changed."""
+
+    _hint = "submit it under an ID of its own"
+
+    def __init__(self, job: str) -> None:
+        super().__init__(job)
+        self.job = job
+
+    def __str__(self) -> str:
+        return f"job ID {self.job} is another job's"
 
 
 # -- ops of builds ------------------------------------------------------------------------------------

@@ -91,6 +91,28 @@ class JobClaim:
     fence: int
 
 
+class ClaimState(Enum):
+    """What the owner of a job is to do with it, as it learns when it renews."""
+
+    HELD = "held"
+    #: Somebody asked for it: end it as cancelled.
+    CANCEL = "cancel"
+    #: Its driver is gone: end it as cancelled.
+    ABANDONED = "abandoned"
+    #: Another owns it, or it has ended: let go of it, and write no more.
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimedJob:
+    """A job, with the right to run it and what to run."""
+
+    claim: JobClaim
+    record: JobRecord
+    #: Payload of a :class:`cluster.graph.Definition`.
+    definition: bytes
+
+
 # -- what drivers see -------------------------------------------------------------------------------------------
 
 

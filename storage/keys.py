@@ -38,6 +38,14 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``progress:STREAM`` | stream, a day | payloads ``progress`` |
 | ``local:files`` | hash | digest of a driver's file → payload ``packed``: in which object it lies, and where |
 | ``local:trees`` | hash | digest of a driver's directory → key of the object that is its manifest |
+| ``key:KEY`` | zset, 30 days unused | cache key: record → when it was last published under it, microseconds |
+| ``record:RECORD`` | hash, 30 days unused | ``result`` (payload ``result``), ``published`` (microseconds) |
+| ``jobs`` | zset | job → when it was submitted, microseconds |
+| ``job:JOB`` | hash, a week after its end | ``spec`` (payload ``job``), ``definition``, ``state owner fence``… |
+| ``jobs:held`` | zset | job that goes on → until when its owner holds it (since when nobody does), milliseconds |
+| ``jobs:attended`` | zset | attached job that goes on → until when its driver is taken to be there, milliseconds |
+| ``job-events:JOB`` | stream, a week after its end | ``k`` an event's kind, ``p`` its payload |
+| ``job-told:JOB`` | hash, a week after its end | ``log_bytes steps``: how full the stream is; ``cut:VERTEX`` |
 | ``nodes`` | string | payload ``nodes``: the nodes as the supervisor last saw them |
 | ``actors`` | hash | actor name → payload ``actor`` |
 | ``actor:NAME`` | string, seconds | there while the actor says that it is |
@@ -48,6 +56,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.digest import Digest
+from cluster.job import JobId
 from cluster.ref import RefId
 
 
@@ -129,6 +138,14 @@ class Keys:
     def local_trees(self) -> str:
         """Name the index of drivers' directories."""
         return f"{self.prefix}:local:trees"
+
+    def job(self, job: JobId) -> str:
+        """Name a job's record."""
+        return f"{self.prefix}:job:{job}"
+
+    def job_events(self, job: JobId) -> str:
+        """Name the stream of a job's events."""
+        return f"{self.prefix}:job-events:{job}"
 
     @property
     def nodes(self) -> str:

@@ -1,0 +1,294 @@
+"""Verified fakes of what the solver keeps in Redis; see :mod:`storage.memory`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from cluster.digest import Digest
+from cluster.errors import (
+    DeadlineExceededError,
+    InternalError,
+    JobEndedError,
+    JobIdTakenError,
+    JobNotFoundError,
+    StaleFenceError,
+)
+from cluster.job import (
+    ClaimedJob,
+    ClaimState,
+    JobClaim,
+    JobEnded,
+    JobEvent,
+    JobId,
+    JobRecord,
+    JobSpec,
+    JobState,
+    VertexLayers,
+    VertexLog,
+    VertexLogDropped,
+    encode_event,
+)
+from cluster.solver_ports import ATTENDED_S, CacheRecord, Result
+from storage.cache_keys import RECORDS, name_result
+from storage.job_events import LOG_BYTES, STEPS
+
+#: What one publication is later than the one before at least: a Redis does one script at a time.
+_TICK_S = 1e-6
+_KEPT_S = 7 * 24 * 3600.0
+
+
+@dataclass(slots=True)
+class _Job:
+    """A job, as Redis holds it in several keys."""
+
+    record: JobRecord
+    definition: bytes
+    #: Until when its owner holds it, or since when nobody does.
+    held_s: float
+    #: Until when its driver is taken to be there; None: it is detached.
+    attended_s: float | None
+    fence: int = 0
+    events: list[JobEvent] = field(default_factory=list)
+    log_bytes: int = 0
+    steps: int = 0
+    cut: set[Digest] = field(default_factory=set)
+
+
+class SolverMemory:
+    """What one Redis would hold of the solver's."""
+
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self._now_s = now_s
+        self._last_s = 0.0
+        self.fence = 0
+        #: Cache key to the records under it, least recently published first.
+        self.keys: dict[Digest, list[str]] = {}
+        self.records: dict[str, CacheRecord] = {}
+        self.all_jobs: dict[JobId, _Job] = {}
+        self.came = asyncio.Event()
+
+    def now_s(self) -> float:
+        """Return the store's time."""
+        return self._now_s()
+
+    def stamp_s(self) -> float:
+        """Return a time later than any returned before."""
+        self._last_s = max(self._now_s(), self._last_s + _TICK_S)
+        return self._last_s
+
+    def next_fence(self) -> int:
+        """Return a fence number greater than any before."""
+        self.fence += 1
+        return self.fence
+
+    def job(self, job_id: JobId) -> _Job:
+        """Return a job; JobNotFoundError if it is unknown."""
+        job = self.all_jobs.get(job_id)
+        if job is not None and job.record.ended_wall_s is not None:
+            job = None if job.record.ended_wall_s + _KEPT_S <= self.now_s() else job
+        if job is None:
+            raise JobNotFoundError(job_id)
+        return job
+
+    def tell(self, job: _Job, event: JobEvent) -> None:
+        """Append an event, and wake those who follow."""
+        job.events.append(replace(event, wall_s=self.now_s()))
+        self.came.set()
+        self.came = asyncio.Event()
+
+    def end(
+        self, job: _Job, state: JobState, error: bytes = b"", results: Mapping[Digest, bytes] | None = None
+    ) -> None:
+        """End a job that goes on."""
+        ended_s = self.stamp_s()
+        job.record = replace(job.record, state=state, ended_wall_s=ended_s, error=error, results=dict(results or {}))
+        self.tell(job, JobEnded(state=state, error=error))
+
+
+class MemoryKeyStore:
+    """Fake of :class:`storage.cache_keys.RedisKeyStore`; it keeps keys for ever."""
+
+    def __init__(self, memory: SolverMemory) -> None:
+        self._memory = memory
+
+    async def lookup(self, keys: Sequence[Digest]) -> list[CacheRecord]:
+        """Return the records under any of *keys*, most recent first."""
+        ids = {record_id for key in keys for record_id in self._memory.keys.get(key, [])}
+        found = [self._memory.records[record_id] for record_id in ids if record_id in self._memory.records]
+        return sorted(found, key=lambda record: record.created_wall_s, reverse=True)
+
+    async def publish(self, keys: Sequence[Digest], result: Result) -> CacheRecord:
+        """Record *result* under each of *keys*."""
+        record_id, _ = name_result(result)
+        record = CacheRecord(id=record_id, result=result, created_wall_s=self._memory.stamp_s())
+        self._memory.records[record_id] = record
+        for key in keys:
+            others = [other for other in self._memory.keys.get(key, []) if other != record_id]
+            self._memory.keys[key] = [*others, record_id][-RECORDS:]
+        return record
+
+    async def forget(self, record: CacheRecord) -> bool:
+        """Forget a record, unless it was published again."""
+        if self._memory.records.get(record.id) != record:
+            return False
+        del self._memory.records[record.id]
+        for ids in self._memory.keys.values():
+            if record.id in ids:
+                ids.remove(record.id)
+        return True
+
+
+class MemoryJobStore:
+    """Fake of :class:`storage.jobs.RedisJobStore`."""
+
+    def __init__(self, memory: SolverMemory) -> None:
+        self._memory = memory
+
+    async def submit(self, spec: JobSpec, definition: bytes) -> JobRecord:
+        """Record a job with its definition's payload."""
+        memory = self._memory
+        if (known := memory.all_jobs.get(spec.id)) is not None:
+            if known.record.spec != spec or known.definition != definition:
+                raise JobIdTakenError(spec.id)
+            return self._read(known)
+        job = _Job(
+            record=JobRecord(spec=spec, state=JobState.QUEUED, created_wall_s=memory.stamp_s()),
+            definition=definition,
+            held_s=memory.now_s(),
+            attended_s=None if spec.is_detached else memory.now_s() + ATTENDED_S,
+        )
+        memory.all_jobs[spec.id] = job
+        return self._read(job)
+
+    async def claim(self, owner: str, *, ttl_s: float, most: int) -> list[ClaimedJob]:
+        """Claim jobs that nobody holds."""
+        now_s, claimed = self._memory.now_s(), []
+        jobs = [job for job in self._memory.all_jobs.values() if not job.record.state.is_end and job.held_s <= now_s]
+        for job in sorted(jobs, key=lambda job: job.held_s)[:most]:
+            job.fence = self._memory.next_fence()
+            job.held_s = now_s + ttl_s
+            job.record = replace(job.record, state=JobState.RUNNING, owner=owner)
+            claim = JobClaim(job=job.record.id, owner=owner, fence=job.fence)
+            claimed.append(ClaimedJob(claim=claim, record=self._read(job), definition=job.definition))
+        return claimed
+
+    async def renew(self, claims: Sequence[JobClaim], *, ttl_s: float) -> list[ClaimState]:
+        """Hold claimed jobs for longer."""
+        return [self._renew(claim, ttl_s) for claim in claims]
+
+    async def end(
+        self, claim: JobClaim, state: JobState, *, error: bytes = b"", results: Mapping[Digest, bytes] | None = None
+    ) -> None:
+        """End a job."""
+        job = self._memory.job(claim.job)
+        is_owner, ended = job.fence == claim.fence, job.record
+        if ended.state.is_end:
+            if is_owner and (ended.state, ended.error, ended.results) == (state, error, dict(results or {})):
+                return
+            raise JobEndedError(claim.job, ended.state.value)
+        if not is_owner:
+            raise StaleFenceError(f"job:{claim.job}", claim.fence)
+        self._memory.end(job, state, error, results)
+
+    async def request_cancel(self, job: JobId) -> JobState:
+        """Ask for a job to be cancelled."""
+        found = self._memory.job(job)
+        if not found.record.state.is_end:
+            found.record = replace(found.record, is_cancel_requested=True)
+            if found.record.state is JobState.QUEUED:
+                self._memory.end(found, JobState.CANCELLED)
+        return found.record.state
+
+    async def attend(self, job: JobId) -> JobState:
+        """Tell that a job's driver is there."""
+        found = self._memory.job(job)
+        if found.attended_s is not None:
+            found.attended_s = self._memory.now_s() + ATTENDED_S
+        return found.record.state
+
+    async def get(self, job: JobId) -> JobRecord:
+        """Return a job."""
+        return self._read(self._memory.job(job))
+
+    async def definition(self, job: JobId) -> bytes:
+        """Return the payload of a job's definition."""
+        return self._memory.job(job).definition
+
+    async def jobs(self, *, most: int = 100) -> list[JobRecord]:
+        """Return the newest jobs."""
+        newest = sorted(self._memory.all_jobs.values(), key=lambda job: job.record.created_wall_s, reverse=True)
+        return [self._read(job) for job in newest[:most]]
+
+    def _renew(self, claim: JobClaim, ttl_s: float) -> ClaimState:
+        job = self._memory.all_jobs.get(claim.job)
+        if job is None or job.fence != claim.fence or job.record.state.is_end:
+            return ClaimState.LOST
+        job.held_s = self._memory.now_s() + ttl_s
+        if job.record.is_cancel_requested:
+            return ClaimState.CANCEL
+        return ClaimState.ABANDONED if self._is_abandoned(job) else ClaimState.HELD
+
+    def _is_abandoned(self, job: _Job) -> bool:
+        is_gone = job.attended_s is not None and job.attended_s <= self._memory.now_s()
+        return is_gone and not job.record.state.is_end
+
+    def _read(self, job: _Job) -> JobRecord:
+        return replace(job.record, is_abandoned=self._is_abandoned(job))
+
+
+class MemoryJobEvents:
+    """Fake of :class:`storage.job_events.RedisJobEvents`."""
+
+    def __init__(self, memory: SolverMemory, *, log_bytes: int = LOG_BYTES, steps: int = STEPS) -> None:
+        self._memory = memory
+        self._log_bytes = log_bytes
+        self._steps = steps
+
+    async def publish(self, job: JobId, events: Sequence[JobEvent], *, fence: int | None = None) -> None:
+        """Append *events*."""
+        if any(isinstance(event, JobEnded) for event in events):
+            raise InternalError("the end of a job is told by who ends it")
+        found = self._memory.job(job)
+        if fence is not None and fence != found.fence:
+            raise StaleFenceError(f"job:{job}", fence)
+        if found.record.state.is_end:
+            return
+        for event in events:
+            if (kept := self._kept(found, event)) is not None:
+                self._memory.tell(found, kept)
+
+    async def follow(self, job: JobId, *, deadline_s: float) -> AsyncIterator[JobEvent]:
+        """Yield the job's events from the first one to the last one."""
+        events, read = self._memory.job(job).events, 0
+        ends_s = asyncio.get_running_loop().time() + deadline_s
+        while True:
+            came = self._memory.came
+            for event in events[read:]:
+                read += 1
+                yield event
+                if isinstance(event, JobEnded):
+                    return
+            if read < len(events):
+                continue
+            try:
+                async with asyncio.timeout_at(ends_s):
+                    await came.wait()
+            except TimeoutError as exc:
+                raise DeadlineExceededError(f"the end of job {job}", f"it has not ended in {deadline_s:g} s") from exc
+
+    def _kept(self, job: _Job, event: JobEvent) -> JobEvent | None:
+        if isinstance(event, VertexLog):
+            size = len(encode_event(event)[1])
+            if event.vertex in job.cut:
+                return None
+            if job.log_bytes + size > self._log_bytes:
+                job.cut.add(event.vertex)
+                return VertexLogDropped(vertex=event.vertex)
+            job.log_bytes += size
+        elif isinstance(event, VertexLayers) and not event.item.phase.is_end:
+            if job.steps >= self._steps:
+                return None
+            job.steps += 1
+        return event
