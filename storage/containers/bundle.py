@@ -5,12 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from cluster.errors import ContainerError
-from storage.snapshots.mounts import mount_points
 
 _TIMEOUT_S: Final = 30.0
 
@@ -71,10 +71,9 @@ def remove(path: Path) -> None:
     Raises:
         ContainerError: the kernel refused.
     """
-    real = path.parent.resolve() / path.name
-    if real in mount_points():
+    if path.is_mount():
         # Lazily: it is out of sight at once, and its memory is free when its last user is gone.
-        _run(["umount", "--lazy", "--no-canonicalize", str(real)])
+        _run(["umount", "--lazy", str(path)])
     try:
         path.rmdir()
     except FileNotFoundError:
@@ -83,11 +82,10 @@ def remove(path: Path) -> None:
         raise ContainerError(f"removing {path}", str(exc)) from exc
 
 
-def abandoned(home: Path) -> list[str]:
-    """Return the containers whose bundles nobody has in use."""
+def abandoned(home: Path, known: Iterable[str]) -> list[str]:
+    """Return the containers, of those that are *known* or have bundles, whose lock nobody holds."""
     found: set[str] = set()
-    for entry in home.iterdir():
-        container = entry.name.removesuffix(".lock")
+    for container in {entry.name.removesuffix(".lock") for entry in home.iterdir()} | set(known):
         lock = os.open(home / f"{container}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,7 @@ import subprocess
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
@@ -137,7 +137,8 @@ class Runc:
         """
         if not self._bundles.is_dir():
             return []
-        left = bundles.abandoned(self._bundles)
+        known = [entry.name for entry in self._state.iterdir()] if self._state.is_dir() else []
+        left = bundles.abandoned(self._bundles, known)
         if left:
             runtime, cgroups = self._prepare()
             for container in left:
@@ -261,9 +262,21 @@ class _Container:
             await _to_the_end(asyncio.to_thread(self._set_up, env, secrets, caches))
             exit_code = await self._execute([value for _, value in secrets], log)
             outcome = await _to_the_end(asyncio.to_thread(self._read_outcome, exit_code))
-        finally:
-            await _to_the_end(asyncio.to_thread(self._cleanup.close))
+        except BaseException as exc:
+            # What went wrong first is what is told; what can't be removed now, `recover` finds.
+            with suppress(ContainerError):
+                await _to_the_end(asyncio.to_thread(self._clean_up))
+            if isinstance(exc, OSError) and not isinstance(exc, TimeoutError):
+                raise ContainerError("running a container", str(exc)) from exc
+            raise
+        await _to_the_end(asyncio.to_thread(self._clean_up))
         self._judge(outcome)
+
+    def _clean_up(self) -> None:
+        try:
+            self._cleanup.close()
+        except OSError as exc:
+            raise ContainerError("removing a container", str(exc)) from exc
 
     # -- before --
 
@@ -372,7 +385,8 @@ class _Container:
     async def _stop(self, exited: _Exit) -> None:
         try:
             if not exited.is_over:
-                await asyncio.to_thread(self._runtime.kill, self._id)
+                with suppress(ContainerError):
+                    await asyncio.to_thread(self._runtime.kill, self._id)
                 try:
                     async with asyncio.timeout(_GOES_WITHIN_S if self._is_known() else 0.1):
                         await exited.wait()

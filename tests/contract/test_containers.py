@@ -35,7 +35,6 @@ from cluster.graph import BindMount, CacheMount, Limits, Network, RunOp, SecretM
 from storage.containers.cgroups import Cgroups
 from storage.containers.logs import LogLine, LogStream
 from storage.containers.runc import Runc
-from storage.snapshots.mounts import mount_points
 from tests.doubles.commands import make_root
 from tests.doubles.layers import facts
 
@@ -66,7 +65,7 @@ def runc(tmp_path):
     home = tmp_path / "containers"
     yield Runc(home)
     # Whatever a test does: nothing is left behind.
-    assert not [point for point in mount_points() if point.is_relative_to(tmp_path)]
+    assert str(tmp_path) not in Path("/proc/mounts").read_text()
     if home.exists():
         assert list((home / "bundles").iterdir()) == []
         assert list((home / "runc").iterdir()) == []
@@ -659,6 +658,26 @@ async def test_a_runtime_that_fails_is_the_nodes_fault(root, tmp_path):
         await run(Runc(tmp_path / "home", command=str(fake)), root, "true")
 
 
+async def test_a_cancellation_is_one_even_if_nothing_can_be_removed(root, tmp_path):
+    """Whoever cancels waits for that and for nothing else; what is left is told by what recovers."""
+    fake = tmp_path / "runc"
+    fake.write_text(
+        "#!/bin/sh\ncase $* in *run*--bundle*) echo ready; exec sleep 3210;; esac\necho stuck >&2; exit 1\n"
+    )
+    fake.chmod(0o755)
+    runc = Runc(tmp_path / "home", command=str(fake))
+    log = Log()
+    task = asyncio.create_task(run(runc, root, "true", log=log))
+    await log.until("ready")
+
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert not any(b"3210" in line for line in processes())
+    assert list((tmp_path / "home/bundles").iterdir()) == []
+
+
 def test_what_a_killed_process_leaves_is_removed(runc, root, tmp_path):
     """Its containers, their processes and what was made for them; a live process's are left alone."""
     script = f"""
@@ -683,6 +702,22 @@ asyncio.run(Runc(Path({str(runc._root)!r})).run(
 
     assert len(removed) == 32
     assert not any(b"5432" in line for line in processes())
+    assert runc.recover() == []
+
+
+async def test_a_container_that_could_not_be_removed_is_found_later(runc, root, tmp_path):
+    """By the runtime's own records, where its bundle is gone already."""
+    log = Log()
+    real = shutil.which("runc") or "/usr/sbin/runc"
+    fake = tmp_path / "fake"
+    fake.write_text(f'#!/bin/sh\ncase $* in *delete*) echo busy >&2; exit 1;; esac\nexec {real} "$@"\n')
+    fake.chmod(0o755)
+
+    with pytest.raises(ContainerError, match="busy"):
+        await run(Runc(runc._root, command=str(fake)), root, "echo done", log=log)
+
+    assert log.text == "done\n"
+    assert len(runc.recover()) == 1
     assert runc.recover() == []
 
 
