@@ -66,7 +66,7 @@ class SolverMemory:
         #: Cache key to the records under it, least recently published first.
         self.keys: dict[Digest, list[str]] = {}
         self.records: dict[str, CacheRecord] = {}
-        self.all_jobs: dict[JobId, _Job] = {}
+        self._jobs: dict[JobId, _Job] = {}
         self.came = asyncio.Event()
 
     def now_s(self) -> float:
@@ -83,12 +83,18 @@ class SolverMemory:
         self.fence += 1
         return self.fence
 
+    @property
+    def jobs(self) -> dict[JobId, _Job]:
+        """Return the jobs, but for those that ended too long ago."""
+        since_s = self.now_s() - _KEPT_S
+        for job_id, job in list(self._jobs.items()):
+            if job.record.ended_wall_s is not None and job.record.ended_wall_s <= since_s:
+                del self._jobs[job_id]
+        return self._jobs
+
     def job(self, job_id: JobId) -> _Job:
         """Return a job; JobNotFoundError if it is unknown."""
-        job = self.all_jobs.get(job_id)
-        if job is not None and job.record.ended_wall_s is not None:
-            job = None if job.record.ended_wall_s + _KEPT_S <= self.now_s() else job
-        if job is None:
+        if (job := self.jobs.get(job_id)) is None:
             raise JobNotFoundError(job_id)
         return job
 
@@ -149,7 +155,7 @@ class MemoryJobStore:
     async def submit(self, spec: JobSpec, definition: bytes) -> JobRecord:
         """Record a job with its definition's payload."""
         memory = self._memory
-        if (known := memory.all_jobs.get(spec.id)) is not None:
+        if (known := memory.jobs.get(spec.id)) is not None:
             if known.record.spec != spec or known.definition != definition:
                 raise JobIdTakenError(spec.id)
             return self._read(known)
@@ -159,13 +165,13 @@ class MemoryJobStore:
             held_s=memory.now_s(),
             attended_s=None if spec.is_detached else memory.now_s() + ATTENDED_S,
         )
-        memory.all_jobs[spec.id] = job
+        memory.jobs[spec.id] = job
         return self._read(job)
 
     async def claim(self, owner: str, *, ttl_s: float, most: int) -> list[ClaimedJob]:
         """Claim jobs that nobody holds."""
         now_s, claimed = self._memory.now_s(), []
-        jobs = [job for job in self._memory.all_jobs.values() if not job.record.state.is_end and job.held_s <= now_s]
+        jobs = [job for job in self._memory.jobs.values() if not job.record.state.is_end and job.held_s <= now_s]
         for job in sorted(jobs, key=lambda job: job.held_s)[:most]:
             job.fence = self._memory.next_fence()
             job.held_s = now_s + ttl_s
@@ -218,11 +224,11 @@ class MemoryJobStore:
 
     async def jobs(self, *, most: int = 100) -> list[JobRecord]:
         """Return the newest jobs."""
-        newest = sorted(self._memory.all_jobs.values(), key=lambda job: job.record.created_wall_s, reverse=True)
+        newest = sorted(self._memory.jobs.values(), key=lambda job: job.record.created_wall_s, reverse=True)
         return [self._read(job) for job in newest[:most]]
 
     def _renew(self, claim: JobClaim, ttl_s: float) -> ClaimState:
-        job = self._memory.all_jobs.get(claim.job)
+        job = self._memory.jobs.get(claim.job)
         if job is None or job.fence != claim.fence or job.record.state.is_end:
             return ClaimState.LOST
         job.held_s = self._memory.now_s() + ttl_s

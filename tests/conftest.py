@@ -4,6 +4,7 @@ pytest_plugins = [
     "tests.doubles.farm",
     "tests.doubles.s3",
     "tests.doubles.stores",
+    "tests.doubles.solver_stores",
     "tests.doubles.registry",
     "tests.doubles.registry_faults",
     "tests.doubles.token_server",
