@@ -342,6 +342,19 @@ class TreeLostError(ContentError):
         return f"local content {self.digest} is not in the content store: {self.reason}"
 
 
+class LayerTooLargeError(ContentError):
+    """A new layer is more than the content store takes as one object."""
+
+    _hint = "make several layers of it, or raise fetch.part_bytes"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(limit_bytes)
+        self.limit_bytes = limit_bytes
+
+    def __str__(self) -> str:
+        return f"a layer has more than {self.limit_bytes} bytes"
+
+
 class LayerError(ContentError):
     """A layer can't be unpacked as it is: *entry* names the tar entry, or is empty for the whole."""
 
