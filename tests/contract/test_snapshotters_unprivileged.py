@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.digest import chain_id
 from cluster.errors import LayerError, SnapshotError, UnprivilegedEntryError
 from storage.snapshots import CopyingSnapshotter, choose
 from tests.doubles.layers import (
+    MTIME,
     Bytes,
     apply,
     apply_all,
@@ -147,6 +149,50 @@ def _alone(found):
         name: (fact if fact.kind != "character" else type(fact)(**{**vars(fact), "first": name}))
         for name, fact in found.items()
     }
+
+
+def body_workspace(scratch: Path) -> None:
+    snapshotter = CopyingSnapshotter(scratch / "node")
+    parent = apply_all(snapshotter, BELOW)
+    with snapshotter.workspace(parent, "looked-at") as workspace:
+        assert workspace.is_unchanged()
+    with snapshotter.workspace(parent, "build") as workspace:
+        root = workspace.path
+        (root / "new").write_bytes(b"#!new")
+        (root / "new").chmod(0o755)
+        (root / "new").rename(root / "su")
+        (root / "capable").chmod(0o700)
+        (root / "dev/zero").write_bytes(b"a file now")
+        shutil.rmtree(root / "home")
+        out = io.BytesIO()
+        chain = chain_id(parent, workspace.commit(out, source_date_epoch=MTIME + 1))
+        assert workspace.publish(chain)
+    (scratch / "above.tar").write_bytes(out.getvalue())
+    again = io.BytesIO()
+    snapshotter.diff(chain, parent, again)
+    assert again.getvalue() == out.getvalue()
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="sees what the layer is to root")
+def test_a_workspace_keeps_what_could_not_be_made_of_what_is_still_there(unprivileged, tmp_path):
+    """Owners, xattrs and devices of the parent stay; what was replaced or removed has nothing of them."""
+    scratch = unprivileged("workspace")
+    snapshotter = CopyingSnapshotter(tmp_path / "node")
+    parent = apply_all(snapshotter, BELOW)
+    before = facts(snapshotter.mount(parent, "before"))
+
+    chain = apply(snapshotter, parent, layer_of((scratch / "above.tar").read_bytes()))
+
+    after = facts(snapshotter.mount(chain, "after"))
+    assert (after["su"].mode, after["su"].uid, after["su"].what) == (0o755, 0, b"#!new")
+    assert after["capable"].mode == 0o700
+    assert after["capable"].xattrs == before["capable"].xattrs
+    assert after["dev/zero"].what == b"a file now"
+    assert not [name for name in after if name.startswith("home")]
+    changed = {".", "su", "capable", "dev", "dev/zero"}
+    kept = {name: fact for name, fact in before.items() if name not in changed and not name.startswith("home")}
+    assert {name: after.get(name) for name in kept} == kept
 
 
 def body_handover(scratch: Path) -> None:
