@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import DeadlineExceededError
-
-_LOCK_POLL_S = 0.05
+from storage.services.file_lock import locked_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,23 +75,11 @@ class StateDir:
             DeadlineExceededError: another process held it for *deadline_s* seconds.
         """
         self.create()
-        fd = os.open(self.run / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            give_up_at = time.monotonic() + deadline_s
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as exc:
-                    if time.monotonic() >= give_up_at:
-                        raise DeadlineExceededError(
-                            f"{name} of {self.root}",
-                            f"another command has been starting or stopping it for {deadline_s:.0f} s",
-                        ) from exc
-                    time.sleep(_LOCK_POLL_S)
+        too_late = DeadlineExceededError(
+            f"{name} of {self.root}", f"another command has been starting or stopping it for {deadline_s:.0f} s"
+        )
+        with locked_file(self.run / f"{name}.lock", deadline_s=deadline_s, too_late=too_late):
             yield
-        finally:
-            os.close(fd)
 
 
 def random_secret() -> str:
