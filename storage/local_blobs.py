@@ -10,7 +10,8 @@ from cluster.digest import Digest
 from cluster.errors import BlobNotFoundError, ClusterError, DigestMismatchError, InternalError, UnavailableError
 from cluster.ports import ByteStream, ContentStore, RefStore
 from cluster.ref import BlobRecord
-from storage.node_cache import NodeCache, StagingFile
+from storage.node_cache import NodeCache
+from storage.staging import StagingFile
 
 _CHUNK = 1024 * 1024
 
