@@ -30,7 +30,6 @@ from cluster.errors import (
     DigestMismatchError,
     InternalError,
     RangeRefusedError,
-    RateLimitedError,
     SizeMismatchError,
     StaleFenceError,
     UnavailableError,
@@ -487,7 +486,7 @@ class BlobTransfer(Generic[StagingT]):
             if self._contributors - {index}:
                 raise _StartOverError(f"bytes of several sources came to {actual}")
             error = DigestMismatchError(self._descriptor.digest, actual, self._sources[index].name)
-            decision = self._state.failed(error, jitter=0.0)
+            decision = self._state.failed(error, draw=0.0)
         if isinstance(decision, GiveUp):
             raise decision.error
         raise _StartOverError(str(error))
@@ -672,8 +671,7 @@ class BlobTransfer(Generic[StagingT]):
         with self._lock:
             if index != self._state.index:
                 return  # another reader has moved on to the next source already
-            retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else 0.0
-            decision = self._state.failed(error, jitter=self._rng.random(), retry_after_s=retry_after_s)
+            decision = self._state.failed(error, draw=self._rng.random())
         match decision:
             case TryAgain(delay_s=delay_s):
                 if self._stop.wait(delay_s):

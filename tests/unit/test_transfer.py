@@ -360,7 +360,8 @@ def test_retry_after_is_obeyed():
     source = FakeSource(DATA, faults=[Fault(at_open=RateLimitedError("r.example", "429", 7.5))])
     bench = Bench(source)
     bench.run()
-    assert bench.pauses.paused_s == [7.5]
+    [pause_s] = bench.pauses.paused_s
+    assert pause_s >= 7.5
 
 
 def test_a_retry_after_beyond_the_budget_means_the_next_source():
