@@ -87,6 +87,19 @@ class InvalidDigestError(InputError):
         return f"invalid digest {self.text!r}"
 
 
+class InvalidArgumentError(InputError):
+    """An argument of a call has a value that can't be meant."""
+
+    def __init__(self, name: str, value: str, reason: str) -> None:
+        super().__init__(name, value, reason)
+        self.name = name
+        self.value = value
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name} can't be {self.value}: {self.reason}"
+
+
 class InvalidDescriptorError(InputError):
     """A descriptor lacks something or contradicts itself."""
 
@@ -248,6 +261,32 @@ class RefNotFoundError(RefError):
         return f"no ref or image {self.ref!r} is known to this farm"
 
 
+class NotAnImageError(RefError):
+    """A ref that is no image's top is used as an image."""
+
+    _hint = "name the image, or the ref that `lazyfarm pull` printed for it"
+
+    def __init__(self, ref: str) -> None:
+        super().__init__(ref)
+        self.ref = ref
+
+    def __str__(self) -> str:
+        return f"ref {self.ref} is the top of no image, so there is no manifest to push"
+
+
+class NoLayersError(RefError):
+    """An image without layers is asked for its ref."""
+
+    _hint = "it needs none: extracting it gives an empty directory"
+
+    def __init__(self, image: str) -> None:
+        super().__init__(image)
+        self.image = image
+
+    def __str__(self) -> str:
+        return f"image {self.image} has no layers, so it has no ref"
+
+
 class AmbiguousRefError(RefError):
     """A shortened ref ID names several refs."""
 
@@ -264,6 +303,8 @@ class AmbiguousRefError(RefError):
 
 class RefReleasedError(RefError):
     """A ref object is used after its lease was released."""
+
+    _hint = "get it anew: `farm.get(ID)`"
 
     def __init__(self, ref: str) -> None:
         super().__init__(ref)
@@ -588,6 +629,19 @@ class OtherClusterError(FarmError):
 
     def __str__(self) -> str:
         return f"this process is in the Ray cluster at {self.current}, the farm's is at {self.wanted}"
+
+
+class FarmClosedError(FarmError):
+    """A farm object is used after it was closed."""
+
+    _hint = "connect again: what was made is still known to the farm"
+
+    def __init__(self, farm: str) -> None:
+        super().__init__(farm)
+        self.farm = farm
+
+    def __str__(self) -> str:
+        return f"this connection to the farm {self.farm} was closed"
 
 
 class StartError(FarmError):

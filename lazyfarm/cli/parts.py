@@ -89,7 +89,7 @@ def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Far
 
 def _leave() -> None:
     """Leave Ray's cluster, if it was joined: left to the interpreter's end, Ray sleeps for half a second first."""
-    if "ray" in sys.modules:
+    if "actors.join" in sys.modules:
         from actors.join import leave  # noqa: PLC0415 - see the module
 
         leave()
