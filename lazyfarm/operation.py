@@ -7,16 +7,30 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from cluster.progress import LayerPhase, ProgressItem
-
-if TYPE_CHECKING:
-    from lazyfarm.farm import Farm
 
 T = TypeVar("T")
 
 ProgressCallback = Callable[[ProgressItem], None]
+
+
+class ProgressStreams(Protocol):
+    """Where operations are followed: the farm."""
+
+    @property
+    def session_id(self) -> str:
+        """Begins the name of every stream of this driver."""
+        ...
+
+    def follow(self, stream: str) -> AsyncIterator[ProgressItem]:
+        """Yield a stream's items from its start to its end."""
+        ...
+
+    def end_stream(self, stream: str) -> None:
+        """End a stream: whoever follows it stops."""
+        ...
 
 
 class Operation(Generic[T]):
@@ -34,7 +48,7 @@ class Operation(Generic[T]):
 
     def __init__(
         self,
-        farm: Farm,
+        farm: ProgressStreams,
         work: Callable[[str | None], Coroutine[Any, Any, T]],
         progress: ProgressCallback | None,
     ) -> None:
