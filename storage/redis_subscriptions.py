@@ -128,7 +128,8 @@ class Subscriptions:
                 self._send_subscribe(key)
             while not self._lost.is_set():
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._lost.wait(), _PING_EVERY_S)
+                    async with asyncio.timeout(_PING_EVERY_S):
+                        await self._lost.wait()
                 # A subscriber that hears nothing can't tell silence from a connection that is gone.
                 if loop.time() - self._heard_at > 3 * _PING_EVERY_S:
                     self._connection.abort()
