@@ -105,10 +105,11 @@ async def join_in_time(config: Config, *, state_dir: str) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(tell, error)
 
-    threading.Thread(target=work, name="lazyfarm-join", daemon=True).start()
     try:
-        async with asyncio.timeout(_JOIN_S):
-            await joined
+        with _as_guest():
+            threading.Thread(target=work, name="lazyfarm-join", daemon=True).start()
+            async with asyncio.timeout(_JOIN_S):
+                await joined
     except TimeoutError as exc:
         raise FarmNotRunningError(state_dir, f"Ray at {config.ray.address} gave no answer in {_JOIN_S:.0f} s") from exc
 
