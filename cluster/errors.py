@@ -163,7 +163,7 @@ class SizeMismatchError(ContentError):
 
 
 class BlobDamagedError(ContentError):
-    """A blob that was present is gone from the content store or damaged, and no provider is known."""
+    """A blob that was present is gone or damaged, in the content store or on a node, and was not had elsewhere."""
 
     _hint = "pull the image again, so that a provider is known and the blob can be fetched anew"
 
@@ -173,7 +173,7 @@ class BlobDamagedError(ContentError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"blob {self.digest} in the content store is lost: {self.reason}"
+        return f"blob {self.digest} is lost: {self.reason}"
 
 
 class LayerError(ContentError):
