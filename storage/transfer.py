@@ -248,6 +248,13 @@ class _StartOverError(Exception):
     """Everything fetched so far is to be dropped and fetched anew. Never leaves this module."""
 
 
+class _UploadGoneError(_StartOverError):
+    """The content store lost the upload, which is no fault of any source. Never leaves this module."""
+
+    def __init__(self, upload: UploadState) -> None:
+        super().__init__(f"upload {upload.key} is gone from the content store")
+
+
 class _StoreFailedError(Exception):
     """A part could not be stored or recorded, which is no fault of its source. Never leaves this module."""
 
@@ -341,6 +348,8 @@ class BlobTransfer(Generic[StagingT]):
         self._in_one_piece = False
         #: The upload of this attempt: known to the journal, of no use to anybody if the attempt starts over.
         self._upload: UploadState | None = None
+        #: How often the content store lost the upload.
+        self._uploads_gone = 0
         #: Indexes of the sources that this attempt's bytes came from.
         self._contributors: set[int] = set()
 
@@ -352,8 +361,8 @@ class BlobTransfer(Generic[StagingT]):
         """Fetch, hash and store the blob.
 
         Raises:
-            ClusterError: no source has it right, S3 refuses, or the flight is lost (StaleFenceError);
-                an upload that was begun is left for a successor.
+            ClusterError: no source has it right, S3 refuses or loses upload after upload, or the flight is
+                lost (StaleFenceError); an upload that was begun is left for a successor.
             TransferStoppedError: :meth:`stop` was called; likewise.
         """
         resume = self._resume
@@ -372,7 +381,20 @@ class BlobTransfer(Generic[StagingT]):
                 if not isinstance(exc, _StartOverError):
                     raise
                 self._undo_upload()
+                if isinstance(exc, _UploadGoneError) and resume is None:  # one to resume cost this transfer nothing
+                    self._charge_start_over(exc)
                 resume = None
+
+    def _charge_start_over(self, gone: _UploadGoneError) -> None:
+        """Count a start-over that no source is to blame for; give up where the store goes on losing uploads.
+
+        Unlike what a source is blamed for, nothing else bounds it: each one fetches everything again.
+        """
+        self._uploads_gone += 1
+        if self._uploads_gone >= self._limits.attempts:
+            raise UnavailableError(
+                "the content store", f"{gone}, after {self._uploads_gone} of {self._limits.attempts} attempts"
+            ) from gone
 
     # -- one attempt -----------------------------------------------------------------------------
 
@@ -400,7 +422,7 @@ class BlobTransfer(Generic[StagingT]):
         try:
             info = self._store.complete_upload(upload.key, upload.upload_id, [stored[p.number] for p in parts])
         except BlobNotFoundError as exc:
-            raise _StartOverError(f"upload {upload.key} is gone from the content store") from exc
+            raise _UploadGoneError(upload) from exc
         hit(FaultPoint.UPLOAD_COMPLETE_AFTER)
         if hasher is None:
             self._read_back(staging, info)
@@ -413,7 +435,7 @@ class BlobTransfer(Generic[StagingT]):
         """Use the object that an earlier owner completed before it died: all its bytes are in S3 already."""
         info = self._store.head(upload.key)
         if info is None or info.size_bytes != self._descriptor.size_bytes:
-            raise _StartOverError(f"upload {upload.key} is gone from the content store")
+            raise _UploadGoneError(upload)
         self._arrived_bytes = info.size_bytes
         self._read_back(staging, info)
         return self._transferred(info, staging)
@@ -560,7 +582,7 @@ class BlobTransfer(Generic[StagingT]):
                 upload.key, upload.upload_id, part.number, memoryview(buffer)[: part.length_bytes]
             )
         except BlobNotFoundError as exc:
-            raise _StartOverError(f"upload {upload.key} is gone from the content store") from exc
+            raise _UploadGoneError(upload) from exc
         hit(FaultPoint.FETCH_PART_UPLOADED)
         self._journal.record_part(done.number, done.etag)
         hit(FaultPoint.FETCH_PART_RECORDED)

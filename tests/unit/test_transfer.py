@@ -329,6 +329,30 @@ def test_an_upload_that_vanishes_in_the_middle_is_begun_anew():
     assert bench.run().object.key == "blobs/x/2"
 
 
+@pytest.mark.parametrize("vanish_at", ["part", "completion"])
+def test_a_store_that_loses_every_upload_is_given_up(vanish_at):
+    """It says NoSuchUpload again and again: as many tries as are configured, not as many as the hour has room for."""
+    bench = Bench(FakeSource(DATA), attempts=3)
+    method = {"part": "upload_part", "completion": "complete_upload"}[vanish_at]
+
+    def gone(key, *_args):
+        raise BlobNotFoundError(key, "the content store")
+
+    setattr(bench.store, method, gone)
+    error = bench.fails(UnavailableError)
+    assert "is gone from the content store, after 3 of 3 attempts" in str(error)
+    assert len(bench.stagings) == bench.journal.dropped == 3
+    assert bench.store.list_uploads("") == []
+
+
+def test_a_resumed_upload_that_is_gone_is_not_charged():
+    """What another owner's upload came to costs this one no try, be there only one."""
+    bench = Bench(FakeSource(DATA), attempts=1)
+    upload = bench.leave_upload([1, 2])
+    bench.store.abort_upload(upload.key, upload.upload_id)
+    assert bench.run().object.key == "blobs/x/1"
+
+
 # -- sources that fail -----------------------------------------------------------------------------------
 
 
