@@ -139,6 +139,7 @@ class Puller:
             layers = await self._get_by_blob(
                 image.layers, handlers, authorizer=authorizer, lease_id=lease_id, image_ref=reference.name
             )
+        await ahit(FaultPoint.PULL_RECORDED)
         record = await self._refs.put_image(
             ImageRecord(
                 name=reference.name,
@@ -152,7 +153,6 @@ class Puller:
         )
         await self._refs.add_providers(image.manifest.digest, [handle])
         await self._refs.add_providers(image.config.digest, [handle])
-        await ahit(FaultPoint.PULL_RECORDED)
         return PullResult(image=record, layers=tuple(layers))
 
     async def _have(self, digest: Digest) -> bytes | None:

@@ -8,6 +8,7 @@ from cluster.cache.runner import CacheManager
 from cluster.descriptor import CONFIG_OCI, MANIFEST_OCI, Descriptor
 from cluster.digest import digest_of
 from cluster.errors import BlobDamagedError, LeaseLostError, UnavailableError
+from cluster.faultpoints import FaultPlan, armed
 from cluster.fetch.access import AccessControl
 from cluster.fetch.pull import Puller, providers_of
 from cluster.image import ResolvedImage
@@ -226,6 +227,16 @@ async def test_a_store_that_fails_leaves_no_flight():
     assert bench.memory.records == {}
     bench.small.error = None
     await bench.pull()
+
+
+async def test_where_the_refs_are_recorded_the_image_is_not():
+    """The fault point pull.recorded lies between the two: what it promises is what a kill there leaves."""
+    bench = Bench(A)
+    with armed(FaultPlan.parse("pull.recorded=error:UnavailableError"), None), pytest.raises(UnavailableError):
+        await bench.pull()
+    (ref_id,) = bench.memory.records
+    assert ref_resource(ref_id) in (await bench.leases.get(LEASE)).resources
+    assert bench.memory.images == {}
 
 
 async def test_a_pull_needs_a_live_lease():
