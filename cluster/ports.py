@@ -513,11 +513,13 @@ class ProofStore(Protocol):
     """Proofs of access: (credential identity, registry/repository, digest), each with an expiry."""
 
     async def record(self, identity: str, source: str, digests: Sequence[Digest], *, ttl_s: float) -> None:
-        """Record that *identity* has read, in *source*, a manifest that names *digests*, or the blob itself."""
+        """Record that *identity* has seen *digests* in *source*; how is spelled in *source*, which is opaque here."""
         ...
 
-    async def proven(self, pairs: Sequence[tuple[str, str]], digests: Sequence[Digest]) -> list[bool]:
-        """Tell for each digest whether any (identity, source) of *pairs* has a live proof of it."""
+    async def proven(
+        self, pairs: Sequence[tuple[str, str]], digests: Sequence[Digest]
+    ) -> list[frozenset[tuple[str, str]]]:
+        """Return, for each digest, which (identity, source) of *pairs* have a live proof of it."""
         ...
 
 

@@ -80,6 +80,8 @@ class BlobRecord:
     etag: str
     #: Fence under which it was committed.
     fence: int
+    #: ``registry/repository`` that all its bytes were read from; empty where that were several, or isn't known.
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

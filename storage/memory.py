@@ -562,10 +562,12 @@ class MemoryProofStore:
             expires_s = self._memory.now_s() + ttl_s
             self._memory.proofs[proof] = max(expires_s, self._memory.proofs.get(proof, 0.0))
 
-    async def proven(self, pairs: Sequence[tuple[str, str]], digests: Sequence[Digest]) -> list[bool]:
-        """Tell for each digest whether any of *pairs* has a live proof of it."""
+    async def proven(
+        self, pairs: Sequence[tuple[str, str]], digests: Sequence[Digest]
+    ) -> list[frozenset[tuple[str, str]]]:
+        """Return, for each digest, which of *pairs* have a live proof of it."""
         now_s, proofs = self._memory.now_s(), self._memory.proofs
-        return [any(proofs.get((*pair, digest), 0.0) > now_s for pair in pairs) for digest in digests]
+        return [frozenset(p for p in pairs if proofs.get((*p, digest), 0.0) > now_s) for digest in digests]
 
 
 @dataclass(slots=True)

@@ -75,6 +75,8 @@ class Source(Protocol):
 
     #: ``registry/repository`` for messages.
     name: str
+    #: ``registry/repository`` that it stands for, be it a mirror.
+    origin: str
 
     def open(self, offset: int, length: int | None) -> AbstractContextManager[SourceResponse]:
         """Ask for the bytes from *offset* on (*length* None: to the end)."""
@@ -181,8 +183,10 @@ class Transferred(Generic[StagingT]):
     object: ObjectInfo
     #: Bytes read from registries by this transfer.
     bytes_fetched: int
-    #: Source of its bytes.
+    #: Source that was read from last.
     source: str
+    #: :attr:`Source.origin` of every byte; empty where they are of several, or were fetched by an earlier owner.
+    origin: str
     staging: StagingT
 
 
@@ -429,7 +433,7 @@ class BlobTransfer(Generic[StagingT]):
         elif hasher.digest() != self._descriptor.digest:
             self._undo_upload()
             self._blame_source(hasher.digest())
-        return self._transferred(info, staging)
+        return self._transferred(info, staging, is_all_ours=hasher is not None)
 
     def _take_over_object(self, upload: UploadState, staging: StagingT) -> Transferred[StagingT]:
         """Use the object that an earlier owner completed before it died: all its bytes are in S3 already."""
@@ -438,7 +442,7 @@ class BlobTransfer(Generic[StagingT]):
             raise _UploadGoneError(upload)
         self._arrived_bytes = info.size_bytes
         self._read_back(staging, info)
-        return self._transferred(info, staging)
+        return self._transferred(info, staging, is_all_ours=False)
 
     def _attempt_whole(self, staging: StagingT) -> Transferred[StagingT]:
         """Fetch a blob that is one part: one GET, one PUT."""
@@ -460,17 +464,19 @@ class BlobTransfer(Generic[StagingT]):
         finally:
             for buffer in buffers:
                 self._pool.release(buffer)
-        return self._transferred(info, staging)
+        return self._transferred(info, staging, is_all_ours=True)
 
-    def _transferred(self, info: ObjectInfo, staging: StagingT) -> Transferred[StagingT]:
+    def _transferred(self, info: ObjectInfo, staging: StagingT, *, is_all_ours: bool) -> Transferred[StagingT]:
         size = self._descriptor.size_bytes
         if info.size_bytes != size:
             raise UnavailableError("the content store", f"it kept {info.size_bytes} of {size} bytes of {info.key}")
         self._journal.report(size, size)
+        origins = {self._sources[index].origin for index in self._contributors}
         return Transferred(
             object=info,
             bytes_fetched=self._fetched_bytes,
             source=self._sources[self._state.index].name,
+            origin=origins.pop() if is_all_ours and len(origins) == 1 else "",
             staging=staging,
         )
 

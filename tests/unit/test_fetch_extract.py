@@ -8,7 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cluster.digest import EMPTY_CHAIN, hex_of
-from cluster.errors import BlobNotFoundError, DeadlineExceededError, DigestMismatchError, LayerError
+from cluster.errors import (
+    BlobNotFoundError,
+    DeadlineExceededError,
+    DigestMismatchError,
+    LayerError,
+    NeedsRemoteProvidersError,
+)
 from cluster.fetch import extract as extract_module
 from cluster.fetch.extract import Extractor
 from cluster.fetch.runner import Unlazier
@@ -25,6 +31,7 @@ from tests.doubles.fetch import (
     FakeSnapshotter,
     FakeTransfers,
     ManualRenewer,
+    OpenDoors,
     caller_of,
     layer_of,
 )
@@ -56,6 +63,7 @@ class Node:
             renewer=ManualRenewer(flights),
             progress=progress,
             transfers=self.transfers,
+            access=OpenDoors(),
             new_token=lambda: f"t{time.monotonic_ns()}",
             ttl_s=6.0,
             poll_s=0.5,
@@ -138,6 +146,21 @@ async def test_a_snapshot_that_is_there_needs_no_blob(node):
     assert node.transfers.fetches == []
     assert node.snapshotter.begun == []
     assert node.ends("l1") == ["present"] * 3
+
+
+async def test_a_snapshot_is_had_by_who_may_have_its_blob(node):
+    """What another had unpacked here is not mounted for a caller who may not read the layer."""
+
+    class Refuse:
+        async def admit(self, authorizer, blob, providers, came_from):
+            assert came_from == ""
+            raise NeedsRemoteProvidersError((blob.digest,))
+
+    node.snapshotter.published = await chains(node)
+    node.unlazier._access = Refuse()
+    with pytest.raises(NeedsRemoteProvidersError):
+        await (await node.call())
+    assert node.snapshotter.mounted == []
 
 
 async def test_a_snapshot_that_is_missing_is_made_though_its_blob_is_present(node):

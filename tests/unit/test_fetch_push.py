@@ -7,7 +7,7 @@ import pytest
 from cluster.descriptor import CONFIG_OCI, MANIFEST_OCI, Descriptor
 from cluster.digest import digest_of
 from cluster.errors import AccessDeniedError, BlobDamagedError, BlobNotFoundError, UnavailableError
-from cluster.fetch.access import AccessControl
+from cluster.fetch.access import AccessControl, Wanted
 from cluster.fetch.push import Pusher
 from cluster.fetch.runner import Unlazier
 from cluster.lease import LeaseId
@@ -22,7 +22,7 @@ from storage.memory import (
     MemoryRefStore,
 )
 from storage.memory_blobs import MemoryStream
-from tests.doubles.fetch import FakeProber, FakeTransfers, ManualRenewer, caller_of, handle, layer_of
+from tests.doubles.fetch import FakeProber, FakeTransfers, ManualRenewer, OpenDoors, caller_of, handle, layer_of
 from tests.doubles.stores import FakeClock, eventually
 
 SOURCE, TARGET, AFAR = handle("app"), handle("copy"), handle("app", "afar.example")
@@ -92,6 +92,7 @@ class Bench:
             renewer=ManualRenewer(flights),
             progress=progress,
             transfers=self.transfers,
+            access=OpenDoors(),
             new_token=lambda: f"t{next(tokens)}",
             ttl_s=6.0,
             poll_s=0.5,
@@ -234,7 +235,7 @@ async def test_a_push_makes_the_target_a_source(bench):
     await bench.push(A)
     assert TARGET in bench.memory.providers[A.digest]
     assert TARGET in bench.memory.providers[digest_of(MANIFEST)]
-    await bench.access.prove(caller_of("l1").authorizer, {A.digest: [TARGET]})
+    await bench.access.prove(caller_of("l1").authorizer, [Wanted(blob=A, passed=(TARGET,))])
 
 
 async def test_items_never_move_after_their_end(bench):

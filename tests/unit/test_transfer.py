@@ -353,6 +353,33 @@ def test_a_resumed_upload_that_is_gone_is_not_charged():
     assert bench.run().object.key == "blobs/x/1"
 
 
+# -- where the bytes came from --------------------------------------------------------------------------------
+
+
+def test_bytes_of_one_repository_are_said_to_be_its():
+    """A mirror counts as the repository that it stands for; a source that gave nothing doesn't count."""
+    refusing = FakeSource(DATA, "evil.example/bait", faults=[Fault(at_open=BlobNotFoundError("x", "evil.example"))])
+    mirror = FakeSource(DATA, "mirror.example/app", faults=[Fault(after=2500, then=AccessDeniedError("a", "m", "403"))])
+    mirror.origin = "r.example/app"
+    assert Bench(refusing, mirror, FakeSource(DATA, "r.example/app")).run().origin == "r.example/app"
+
+
+def test_bytes_of_several_repositories_are_nobodys():
+    """Neither has shown that it has all of the blob."""
+    first = FakeSource(DATA, "evil.example/bait", faults=[Fault(after=2500, then=AccessDeniedError("a", "m", "403"))])
+    assert Bench(first, FakeSource(DATA, "r.example/app")).run().origin == ""
+
+
+@pytest.mark.parametrize("is_completed", [False, True])
+def test_bytes_that_an_earlier_owner_fetched_are_nobodys(is_completed):
+    """This owner's sources may never have had them."""
+    bench = Bench(FakeSource(DATA, "evil.example/bait"))
+    upload = bench.leave_upload(range(1, 12) if is_completed else [1, 2])
+    if is_completed:
+        bench.store.complete_upload(upload.key, upload.upload_id, bench.store.list_parts(upload.key, upload.upload_id))
+    assert bench.run().origin == ""
+
+
 # -- sources that fail -----------------------------------------------------------------------------------
 
 
