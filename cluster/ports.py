@@ -283,10 +283,6 @@ class RefStore(Protocol):
         """Look refs up in bulk (pipelined); None where there is none. Does not mark them used."""
         ...
 
-    async def records(self, ref_ids: Sequence[RefId]) -> list[RefRecord | None]:
-        """Look up the bare records in bulk: one MGET."""
-        ...
-
     async def chain(self, ref_id: RefId) -> list[RefState]:
         """Return the ref and all below it, lowest first, in one round trip.
 
@@ -318,10 +314,6 @@ class RefStore(Protocol):
 
     async def refs_of_chain(self, chain: Digest) -> list[RefId]:
         """Return the refs with that chain ID: they share one snapshot a node."""
-        ...
-
-    async def describe(self, ref_id: RefId, description: str) -> None:
-        """Set a description where there is none yet."""
         ...
 
     async def put_image(self, image: ImageRecord, *, lease_id: LeaseId) -> ImageRecord:

@@ -204,10 +204,6 @@ class MemoryRefStore:
         """Look refs up."""
         return [self._state(ref_id) if ref_id in self._memory.records else None for ref_id in ref_ids]
 
-    async def records(self, ref_ids: Sequence[RefId]) -> list[RefRecord | None]:
-        """Look bare records up."""
-        return [self._memory.records.get(ref_id) for ref_id in ref_ids]
-
     async def chain(self, ref_id: RefId) -> list[RefState]:
         """Return the ref and all below it, lowest first."""
         chain: list[RefState] = []
@@ -252,12 +248,6 @@ class MemoryRefStore:
     async def refs_of_chain(self, chain: Digest) -> list[RefId]:
         """Return the refs with that chain ID."""
         return sorted(ref_id for ref_id, record in self._memory.records.items() if record.chain == chain)
-
-    async def describe(self, ref_id: RefId, description: str) -> None:
-        """Set a description where there is none yet."""
-        record = self._memory.records.get(ref_id)
-        if record is not None and not record.description:
-            self._memory.records[ref_id] = replace(record, description=description)
 
     async def put_image(self, image: ImageRecord, *, lease_id: LeaseId) -> ImageRecord:
         """Record an image and attach it to the lease."""

@@ -82,16 +82,6 @@ class RedisRefStore:
             found.extend(None if state is None else _state(state) for state in states)
         return found
 
-    async def records(self, ref_ids: Sequence[RefId]) -> list[RefRecord | None]:
-        """Look bare records up."""
-        found: list[RefRecord | None] = []
-        decode = REF.decode
-        for batch in _batches(ref_ids):
-            ref = self._keys.ref
-            values = await self._link.execute("MGET", *[ref(ref_id) for ref_id in batch], may_repeat=True)
-            found.extend([None if value is None else decode(value) for value in values])
-        return found
-
     async def chain(self, ref_id: RefId) -> list[RefState]:
         """Return the ref and all below it, lowest first."""
         status, found = await self._link.run("ref_chain", self._prefix, ref_id, may_repeat=True)
@@ -133,10 +123,6 @@ class RedisRefStore:
     async def refs_of_chain(self, chain: Digest) -> list[RefId]:
         """Return the refs with that chain ID, sorted."""
         return sorted(_ref_ids(await self._link.execute("SMEMBERS", self._keys.chain(chain), may_repeat=True)))
-
-    async def describe(self, ref_id: RefId, description: str) -> None:
-        """Set a description where there is none yet."""
-        await self._link.run("ref_describe", self._prefix, ref_id, description, may_repeat=True)
 
     async def put_image(self, image: ImageRecord, *, lease_id: LeaseId) -> ImageRecord:
         """Record an image and attach it to the lease."""
