@@ -255,9 +255,9 @@ class ContentStore(Protocol):
 
 
 class RefStore(Protocol):
-    """Ref and image records, and what is known of blobs and their providers. Each method is one atomic step.
+    """Ref and image records, and what is known of blobs and their providers.
 
-    Every method may raise UnavailableError: no answer, the write may or may not have happened.
+    Each method is one atomic step, unless it says otherwise. Every method may raise UnavailableError: no answer, the write may or may not have happened.
     """
 
     async def get_or_create(
@@ -280,7 +280,10 @@ class RefStore(Protocol):
         ...
 
     async def get(self, ref_ids: Sequence[RefId]) -> list[RefState | None]:
-        """Look refs up in bulk (pipelined); None where there is none. Does not mark them used."""
+        """Look refs up in bulk; None where there is none. Does not mark them used.
+
+        Not one step: presence and providers are read after the records, which say nothing of either.
+        """
         ...
 
     async def chain(self, ref_id: RefId) -> list[RefState]:
