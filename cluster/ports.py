@@ -257,7 +257,8 @@ class ContentStore(Protocol):
 class RefStore(Protocol):
     """Ref and image records, and what is known of blobs and their providers.
 
-    Each method is one atomic step, unless it says otherwise. Every method may raise UnavailableError: no answer, the write may or may not have happened.
+    Each method is one atomic step, unless it says otherwise. Every method may raise UnavailableError: no
+    answer, the write may or may not have happened.
     """
 
     async def get_or_create(

@@ -352,6 +352,8 @@ class BlobTransfer(Generic[StagingT]):
         self._in_one_piece = False
         #: The upload of this attempt: known to the journal, of no use to anybody if the attempt starts over.
         self._upload: UploadState | None = None
+        #: Why sources were left, by name.
+        self._given_up: dict[str, ClusterError] = {}
         #: How often the content store lost the upload.
         self._uploads_gone = 0
         #: Indexes of the sources that this attempt's bytes came from.
@@ -700,6 +702,8 @@ class BlobTransfer(Generic[StagingT]):
             if index != self._state.index:
                 return  # another reader has moved on to the next source already
             decision = self._state.failed(error, draw=self._rng.random())
+            if not isinstance(decision, TryAgain):
+                self._given_up[self._sources[index].name] = error
         match decision:
             case TryAgain(delay_s=delay_s):
                 if self._stop.wait(delay_s):
@@ -709,9 +713,19 @@ class BlobTransfer(Generic[StagingT]):
             case StartOver():
                 raise _StartOverError(str(error)) from error
             case GiveUp(error=final):
-                raise final from error
+                raise self._naming_all(final) from error
             case _:
                 assert_never(decision)
+
+    def _naming_all(self, final: ClusterError) -> ClusterError:
+        """Return *final*; where it is that a blob isn't there, with every other place that was tried in vain.
+
+        A foreign layer's own address may be down while the repository, asked last, never had the layer.
+        """
+        others = [f"{name}: {error}" for name, error in self._given_up.items() if error is not final]
+        if not isinstance(final, BlobNotFoundError) or not others:
+            return final
+        return BlobNotFoundError(final.digest, f"{final.where} (also tried: {'; '.join(others)})")
 
     def _raise_if_stopped(self) -> None:
         if self._stop.is_set():

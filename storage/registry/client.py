@@ -318,7 +318,7 @@ class RegistryClient:
             DigestMismatchError: the registry stored something else.
         """
         endpoint = origin(self._config, target)
-        what = f"push of manifest {endpoint.source}:{selector}"
+        what = f"push of manifest {endpoint.source}{'@' if is_digest(selector) else ':'}{selector}"
         answer = await self._calls.make(
             Call(
                 method="PUT",

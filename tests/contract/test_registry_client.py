@@ -460,6 +460,17 @@ async def test_a_foreign_layer_is_looked_for_at_its_own_addresses(registry, regi
     assert [(one.method, one.authorization) for one in registry_proxy.seen] == [("HEAD", None)] * 4
 
 
+async def test_a_digest_that_is_pushed_to_is_written_with_an_at_sign(registry_proxy, make):
+    """A manifest that the registry refuses under a digest: the message has the reference as people write it."""
+    registry_proxy.script(Respond(400), of=lambda seen: seen.method == "PUT")
+    client, authorizer = make()
+    target = ProviderHandle(registry=registry_proxy.host, repository="plain/at")
+    digest = digest_of(b"{}")
+    with pytest.raises(RegistryProtocolError, match=f"plain/at@{digest}") as caught:
+        await client.push_manifest(target, digest, "application/vnd.oci.image.manifest.v1+json", b"{}", authorizer)
+    assert "takes blobs of that size" in caught.value.hint
+
+
 async def test_a_blob_is_mounted_from_another_repository(registry, make):
     """201: the blob is in the target, and no byte moved."""
     image = random_image(19)

@@ -353,6 +353,15 @@ def test_a_resumed_upload_that_is_gone_is_not_charged():
     assert bench.run().object.key == "blobs/x/1"
 
 
+def test_a_blob_that_is_nowhere_is_told_with_every_place_that_was_tried():
+    """A foreign layer whose own address is down: that the repository never had it is only half of the story."""
+    down = FakeSource(DATA, "https://elsewhere.example/blob", faults=[Fault(at_open=RESET)] * 3)
+    absent = FakeSource(DATA, faults=[Fault(at_open=BlobNotFoundError(digest_of(DATA), "r.example/app"))])
+    told = str(Bench(down, absent).fails(BlobNotFoundError))
+    assert "is not in r.example/app (also tried: https://elsewhere.example/blob: " in told
+    assert "connection reset" in told
+
+
 # -- where the bytes came from --------------------------------------------------------------------------------
 
 
@@ -569,7 +578,7 @@ def test_the_most_telling_error_is_raised():
         FakeSource(DATA, "c", faults=[Fault(at_open=SessionGoneError("s1"))] * 9),
     ]
     bench = Bench(*sources)
-    assert bench.fails(BlobNotFoundError).where == "a"
+    assert bench.fails(BlobNotFoundError).where.startswith("a (also tried: b: ")
     assert all(source.opened for source in sources)
 
 
