@@ -153,6 +153,7 @@ class FetchWorker(SessionServer):
             renewer=renewer,
             progress=stores.progress,
             transfers=transfers,
+            access=stores.access,
             new_token=new_token,
             ttl_s=config.flight.lease_ttl_s,
             poll_s=config.flight.poll_s,

@@ -53,6 +53,17 @@ class ConfigError(ClusterError):
         return f"configuration {self.source} has {len(self.faults)} fault(s): {'; '.join(self.faults)}"
 
 
+class CredentialFileError(ConfigError):
+    """A file of registry credentials (docker's ``config.json``, podman's ``auth.json``) can't be used."""
+
+    _hint = (
+        "repair or remove that file and log in again (docker login); DOCKER_CONFIG or REGISTRY_AUTH_FILE names another"
+    )
+
+    def __str__(self) -> str:
+        return f"credentials file {self.source}: {'; '.join(self.faults)}"
+
+
 # -- what the caller gave ---------------------------------------------------------------------
 
 
@@ -72,6 +83,24 @@ class InvalidReferenceError(InputError):
 
     def __str__(self) -> str:
         return f"invalid image reference {self.text!r}: {self.reason}"
+
+
+class OtherDigestError(InputError):
+    """A push was to name a digest that is not that of the image; nothing was moved."""
+
+    def __init__(self, target: str, digest: str) -> None:
+        super().__init__(target, digest)
+        self.target = target
+        #: Digest of the image's manifest.
+        self.digest = digest
+
+    def __str__(self) -> str:
+        return f"{self.target} names another image: the digest of this one is {self.digest}"
+
+    @property
+    def hint(self) -> str:
+        """Return what the user can do next."""
+        return f"push to a tag, or to {self.target.partition('@')[0]}@{self.digest}"
 
 
 class InvalidDigestError(InputError):
@@ -133,7 +162,12 @@ class ContentError(ClusterError):
 
 
 class BlobNotFoundError(ContentError):
-    """*where* (a registry repository, the content store) has no such blob."""
+    """*where* (a registry repository, a foreign layer's address, the content store) has no such blob."""
+
+    _hint = (
+        "pull the image again from a repository that has all of it, or push it there again; "
+        "a foreign layer must be had from its own address"
+    )
 
     def __init__(self, digest: str, where: str) -> None:
         super().__init__(digest, where)
@@ -162,6 +196,8 @@ class DigestMismatchError(ContentError):
 class SizeMismatchError(ContentError):
     """A source has a blob of another size than its descriptor says."""
 
+    _hint = "the source has another blob than the image names; try another mirror, or push the image again"
+
     def __init__(self, digest: str, expected_bytes: int, actual_bytes: int, source: str) -> None:
         super().__init__(digest, expected_bytes, actual_bytes, source)
         self.digest = digest
@@ -176,7 +212,7 @@ class SizeMismatchError(ContentError):
 
 
 class BlobDamagedError(ContentError):
-    """A blob that was present is gone from the content store or damaged, and no provider is known."""
+    """A blob that was present is gone or damaged, in the content store or on a node, and was not had elsewhere."""
 
     _hint = "pull the image again, so that a provider is known and the blob can be fetched anew"
 
@@ -186,11 +222,13 @@ class BlobDamagedError(ContentError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"blob {self.digest} in the content store is lost: {self.reason}"
+        return f"blob {self.digest} is lost: {self.reason}"
 
 
 class LayerError(ContentError):
     """A layer can't be unpacked as it is: *entry* names the tar entry, or is empty for the whole."""
+
+    _hint = "the layer itself is malformed, its bytes are as they were pushed: build the image again and push it"
 
     def __init__(self, digest: str, entry: str, reason: str) -> None:
         super().__init__(digest, entry, reason)
@@ -205,6 +243,8 @@ class LayerError(ContentError):
 
 class UnsafeEntryError(LayerError):
     """A tar entry would leave the root it is unpacked under."""
+
+    _hint = "don't trust this image: a layer of it writes outside of its own root"
 
 
 class UnprivilegedEntryError(LayerError):
@@ -230,6 +270,8 @@ class DiffIdMismatchError(ContentError):
 
 class SnapshotError(ContentError):
     """A snapshot can't be prepared, published or mounted on a node."""
+
+    _hint = "`lazyfarm doctor` on that node checks its disk, overlayfs and rights; node.snapshotter chooses another"
 
     def __init__(self, snapshot: str, doing: str, reason: str) -> None:
         super().__init__(snapshot, doing, reason)
@@ -468,6 +510,11 @@ class InsecureRegistryError(RegistryError):
 class RegistryProtocolError(RegistryError):
     """A registry's answer breaks the distribution specification, or is an error it calls final."""
 
+    _hint = (
+        "the log of the registry, or of a proxy before it, says why; "
+        "for a push, check that it may be written to and takes blobs of that size"
+    )
+
     def __init__(self, doing: str, status: int, detail: str) -> None:
         super().__init__(doing, status, detail)
         self.doing = doing
@@ -549,6 +596,14 @@ class CredentialHelperError(RegistryError):
 
     def __str__(self) -> str:
         return f"credential helper {self.helper} for {self.registry}: {self.reason}"
+
+    @property
+    def hint(self) -> str:
+        """Return what the user can do next."""
+        return (
+            f"check that `docker-credential-{self.helper} get` works for {self.registry} on this machine, "
+            "or take it out of credHelpers and credsStore in config.json and log in again"
+        )
 
 
 # -- payloads ---------------------------------------------------------------------------------------

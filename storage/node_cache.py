@@ -33,6 +33,8 @@ from storage.staging import StagingFile
 HEADROOM_BYTES = 256 * 1024**2
 
 _OnClose = Callable[[], None]
+#: Inode and modification time: an inode number alone is given to the next file.
+FileIdentity = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,13 +137,19 @@ class NodeCache:
                 raise self._too_full(size_bytes) from exc
         return StagingFile(fd, path, self._blobs / hex_of(digest), digest, size_bytes)
 
-    def verify(self, digest: Digest) -> bool:
-        """Read a blob and compare its digest; a damaged one is removed. Tell whether it is here and whole."""
+    def verify(self, digest: Digest, identity: FileIdentity | None = None) -> bool:
+        """Read a blob and compare its digest; a damaged one is removed. Tell whether it is here and whole.
+
+        Args:
+            digest: Which blob.
+            identity: The file that is meant, if it must be that one: False where another has taken its place.
+        """
         path = self._blobs / hex_of(digest)
         try:
             with path.open("rb") as blob:
+                if identity is not None and _identity(blob.fileno()) != identity:
+                    return False
                 if hashlib.file_digest(blob, "sha256").hexdigest() == hex_of(digest):
-                    os.utime(path)
                     return True
         except FileNotFoundError:
             return False
@@ -224,8 +232,10 @@ class NodeCache:
 
     def _touch(self, digest: Digest, path: Path) -> bool:
         try:
-            if path.stat().st_mtime < _boot_time() and not self.verify(digest):
-                return False
+            if path.stat().st_mtime < _boot_time():
+                if not self.verify(digest):
+                    return False
+                os.utime(path)
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         except FileNotFoundError:
             return False
@@ -247,6 +257,8 @@ class CachedBlob:
 
     def __init__(self, fd: int, on_close: _OnClose) -> None:
         self._file = os.fdopen(fd, "rb", buffering=0)
+        #: Which file it is, for :meth:`NodeCache.verify`.
+        self.identity = _identity(fd)
         self._on_close: _OnClose | None = on_close
 
     def __enter__(self) -> Self:
@@ -278,6 +290,11 @@ def _entries(directory: Path) -> Iterator[_Entry]:
             except FileNotFoundError:
                 continue
             yield _Entry(Path(item.path), stat.st_size, stat.st_atime_ns)
+
+
+def _identity(fd: int) -> FileIdentity:
+    stat = os.fstat(fd)
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def _boot_time() -> float:

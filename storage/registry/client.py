@@ -239,29 +239,31 @@ class RegistryClient:
     async def blob_exists(self, handle: ProviderHandle, digest: Digest, authorizer: Authorizer) -> int | None:
         """Return the size in bytes of a blob that the registry itself has, or None; one HEAD.
 
-        None also where a registry redirects to a store that doesn't answer HEAD: not known to be there.
+        None also where a registry redirects to a store that doesn't answer HEAD: not known to be there. Of a
+        foreign layer's own addresses each is asked, without credentials, until one has it.
         """
-        endpoint = origin(self._config, handle)
+        if handle.kind != "urls":
+            return await self._size_at(origin(self._config, handle), digest, authorizer)
+        refusal: RegistryError | None = None
+        for endpoint in self.endpoints(handle):
+            try:
+                size = await self._size_at(endpoint, digest, authorizer)
+            except RegistryError as exc:
+                refusal = exc
+                continue
+            if size is not None:
+                return size
+        if refusal is not None:
+            raise refusal
+        return None
+
+    async def _size_at(self, endpoint: Endpoint, digest: Digest, authorizer: Authorizer) -> int | None:
         answer = await self._read("HEAD", endpoint.blob_url(digest), endpoint, authorizer, what=f"blob {digest}")
         if answer.status == NOT_FOUND or (answer.crossed and answer.status != OK):
             return None
         expect(answer, OK, doing=f"looking for blob {digest} in {endpoint.source}")
         length = answer.headers.get("Content-Length", "")
         return int(length) if length.isdecimal() else None
-
-    async def manifest_exists(self, handle: ProviderHandle, selector: str, authorizer: Authorizer) -> Digest | None:
-        """Return the digest of the manifest under a tag or digest at the registry itself, or None; one HEAD."""
-        endpoint = origin(self._config, handle)
-        what = f"manifest {endpoint.source}:{selector}"
-        url = endpoint.manifest_url(selector)
-        answer = await self._read("HEAD", url, endpoint, authorizer, what=what, headers=_OF_MANIFESTS)
-        if answer.status == NOT_FOUND:
-            return None
-        expect(answer, OK, doing=f"looking for {what}")
-        digest = Digest(selector) if is_digest(selector) else _claimed_digest(answer)
-        if digest is None:
-            raise RegistryProtocolError(f"looking for {what}", answer.status, "no Docker-Content-Digest")
-        return digest
 
     # -- push --------------------------------------------------------------------------------------------
 
@@ -316,7 +318,7 @@ class RegistryClient:
             DigestMismatchError: the registry stored something else.
         """
         endpoint = origin(self._config, target)
-        what = f"push of manifest {endpoint.source}:{selector}"
+        what = f"push of manifest {endpoint.source}{'@' if is_digest(selector) else ':'}{selector}"
         answer = await self._calls.make(
             Call(
                 method="PUT",
