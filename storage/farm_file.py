@@ -87,7 +87,9 @@ def write_running(state_dir: Path, running: Running) -> Path:
     ]
     for section, entries in sections.items():
         lines += ["", f"[{section}]", *entries]
-    lines += _tables(_CONFIG, non_defaults(running.config)) + _tables(_OVERRIDES, running.overrides)
+    for name, table in ((_CONFIG, non_defaults(running.config)), (_OVERRIDES, running.overrides)):
+        for section, keys in table.items():
+            lines += _tables(f"{name}.{section}", keys) if isinstance(keys, Mapping) else []
     path = farm_file(state_dir)
     write_atomic(path, "\n".join(lines) + "\n")
     return path
@@ -104,9 +106,9 @@ def _table(plain: Mapping[str, object], name: str) -> Mapping[str, object]:
 
 
 def _tables(name: str, table: Mapping[str, object]) -> list[str]:
-    """Return *table*, which is named *name*, and the tables in it as lines of TOML."""
+    """Return *table*, which is named *name*, and the tables in it (of registries, by host) as lines of TOML."""
     values = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
-    lines = ["", f"[{name}]", *(f"{_quoted(key)} = {_value(value)}" for key, value in values.items())]
+    lines = ["", f"[{name}]", *(f"{key} = {_value(value)}" for key, value in values.items())]
     for key, value in table.items():
         if isinstance(value, Mapping):
             lines += _tables(f"{name}.{_quoted(key)}", value)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from cluster.config import Config, RayConfig
+from cluster.config import Config, RayConfig, S3Config
 from cluster.errors import DeadlineExceededError, StartError
 from storage.blobs import S3ContentStore
 from storage.services import redis_server, swift_environment
@@ -290,6 +290,21 @@ def test_two_farms_dont_meet(services, tmp_path):
 
 
 # -- S3 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.s3
+def test_s3_is_started_anew_where_its_configuration_was_changed(services, tmp_path):
+    """It checks signatures for the region that clients sign for; with no change, nothing is done."""
+    services.up_s3()
+    moved = LocalServices(tmp_path / "farm", Config(s3=S3Config(region="eu-west-1")))
+    reached = moved.up_s3()
+    assert reached.was_started
+    store = S3ContentStore(reached.config)
+    try:
+        assert store.check().bucket == "lazyfarm"
+    finally:
+        store.close()
+    assert not moved.up_s3().was_started
 
 
 @pytest.mark.s3
