@@ -22,6 +22,10 @@ class RemoteSupervisor:
 
         self._actor = Supervisor(boot)
 
+    async def config_digest(self) -> str:
+        """Forward."""
+        return self._actor.config_digest()
+
     async def ready(self) -> bool:
         """Forward."""
         return await self._actor.ready()

@@ -50,7 +50,8 @@ class ConfigError(ClusterError):
         self.faults = tuple(faults)
 
     def __str__(self) -> str:
-        return f"configuration {self.source} has {len(self.faults)} fault(s): {'; '.join(self.faults)}"
+        counted = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        return f"configuration from {self.source} has {counted}: {'; '.join(self.faults)}"
 
 
 class CredentialFileError(ConfigError):

@@ -78,9 +78,7 @@ def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Far
         async with await connect(settings.state_dir) as farm:
             return await act(farm)
 
-    # What libraries print must not get between the document and its reader.
-    away = contextlib.redirect_stdout(out.stderr if out.as_json else sys.stdout)
-    with _driver_logs(settings, command), away:
+    with _driver_logs(settings, command), out.undisturbed():
         try:
             return run_to_end(joined)
         finally:
