@@ -50,10 +50,14 @@ def join(config: Config, *, state_dir: str) -> None:
     """
     if ray.is_initialized():
         current = ray.get_runtime_context().gcs_address
-        if current != config.ray.address:
+        if current == config.ray.address:
+            return
+        if _refusal(current) is None:
             raise OtherClusterError(current, config.ray.address)
-        return
-    _require_answer(config.ray.address, state_dir)
+        ray.shutdown()  # of a cluster that is gone: this farm's last one, where its head was started anew
+    if (reason := _refusal(config.ray.address)) is not None:
+        # Ray itself would go on trying for minutes, deaf to signals.
+        raise FarmNotRunningError(state_dir, f"Ray at {config.ray.address} does not answer: {reason}")
     set_ray_environment(config)
     try:
         with _as_guest():
@@ -69,13 +73,14 @@ def join(config: Config, *, state_dir: str) -> None:
         raise FarmNotRunningError(state_dir, f"Ray at {config.ray.address} does not answer: {reason}") from exc
 
 
-def _require_answer(address: str, state_dir: str) -> None:
-    """Raise unless somebody accepts connections there: Ray itself goes on trying for minutes, deaf to signals."""
+def _refusal(address: str) -> str | None:
+    """Return why nobody accepts connections there; None where somebody does."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
     except (OSError, ValueError) as exc:
-        raise FarmNotRunningError(state_dir, f"Ray at {address} does not answer: {exc}") from exc
+        return str(exc)
+    return None
 
 
 async def join_in_time(config: Config, *, state_dir: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,6 @@ import structlog
 from actors.boot import Boot, Starter, Stores, build_stores
 from actors.nodes import live_nodes, observe_nodes, worth_telling
 from actors.options import namespace, options
-from actors.remote import RemoteCacheShard, RemoteFetchWorker
 from actors.version import VERSION
 from cluster.config_record import actor_digest
 from cluster.errors import InternalError
@@ -25,14 +25,15 @@ from storage.services.ray_nodes import taken_down
 log = structlog.get_logger()
 
 _ROUND_S = 1.0
-_CLASSES: dict[Kind, type[Any]] = {Kind.CACHE_SHARD: RemoteCacheShard, Kind.FETCH_WORKER: RemoteFetchWorker}
 
 
 class Supervisor:
     """Keeps one fetch worker a node and S cache shards there, whatever dies."""
 
-    def __init__(self, boot: bytes) -> None:
+    def __init__(self, boot: bytes, classes: Mapping[Kind, type[Any]]) -> None:
+        """Make one that starts actors of *classes*, as Ray is to see them."""
         self._starter = Starter(decode("boot", Boot, boot))
+        self._classes = classes
         self._stores: Stores | None = None
         #: Actors as this supervisor last saw or made them, with the node they are pinned to.
         self._pinned: dict[str, str] = {}
@@ -103,6 +104,6 @@ class Supervisor:
                     self._starter.boot, name=name, kind=kind.value, node=node.name, ray_id=node.ray_id, index=index
                 )
                 chosen = options(kind, name=name, farm=farm, ray_node_id=node.ray_id)
-                actor = ray.remote(_CLASSES[kind]).options(**chosen).remote(encode("boot", boot))
+                actor = ray.remote(self._classes[kind]).options(**chosen).remote(encode("boot", boot))
                 self._pinned[name] = node.ray_id
                 actor.ready.remote()

@@ -201,7 +201,9 @@ class RayService:
             (node_dir / "ray_current_cluster").unlink(missing_ok=True)
             for session in sorted(node_dir.glob("session_2*"))[:-1]:
                 shutil.rmtree(session, ignore_errors=True)  # the last one's logs may still be wanted
-        gcs_port = choose_ports(["gcs"], head.process.ports)["gcs"]
+        # Not the port of the cluster that is gone: its drivers would ask this one thousands of times a second, each
+        # time with the other's ID.
+        gcs_port = choose_ports(["gcs"], {})["gcs"]
         self._try(head, config, temp, gcs_port, include_dashboard=include_dashboard)
 
     def _try(self, node: RayNode, config: RayConfig, temp: Path, gcs_port: int, *, include_dashboard: bool) -> None:
