@@ -22,6 +22,7 @@ from actors.logs import configure_logs
 from actors.version import VERSION
 from cluster.cache.runner import CacheManager
 from cluster.config import Config
+from cluster.config_record import actor_digest
 from cluster.errors import ClusterError
 from cluster.fetch.access import AccessControl
 from cluster.messages import ActorRecord
@@ -177,6 +178,7 @@ class Starter:
             state="ready",
             version=VERSION,
             ray_id=self.boot.ray_id,
+            config=actor_digest(self.boot.config),
         )
 
     async def _keep_announcing(self, presence: Presence) -> None:

@@ -22,7 +22,7 @@ from cluster.cache.ring import ShardRing
 from cluster.cache.runner import usable_providers
 from cluster.config import Config
 from cluster.descriptor import Descriptor
-from cluster.digest import Digest
+from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import ClusterError, InternalError, LeaseLostError
 from cluster.fetch.extract import Extractor
 from cluster.fetch.pull import Puller
@@ -153,6 +153,7 @@ class FetchWorker(SessionServer):
             renewer=renewer,
             progress=stores.progress,
             transfers=transfers,
+            access=stores.access,
             new_token=new_token,
             ttl_s=config.flight.lease_ttl_s,
             poll_s=config.flight.poll_s,
@@ -318,7 +319,8 @@ class FetchWorker(SessionServer):
         self, parts: _Parts, authorizer: SessionAuthorizer, request: UnlazyRequest | ExtractRequest
     ) -> tuple[Sequence[RefState], Caller]:
         """Prove access to the whole chain, pin it in the caller's lease, and return it with its caller."""
-        chain = await parts.stores.refs.chain(request.ref_id)
+        # An image without layers is a chain of none, which no record stands for.
+        chain = [] if request.ref_id == RefId(EMPTY_CHAIN) else await parts.stores.refs.chain(request.ref_id)
         if await parts.stores.leases.get(request.lease_id) is None:
             raise LeaseLostError(request.lease_id)
         providers = await usable_providers(parts.stores.access, authorizer, chain, request.handlers)

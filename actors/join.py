@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -17,6 +19,10 @@ from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]  # lik
 from actors.options import namespace
 from cluster.config import Config
 from cluster.errors import FarmNotRunningError, OtherClusterError
+
+#: Seconds that joining may take: a second or two on a quiet machine.
+_JOIN_S = 60.0
+_CONNECT_S = 5.0
 
 
 def set_ray_environment(config: Config) -> None:
@@ -44,9 +50,14 @@ def join(config: Config, *, state_dir: str) -> None:
     """
     if ray.is_initialized():
         current = ray.get_runtime_context().gcs_address
-        if current != config.ray.address:
+        if current == config.ray.address:
+            return
+        if _refusal(current) is None:
             raise OtherClusterError(current, config.ray.address)
-        return
+        ray.shutdown()  # of a cluster that is gone: this farm's last one, where its head was started anew
+    if (reason := _refusal(config.ray.address)) is not None:
+        # Ray itself would go on trying for minutes, deaf to signals.
+        raise FarmNotRunningError(state_dir, f"Ray at {config.ray.address} does not answer: {reason}")
     set_ray_environment(config)
     try:
         with _as_guest():
@@ -60,6 +71,52 @@ def join(config: Config, *, state_dir: str) -> None:
     except (ConnectionError, TimeoutError, ray.exceptions.RayError, RuntimeError, ValueError) as exc:
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise FarmNotRunningError(state_dir, f"Ray at {config.ray.address} does not answer: {reason}") from exc
+
+
+def _refusal(address: str) -> str | None:
+    """Return why nobody accepts connections there; None where somebody does."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, ValueError) as exc:
+        return str(exc)
+    return None
+
+
+async def join_in_time(config: Config, *, state_dir: str) -> None:
+    """Do what :func:`join` does, in a thread that is left behind if it takes too long or the caller is cancelled.
+
+    Raises:
+        FarmNotRunningError: nothing answers there, or not in time.
+        OtherClusterError: the process is in another cluster.
+    """
+    loop = asyncio.get_running_loop()
+    joined: asyncio.Future[None] = loop.create_future()
+
+    def tell(error: BaseException | None) -> None:
+        if joined.done():
+            return
+        if error is None:
+            joined.set_result(None)
+        else:
+            joined.set_exception(error)
+
+    def work() -> None:
+        error: BaseException | None = None
+        try:
+            join(config, state_dir=state_dir)
+        except BaseException as exc:  # noqa: BLE001  # raised where it is awaited
+            error = exc
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(tell, error)
+
+    try:
+        with _as_guest():
+            threading.Thread(target=work, name="lazyfarm-join", daemon=True).start()
+            async with asyncio.timeout(_JOIN_S):
+                await joined
+    except TimeoutError as exc:
+        raise FarmNotRunningError(state_dir, f"Ray at {config.ray.address} gave no answer in {_JOIN_S:.0f} s") from exc
 
 
 @contextlib.contextmanager
@@ -79,5 +136,6 @@ def _as_guest() -> Iterator[None]:
 
 
 def leave() -> None:
-    """Disconnect this process."""
-    ray.shutdown()
+    """Disconnect this process, if it is connected."""
+    if ray.is_initialized():
+        ray.shutdown()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,18 +16,21 @@ import ray
 
 from actors.boot import Boot, nodes_dir
 from actors.join import join, leave
+from actors.nodes import live_nodes, observe_nodes
 from actors.options import namespace, options
+from actors.ray_errors import telling
 from actors.remote import RemoteSupervisor
 from actors.version import VERSION
 from cluster.config import Config
+from cluster.config_record import actor_digest, differing_keys
 from cluster.errors import FarmNotRunningError, StartError
 from cluster.messages import ActorRecord, NodeRecord
 from cluster.settings import FarmSettings, Running
-from cluster.topology import Kind, supervisor_name
+from cluster.topology import Kind, NodeView, supervisor_name
 from cluster.wire import encode
 from storage.blobs import S3ContentStore
 from storage.connect import check_policy_sync, connect, connect_sync
-from storage.farm_file import forget_running, write_running
+from storage.farm_file import forget_running, read_running, write_running
 from storage.keys import Keys
 from storage.presence import Presence
 from storage.services.local import LocalServices
@@ -36,6 +39,8 @@ from storage.snapshots import choose
 
 _READY_S = 120.0
 _POLL_S = 0.2
+#: Seconds that Ray may take to end or restart an actor, or to free its name.
+_RESTART_S = 30.0
 #: Seconds that one ``up`` or ``down`` waits for another; the S3 server's first start installs it.
 _LOCK_S = 900.0
 
@@ -49,19 +54,38 @@ Report = Callable[[str], None]
 class UpReport:
     """What ``up`` did."""
 
-    #: False where everything ran already.
-    changed: bool
     #: Parts that were started or repaired.
     started: tuple[str, ...]
+    #: Parts that were ended: nodes that are wanted no more, actors that had another configuration.
+    stopped: tuple[str, ...] = ()
     settings: FarmSettings
+
+    @property
+    def changed(self) -> bool:
+        """Tell whether anything was done: False where everything ran already, as it is wanted."""
+        return bool(self.started or self.stopped)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownReport:
+    """What ``down`` did."""
+
+    #: Whether a farm was ever brought up there; where not, nothing was done.
+    was_farm: bool
+    stopped: tuple[str, ...] = ()
+    #: After a purge: what is in the directory still, because it is not the farm's.
+    left: tuple[str, ...] = ()
 
 
 def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _line: None) -> UpReport:
     """Start what the farm lacks and wait until all of it answers. Idempotent; repairs what was killed.
 
+    Actors that run with another configuration than is wanted now are ended and started anew. What is recorded
+    for drivers changes in between: none ever reads a configuration that actors run without.
+
     Args:
         settings: The farm.
-        nodes: Ray nodes on this machine; None: as many as run, or as configured.
+        nodes: Ray nodes on this machine; None: as configured where that was changed, else as many as run.
         report: Told of each step in one line.
 
     Raises:
@@ -69,14 +93,16 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
         ConfigError: the settings can't be used.
     """
     wanted = settings.wanted
+    state = StateDir(settings.state_dir)
+    state.claim()
     services = LocalServices(settings.state_dir, wanted)
-    with StateDir(settings.state_dir).lock("up", deadline_s=_LOCK_S):
-        count = nodes or _running_nodes(services) or wanted.ray.nodes
+    with state.lock("up", deadline_s=_LOCK_S):
+        before = read_running(settings.state_dir)
+        count = nodes or _wanted_nodes(services, wanted, before)
         if wanted.redis.url:
             _check_redis(wanted)  # before anything is started for its sake
-        config, started = _up_services(services, wanted, count)
-        for name in started:
-            report(f"started {name}")
+        config, started, stopped = _up_services(services, wanted, count)
+        _tell(report, started, stopped)
         _check_redis(config)
         store = S3ContentStore(config.s3)
         try:
@@ -86,6 +112,8 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
         running = Running(
             farm_id=services.farm_id,
             config_file=settings.config_file,
+            config=wanted,
+            overrides=settings.overrides,
             farm_name=config.farm.name,
             redis_url=config.redis.url,
             redis_password_file=config.redis.password_file,
@@ -97,12 +125,31 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
             ray_token_file=config.ray.token_file,
         )
         _link_root(settings)
-        write_running(settings.state_dir, running)
-        settings = replace(settings, running=running)
-        actors = _up_actors(config, settings, expected_nodes=1 if wanted.ray.address else count)
-        for name in actors:
-            report(f"started {name}")
-    return UpReport(changed=bool(started or actors), started=(*started, *actors), settings=settings)
+        retired = _retire_elsewhere(settings, before, running, report)
+        join(config, state_dir=str(settings.state_dir))
+        try:
+            retired += _retire_outdated(config)
+            if before is not None and (changed := differing_keys(before.config, wanted)):
+                report(f"configuration changed: {', '.join(changed)}")
+            _tell(report, [], retired)
+            write_running(settings.state_dir, running)
+            expected = None if wanted.ray.address else frozenset(f"n{index}" for index in range(count))
+            actors = _up_actors(config, settings.state_dir, expected)
+        finally:
+            leave()
+        _tell(report, actors, [])
+    return UpReport(
+        started=(*started, *actors),
+        stopped=(*stopped, *retired),
+        settings=replace(settings, running=running),
+    )
+
+
+def _tell(report: Report, started: Iterable[str], stopped: Iterable[str]) -> None:
+    for name in stopped:
+        report(f"stopped {name}")
+    for name in started:
+        report(f"started {name}")
 
 
 def _check_redis(config: Config) -> None:
@@ -113,10 +160,11 @@ def _check_redis(config: Config) -> None:
         link.close()
 
 
-def _up_services(services: LocalServices, wanted: Config, nodes: int) -> tuple[Config, list[str]]:
-    """Start what *wanted* doesn't name, side by side; return how all of it is reached and what was started."""
+def _up_services(services: LocalServices, wanted: Config, nodes: int) -> tuple[Config, list[str], list[str]]:
+    """Start what *wanted* doesn't name, side by side; return how all is reached, what was started and what ended."""
     config = wanted
     started: list[str] = []
+    stopped: list[str] = []
     with ThreadPoolExecutor(3, thread_name_prefix="up") as pool:
         redis = None if wanted.redis.url else pool.submit(services.up_redis)
         s3 = None if wanted.s3.endpoint else pool.submit(services.up_s3)
@@ -130,7 +178,15 @@ def _up_services(services: LocalServices, wanted: Config, nodes: int) -> tuple[C
     if ray_nodes is not None:
         config = replace(config, ray=ray_nodes.result().config)
         started += ray_nodes.result().started
-    return config, started
+        stopped += ray_nodes.result().stopped
+    return config, started, stopped
+
+
+def _wanted_nodes(services: LocalServices, wanted: Config, before: Running | None) -> int:
+    """Return how many Ray nodes there are to be: as many as there were, unless the configuration was changed."""
+    if before is not None and before.config.ray.nodes != wanted.ray.nodes:
+        return wanted.ray.nodes
+    return _running_nodes(services) or wanted.ray.nodes
 
 
 def _running_nodes(services: LocalServices) -> int:
@@ -138,43 +194,110 @@ def _running_nodes(services: LocalServices) -> int:
     return sum(status.name.startswith("ray-") for status in services.status())
 
 
-def _up_actors(config: Config, settings: FarmSettings, *, expected_nodes: int) -> list[str]:
+# -- actors --------------------------------------------------------------------------------------------------
+
+
+def _retire_elsewhere(settings: FarmSettings, before: Running | None, now: Running, report: Report) -> list[str]:
+    """End the farm's actors where its name, or the cluster it uses, was another; return their names."""
+    if before is None or (before.farm_name, before.ray_address) == (now.farm_name, now.ray_address):
+        return []
+    return _retire_actors(replace(settings, wanted=before.config, running=before), report)
+
+
+def _retire_outdated(config: Config) -> list[str]:
+    """End this release's actors unless all have *config*; return their names. The process has joined the cluster.
+
+    All of them: where one has another, they don't belong together any more. Their callers call again.
+    """
+    digest = actor_digest(config)
+    space = namespace(config.farm.name)
+    ours = [name for name in _named_actors(space) if name.endswith(f"@{VERSION}")]
+    said = {actor.name: actor.config for actor in asyncio.run(_presence(config))[1]}
+    name = supervisor_name(VERSION)
+    if all(said.get(name, digest) == digest for name in ours) and _supervisor_digest(name, space) in (None, digest):
+        return []
+    _end_actors(ours, space)
+    asyncio.run(_forget(config, ours))
+    return ours
+
+
+def _supervisor_digest(name: str, space: str) -> str | None:
+    """Ask the supervisor for its configuration, as what it says in Redis may be in another one; None: none runs."""
+    give_up_s = time.monotonic() + _RESTART_S
+    while True:
+        try:
+            supervisor: Any = ray.get_actor(name, namespace=space)
+            digest: Any = ray.get(supervisor.config_digest.remote(), timeout=_RESTART_S)
+        except (ValueError, ray.exceptions.ActorDiedError):
+            return None
+        except ray.exceptions.RayError as exc:
+            if not isinstance(exc, ray.exceptions.ActorUnavailableError) or time.monotonic() >= give_up_s:
+                return ""  # it is no use as it is
+            time.sleep(_POLL_S)
+        else:
+            return str(digest)
+
+
+def _named_actors(space: str) -> list[str]:
+    """Return the farm's actors, the supervisor first: it would bring the others back."""
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in listed if actor["namespace"] == space]
+    return sorted(names, key=lambda name: (not name.startswith(Kind.SUPERVISOR.value), name))
+
+
+def _end_actors(names: Sequence[str], space: str) -> None:
+    """End actors in this order, and wait until their names are free."""
+    for name in names:
+        with contextlib.suppress(ValueError):  # it has ended by itself
+            ray.kill(ray.get_actor(name, namespace=space), no_restart=True)
+    give_up_s = time.monotonic() + _RESTART_S
+    while left := set(names) & set(_named_actors(space)):
+        if time.monotonic() >= give_up_s:
+            raise StartError("actors", f"{', '.join(sorted(left))} did not end in {_RESTART_S:.0f} s", "")
+        time.sleep(_POLL_S)
+
+
+def _up_actors(config: Config, state_dir: Path, expected: frozenset[str] | None) -> list[str]:
     """Make sure of the supervisor, and wait until every actor it wants is ready; return those that were not."""
     before = _ready_names(asyncio.run(_presence(config))[1])
-    join(config, state_dir=str(settings.state_dir))
-    try:
-        name = supervisor_name(VERSION)
+    name = supervisor_name(VERSION)
+    give_up_s = time.monotonic() + _READY_S
+    died_s = time.monotonic() + _RESTART_S
+    while True:
+        head = _head_node()
         boot = Boot(
             config=config,
-            state_dir=str(settings.state_dir),
+            state_dir=str(state_dir),
             name=name,
             kind=Kind.SUPERVISOR.value,
-            node="head",
+            node=head.name,
+            ray_id=head.ray_id,
         )
-        chosen = options(Kind.SUPERVISOR, name=name, farm=config.farm.name, ray_node_id=None)
-        _await_supervisor(chosen, encode("boot", boot), str(settings.state_dir / "logs"))
-        after = asyncio.run(_wait_ready(config, expected_nodes))
-    finally:
-        leave()
-    return sorted(after - before)
-
-
-def _await_supervisor(chosen: dict[str, Any], boot: bytes, logs: str) -> None:
-    """Find or make the supervisor and wait until it is ready.
-
-    One whose node or process died just now is being restarted by Ray elsewhere: until that is done, calls fail.
-    """
-    give_up_s = time.monotonic() + _READY_S
-    while True:
-        supervisor: Any = ray.remote(RemoteSupervisor).options(**chosen).remote(boot)
+        chosen = options(Kind.SUPERVISOR, name=name, farm=config.farm.name, ray_node_id=head.ray_id)
+        supervisor: Any = ray.remote(RemoteSupervisor).options(**chosen).remote(encode("boot", boot))
         try:
             ray.get(supervisor.ready.remote(), timeout=max(1.0, give_up_s - time.monotonic()))
+            break
         except ray.exceptions.RayError as exc:
-            if isinstance(exc, ray.exceptions.ActorUnavailableError) and time.monotonic() < give_up_s:
-                time.sleep(_POLL_S)
-                continue
-            raise StartError("supervisor", str(exc).strip().splitlines()[-1], logs) from exc
-        return
+            # One whose node or process died just now: Ray restarts it, or frees its name.
+            unavailable = isinstance(exc, ray.exceptions.ActorUnavailableError) and time.monotonic() < give_up_s
+            died = isinstance(exc, ray.exceptions.ActorDiedError) and not exc.actor_init_failed
+            if not (unavailable or (died and time.monotonic() < died_s)):
+                raise StartError("supervisor", telling(exc), str(state_dir / "logs")) from exc
+            time.sleep(_POLL_S)
+    return sorted(asyncio.run(_wait_ready(config, expected)) - before)
+
+
+def _head_node() -> NodeView:
+    """Return the node of the GCS, where the supervisor belongs: without it there is no cluster to supervise."""
+    give_up_s = time.monotonic() + _RESTART_S
+    while True:
+        for node in observe_nodes():
+            if node.is_alive and node.is_head:
+                return node.view
+        if time.monotonic() >= give_up_s:
+            raise StartError("supervisor", "Ray names no live head node", "")
+        time.sleep(_POLL_S)
 
 
 async def _presence(config: Config) -> tuple[list[NodeRecord], list[ActorRecord]]:
@@ -186,23 +309,43 @@ async def _presence(config: Config) -> tuple[list[NodeRecord], list[ActorRecord]
         await link.close()
 
 
-async def _wait_ready(config: Config, expected_nodes: int) -> set[str]:
-    """Wait until each node has its worker and every shard is there; return the names of all."""
+async def _forget(config: Config, names: Sequence[str]) -> None:
+    link = connect(config.redis)
+    try:
+        await Presence(link, Keys(config.farm.name)).forget(names)
+    finally:
+        await link.close()
+
+
+async def _wait_ready(config: Config, expected: frozenset[str] | None) -> set[str]:
+    """Wait until what is told of the farm is so, and as it is wanted; return the names of all ready actors.
+
+    Each node has its worker, every shard is there, all with this configuration, and nobody is told of a node or
+    an actor that has gone. *expected* names the nodes; None: those of a cluster that somebody else runs.
+    """
+    digest = actor_digest(config)
     give_up_s = time.monotonic() + _READY_S
     while True:
         nodes, actors = await _presence(config)
-        live = {node.id: node.ray_id for node in nodes if node.alive}
-        ready = [actor for actor in actors if actor.state == "ready" and actor.version == VERSION]
-        workers = {a.node for a in ready if a.kind == Kind.FETCH_WORKER.value and live.get(a.node) == a.ray_id}
-        shards = [a for a in ready if a.kind == Kind.CACHE_SHARD.value and a.ray_id in live.values()]
-        if len(live) >= expected_nodes and workers == set(live) and len(shards) >= config.cache.shards:
+        seen = {(node.name, node.ray_id) for node in live_nodes(await asyncio.to_thread(observe_nodes))}
+        told = {(node.id, node.ray_id) for node in nodes if node.alive}
+        names = {name for name, _ in told}
+        places = {ray_id for _, ray_id in told}
+        current = [actor for actor in actors if actor.version == VERSION]
+        ready = [a for a in current if a.state == "ready" and a.config == digest and a.ray_id in places]
+        workers = {a.node for a in ready if a.kind == Kind.FETCH_WORKER.value}
+        shards = [a for a in ready if a.kind == Kind.CACHE_SHARD.value]
+        # A name twice: Ray has not noticed yet that the node was killed.
+        are_nodes_right = told == seen and len(told) == len(names) > 0 and names == (expected or names)
+        if are_nodes_right and workers == names and len(shards) == config.cache.shards and len(ready) == len(current):
             return _ready_names(actors)
         if time.monotonic() > give_up_s:
-            missing = sorted(set(live) - workers)
             raise StartError(
                 "actors",
-                f"after {_READY_S:.0f} s {len(live)} of {expected_nodes} nodes are alive, "
-                f"workers are missing on {missing or 'none'}, {len(shards)} of {config.cache.shards} shards are ready",
+                f"after {_READY_S:.0f} s nodes {sorted(names)} are told of as alive, Ray has {sorted(seen)}, "
+                f"wanted are {sorted(expected or names)}; workers are missing on {sorted(names - workers) or 'none'}, "
+                f"{len(shards)} of {config.cache.shards} shards are ready, "
+                f"{len(current) - len(ready)} actors are lost or outdated",
                 "",
             )
         await asyncio.sleep(_POLL_S)
@@ -212,10 +355,20 @@ def _ready_names(actors: list[ActorRecord]) -> set[str]:
     return {actor.name for actor in actors if actor.state == "ready"}
 
 
-def down(settings: FarmSettings, *, purge: bool, report: Report = lambda _line: None) -> list[str]:
-    """End exactly what ``up`` started, and keep the data; with *purge* remove that too. Returns what was ended."""
+# -- down ----------------------------------------------------------------------------------------------------
+
+
+def down(settings: FarmSettings, *, purge: bool, report: Report = lambda _line: None) -> DownReport:
+    """End exactly what ``up`` started, and keep the data; with *purge* remove that too, and nothing else.
+
+    A directory in which no farm was ever brought up is left as it is, or not made.
+    """
+    state = StateDir(settings.state_dir)
+    if state.known_farm_id() is None:
+        return DownReport(was_farm=False)
     services = LocalServices(settings.state_dir, settings.wanted)
-    with StateDir(settings.state_dir).lock("up", deadline_s=_LOCK_S):
+    left: list[str] = []
+    with state.lock("up", deadline_s=_LOCK_S):
         # Actors end with the nodes they run on, but a cluster that was there before goes on.
         stopped = [] if settings.running is None or _running_nodes(services) else _retire_actors(settings, report)
         stopped += services.down()
@@ -224,19 +377,17 @@ def down(settings: FarmSettings, *, purge: bool, report: Report = lambda _line: 
             snapshotter = choose(root, "auto")
             for name in snapshotter.mounts():
                 snapshotter.unmount(name)
-        for name in stopped:
-            report(f"stopped {name}")
+        _tell(report, [], stopped)
         forget_running(settings.state_dir)
         if purge:
             for one in nodes:
                 _remove_nodes(one)
-            services.purge()
-            report(f"removed {settings.state_dir}")
-    return stopped
+            left = services.purge()
+    return DownReport(was_farm=True, stopped=tuple(stopped), left=tuple(left))
 
 
 def _retire_actors(settings: FarmSettings, report: Report) -> list[str]:
-    """End this farm's actors in a cluster that the farm did not start; return their names."""
+    """End this farm's actors, of every release, in the cluster that is recorded; return their names."""
     config = settings.config
     space = namespace(config.farm.name)
     try:
@@ -245,13 +396,8 @@ def _retire_actors(settings: FarmSettings, report: Report) -> list[str]:
         report(str(exc))  # whatever ran there is gone with it
         return []
     try:
-        listed = ray.util.list_named_actors(all_namespaces=True)
-        names = sorted(actor["name"] for actor in listed if actor["namespace"] == space)
-        # The supervisor first: it would bring the others back.
-        names.sort(key=lambda name: not name.startswith(Kind.SUPERVISOR.value))
-        for name in names:
-            with contextlib.suppress(ValueError):  # it has ended by itself
-                ray.kill(ray.get_actor(name, namespace=space), no_restart=True)
+        names = _named_actors(space)
+        _end_actors(names, space)
     finally:
         leave()
     return names

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cluster.topology import Kind
+
 if TYPE_CHECKING:
     from actors.cache_shard import CacheShard
     from actors.fetch_worker import FetchWorker
@@ -20,7 +22,11 @@ class RemoteSupervisor:
     def __init__(self, boot: bytes) -> None:
         from actors.supervisor import Supervisor  # noqa: PLC0415  # see above
 
-        self._actor = Supervisor(boot)
+        self._actor = Supervisor(boot, {Kind.CACHE_SHARD: RemoteCacheShard, Kind.FETCH_WORKER: RemoteFetchWorker})
+
+    async def config_digest(self) -> str:
+        """Forward."""
+        return self._actor.config_digest()
 
     async def ready(self) -> bool:
         """Forward."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,28 +11,29 @@ import ray
 import structlog
 
 from actors.boot import Boot, Starter, Stores, build_stores
+from actors.nodes import live_nodes, observe_nodes, worth_telling
 from actors.options import namespace, options
-from actors.remote import RemoteCacheShard, RemoteFetchWorker
 from actors.version import VERSION
+from cluster.config_record import actor_digest
 from cluster.errors import InternalError
 from cluster.messages import NodeRecord
-from cluster.topology import ActorView, Kind, NodeView, Retire, Spawn, Step, reconcile
+from cluster.topology import ActorView, Kind, Retire, Spawn, Step, reconcile
 from cluster.wire import decode, encode
 from storage.presence import Presence
+from storage.services.ray_nodes import taken_down
 
 log = structlog.get_logger()
 
 _ROUND_S = 1.0
-#: Label that the farm's own nodes carry; others go by their Ray ID.
-NODE_LABEL = "lazyfarm-node"
-_CLASSES: dict[Kind, type[Any]] = {Kind.CACHE_SHARD: RemoteCacheShard, Kind.FETCH_WORKER: RemoteFetchWorker}
 
 
 class Supervisor:
     """Keeps one fetch worker a node and S cache shards there, whatever dies."""
 
-    def __init__(self, boot: bytes) -> None:
+    def __init__(self, boot: bytes, classes: Mapping[Kind, type[Any]]) -> None:
+        """Make one that starts actors of *classes*, as Ray is to see them."""
         self._starter = Starter(decode("boot", Boot, boot))
+        self._classes = classes
         self._stores: Stores | None = None
         #: Actors as this supervisor last saw or made them, with the node they are pinned to.
         self._pinned: dict[str, str] = {}
@@ -40,6 +42,10 @@ class Supervisor:
     async def _build(self) -> Presence:
         self._stores = build_stores(self._starter.boot.config)
         return self._stores.presence
+
+    def config_digest(self) -> str:
+        """Return the digest of the configuration it gives to every actor; answered before it is ready, too."""
+        return actor_digest(self._starter.boot.config)
 
     async def ready(self) -> bool:
         """Start reconciling, unless it runs already."""
@@ -63,13 +69,18 @@ class Supervisor:
         stores = self._stores
         if stores is None:
             raise InternalError("the supervisor reconciles before it was built")
-        nodes, records = await asyncio.to_thread(_observe_nodes)
+        observed = await asyncio.to_thread(observe_nodes)
         actors = await self._observe_actors(stores)
-        steps = reconcile(nodes, actors, shards=config.cache.shards, version=VERSION)
+        steps = reconcile(live_nodes(observed), actors, shards=config.cache.shards, version=VERSION)
         for step in steps:
             await asyncio.to_thread(self._perform, step)
+            if isinstance(step, Retire):
+                await stores.presence.forget([step.name])
             log.info("reconcile.step", step=type(step).__name__, actor=step.name)
-        await stores.presence.announce_nodes(records)
+        told = worth_telling(observed, taken_down(self._starter.boot.state_dir))
+        await stores.presence.announce_nodes(
+            [NodeRecord(id=n.view.name, ray_id=n.view.ray_id, address=n.address, alive=n.is_alive) for n in told]
+        )
         gone = {a.name for a in await stores.presence.actors() if a.state == "lost"} - {a.name for a in actors}
         await stores.presence.forget(sorted(gone))
 
@@ -93,21 +104,6 @@ class Supervisor:
                     self._starter.boot, name=name, kind=kind.value, node=node.name, ray_id=node.ray_id, index=index
                 )
                 chosen = options(kind, name=name, farm=farm, ray_node_id=node.ray_id)
-                actor = ray.remote(_CLASSES[kind]).options(**chosen).remote(encode("boot", boot))
+                actor = ray.remote(self._classes[kind]).options(**chosen).remote(encode("boot", boot))
                 self._pinned[name] = node.ray_id
                 actor.ready.remote()
-
-
-def _observe_nodes() -> tuple[list[NodeView], list[NodeRecord]]:
-    views, records = [], []
-    for node in ray.nodes():  # type: ignore[no-untyped-call]  # Ray doesn't say
-        name = (node.get("Labels") or {}).get(NODE_LABEL) or f"node-{node['NodeID'][:8]}"
-        if node["Alive"]:
-            views.append(NodeView(name=name, ray_id=node["NodeID"]))
-        records.append(
-            NodeRecord(id=name, ray_id=node["NodeID"], address=node["NodeManagerAddress"], alive=bool(node["Alive"]))
-        )
-    live = {r.id for r in records if r.alive}
-    # A node that was restarted under its name has one live record; its dead ones say nothing more.
-    shown = {r.id: r for r in records if r.alive or r.id not in live}
-    return views, sorted(shown.values(), key=lambda r: r.id)

@@ -54,7 +54,19 @@ class ConfigError(ClusterError):
         self.faults = tuple(faults)
 
     def __str__(self) -> str:
-        return f"configuration {self.source} has {len(self.faults)} fault(s): {'; '.join(self.faults)}"
+        counted = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        return f"configuration from {self.source} has {counted}: {'; '.join(self.faults)}"
+
+
+class CredentialFileError(ConfigError):
+    """A file of registry credentials (docker's ``config.json``, podman's ``auth.json``) can't be used."""
+
+    _hint = (
+        "repair or remove that file and log in again (docker login); DOCKER_CONFIG or REGISTRY_AUTH_FILE names another"
+    )
+
+    def __str__(self) -> str:
+        return f"credentials file {self.source}: {'; '.join(self.faults)}"
 
 
 # -- what the caller gave ---------------------------------------------------------------------
@@ -78,6 +90,24 @@ class InvalidReferenceError(InputError):
         return f"invalid image reference {self.text!r}: {self.reason}"
 
 
+class OtherDigestError(InputError):
+    """A push was to name a digest that is not that of the image; nothing was moved."""
+
+    def __init__(self, target: str, digest: str) -> None:
+        super().__init__(target, digest)
+        self.target = target
+        #: Digest of the image's manifest.
+        self.digest = digest
+
+    def __str__(self) -> str:
+        return f"{self.target} names another image: the digest of this one is {self.digest}"
+
+    @property
+    def hint(self) -> str:
+        """Return what the user can do next."""
+        return f"push to a tag, or to {self.target.partition('@')[0]}@{self.digest}"
+
+
 class InvalidDigestError(InputError):
     """A digest is not ``algorithm:hex`` of an algorithm we compute."""
 
@@ -89,6 +119,19 @@ class InvalidDigestError(InputError):
 
     def __str__(self) -> str:
         return f"invalid digest {self.text!r}"
+
+
+class InvalidArgumentError(InputError):
+    """An argument of a call has a value that can't be meant."""
+
+    def __init__(self, name: str, value: str, reason: str) -> None:
+        super().__init__(name, value, reason)
+        self.name = name
+        self.value = value
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name} can't be {self.value}: {self.reason}"
 
 
 class InvalidDescriptorError(InputError):
@@ -272,7 +315,12 @@ class ContentError(ClusterError):
 
 
 class BlobNotFoundError(ContentError):
-    """*where* (a registry repository, the content store) has no such blob."""
+    """*where* (a registry repository, a foreign layer's address, the content store) has no such blob."""
+
+    _hint = (
+        "pull the image again from a repository that has all of it, or push it there again; "
+        "a foreign layer must be had from its own address"
+    )
 
     def __init__(self, digest: str, where: str) -> None:
         super().__init__(digest, where)
@@ -301,6 +349,8 @@ class DigestMismatchError(ContentError):
 class SizeMismatchError(ContentError):
     """A source has a blob of another size than its descriptor says."""
 
+    _hint = "the source has another blob than the image names; try another mirror, or push the image again"
+
     def __init__(self, digest: str, expected_bytes: int, actual_bytes: int, source: str) -> None:
         super().__init__(digest, expected_bytes, actual_bytes, source)
         self.digest = digest
@@ -315,7 +365,7 @@ class SizeMismatchError(ContentError):
 
 
 class BlobDamagedError(ContentError):
-    """A blob that was present is gone from the content store or damaged, and no provider is known."""
+    """A blob that was present is gone or damaged, in the content store or on a node, and was not had elsewhere."""
 
     _hint = "pull the image again, so that a provider is known and the blob can be fetched anew"
 
@@ -325,7 +375,7 @@ class BlobDamagedError(ContentError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"blob {self.digest} in the content store is lost: {self.reason}"
+        return f"blob {self.digest} is lost: {self.reason}"
 
 
 class TreeLostError(ContentError):
@@ -358,6 +408,8 @@ class LayerTooLargeError(ContentError):
 class LayerError(ContentError):
     """A layer can't be unpacked as it is: *entry* names the tar entry, or is empty for the whole."""
 
+    _hint = "the layer itself is malformed, its bytes are as they were pushed: build the image again and push it"
+
     def __init__(self, digest: str, entry: str, reason: str) -> None:
         super().__init__(digest, entry, reason)
         self.digest = digest
@@ -371,6 +423,8 @@ class LayerError(ContentError):
 
 class UnsafeEntryError(LayerError):
     """A tar entry would leave the root it is unpacked under."""
+
+    _hint = "don't trust this image: a layer of it writes outside of its own root"
 
 
 class UnprivilegedEntryError(LayerError):
@@ -396,6 +450,8 @@ class DiffIdMismatchError(ContentError):
 
 class SnapshotError(ContentError):
     """A snapshot can't be prepared, published or mounted on a node."""
+
+    _hint = "`lazyfarm doctor` on that node checks its disk, overlayfs and rights; node.snapshotter chooses another"
 
     def __init__(self, snapshot: str, doing: str, reason: str) -> None:
         super().__init__(snapshot, doing, reason)
@@ -427,6 +483,32 @@ class RefNotFoundError(RefError):
         return f"no ref or image {self.ref!r} is known to this farm"
 
 
+class NotAnImageError(RefError):
+    """A ref that is no image's top is used as an image."""
+
+    _hint = "name the image, or the ref that `lazyfarm pull` printed for it"
+
+    def __init__(self, ref: str) -> None:
+        super().__init__(ref)
+        self.ref = ref
+
+    def __str__(self) -> str:
+        return f"ref {self.ref} is the top of no image, so there is no manifest to push"
+
+
+class NoLayersError(RefError):
+    """An image without layers is asked for its ref."""
+
+    _hint = "it needs none: extracting it gives an empty directory"
+
+    def __init__(self, image: str) -> None:
+        super().__init__(image)
+        self.image = image
+
+    def __str__(self) -> str:
+        return f"image {self.image} has no layers, so it has no ref"
+
+
 class AmbiguousRefError(RefError):
     """A shortened ref ID names several refs."""
 
@@ -443,6 +525,8 @@ class AmbiguousRefError(RefError):
 
 class RefReleasedError(RefError):
     """A ref object is used after its lease was released."""
+
+    _hint = "get it anew: `farm.get(ID)`"
 
     def __init__(self, ref: str) -> None:
         super().__init__(ref)
@@ -606,6 +690,11 @@ class InsecureRegistryError(RegistryError):
 class RegistryProtocolError(RegistryError):
     """A registry's answer breaks the distribution specification, or is an error it calls final."""
 
+    _hint = (
+        "the log of the registry, or of a proxy before it, says why; "
+        "for a push, check that it may be written to and takes blobs of that size"
+    )
+
     def __init__(self, doing: str, status: int, detail: str) -> None:
         super().__init__(doing, status, detail)
         self.doing = doing
@@ -687,6 +776,14 @@ class CredentialHelperError(RegistryError):
 
     def __str__(self) -> str:
         return f"credential helper {self.helper} for {self.registry}: {self.reason}"
+
+    @property
+    def hint(self) -> str:
+        """Return what the user can do next."""
+        return (
+            f"check that `docker-credential-{self.helper} get` works for {self.registry} on this machine, "
+            "or take it out of credHelpers and credsStore in config.json and log in again"
+        )
 
 
 # -- payloads ---------------------------------------------------------------------------------------
@@ -932,6 +1029,19 @@ class OtherClusterError(FarmError):
 
     def __str__(self) -> str:
         return f"this process is in the Ray cluster at {self.current}, the farm's is at {self.wanted}"
+
+
+class FarmClosedError(FarmError):
+    """A farm object is used after it was closed."""
+
+    _hint = "connect again: what was made is still known to the farm"
+
+    def __init__(self, farm: str) -> None:
+        super().__init__(farm)
+        self.farm = farm
+
+    def __str__(self) -> str:
+        return f"this connection to the farm {self.farm} was closed"
 
 
 class StartError(FarmError):

@@ -220,6 +220,8 @@ class ActorRecord:
     version: str = ""
     #: Ray ID of the node it is pinned to: a node that is restarted keeps its name and gets a new one.
     ray_id: str = ""
+    #: Digest of the configuration it was started with (:func:`cluster.config_record.actor_digest`).
+    config: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -330,9 +330,10 @@ class ContentStore(Protocol):
 
 
 class RefStore(Protocol):
-    """Ref and image records, and what is known of blobs and their providers. Each method is one atomic step.
+    """Ref and image records, and what is known of blobs and their providers.
 
-    Every method may raise UnavailableError: no answer, the write may or may not have happened.
+    Each method is one atomic step, unless it says otherwise. Every method may raise UnavailableError: no
+    answer, the write may or may not have happened.
     """
 
     async def get_or_create(
@@ -355,11 +356,10 @@ class RefStore(Protocol):
         ...
 
     async def get(self, ref_ids: Sequence[RefId]) -> list[RefState | None]:
-        """Look refs up in bulk (pipelined); None where there is none. Does not mark them used."""
-        ...
+        """Look refs up in bulk; None where there is none. Does not mark them used.
 
-    async def records(self, ref_ids: Sequence[RefId]) -> list[RefRecord | None]:
-        """Look up the bare records in bulk: one MGET."""
+        Not one step: presence and providers are read after the records, which say nothing of either.
+        """
         ...
 
     async def chain(self, ref_id: RefId) -> list[RefState]:
@@ -393,10 +393,6 @@ class RefStore(Protocol):
 
     async def refs_of_chain(self, chain: Digest) -> list[RefId]:
         """Return the refs with that chain ID: they share one snapshot a node."""
-        ...
-
-    async def describe(self, ref_id: RefId, description: str) -> None:
-        """Set a description where there is none yet."""
         ...
 
     async def put_image(self, image: ImageRecord, *, lease_id: LeaseId) -> ImageRecord:
@@ -588,11 +584,13 @@ class ProofStore(Protocol):
     """Proofs of access: (credential identity, registry/repository, digest), each with an expiry."""
 
     async def record(self, identity: str, source: str, digests: Sequence[Digest], *, ttl_s: float) -> None:
-        """Record that *identity* has read, in *source*, a manifest that names *digests*, or the blob itself."""
+        """Record that *identity* has seen *digests* in *source*; how is spelled in *source*, which is opaque here."""
         ...
 
-    async def proven(self, pairs: Sequence[tuple[str, str]], digests: Sequence[Digest]) -> list[bool]:
-        """Tell for each digest whether any (identity, source) of *pairs* has a live proof of it."""
+    async def proven(
+        self, pairs: Sequence[tuple[str, str]], digests: Sequence[Digest]
+    ) -> list[frozenset[tuple[str, str]]]:
+        """Return, for each digest, which (identity, source) of *pairs* have a live proof of it."""
         ...
 
 

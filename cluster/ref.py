@@ -38,6 +38,7 @@ class RefRecord:
     image_refs: tuple[str, ...] = ()
     #: Wall-clock seconds by the store's clock.
     created_wall_s: float = 0.0
+    #: What it is, for people; the first that was given stays.
     description: str = ""
 
     @classmethod
@@ -58,6 +59,7 @@ class RefRecord:
             parent_chain=None if parent is None else parent.chain,
             depth=1 if parent is None else parent.depth + 1,
             image_refs=() if image_ref is None else (image_ref,),
+            description="" if image_ref is None else f"pulled from {image_ref}",
         )
 
 
@@ -80,6 +82,8 @@ class BlobRecord:
     etag: str
     #: Fence under which it was committed.
     fence: int
+    #: ``registry/repository`` that all its bytes were read from; empty where that were several, or isn't known.
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster.config import Config
@@ -17,8 +18,12 @@ class Running:
 
     #: UUID that marks every process the farm starts.
     farm_id: str
-    #: The configuration it was brought up with; None: defaults. Read again by every later command.
+    #: The file named when it was brought up; None: none. Read again by the next ``up``, and by nothing else.
     config_file: Path | None = None
+    #: The configuration it was brought up with: file and environment together.
+    config: Config = field(default_factory=Config)
+    #: What of it came from the environment, as plain data: the next ``up`` lays it over the file again.
+    overrides: Mapping[str, object] = field(default_factory=dict)
     #: ``farm.name`` it was brought up under: part of every Redis key and the Ray namespace.
     farm_name: str
     redis_url: str
@@ -41,20 +46,22 @@ class FarmSettings:
 
     #: Absolute.
     state_dir: Path
-    #: What was asked for: defaults, the file, the environment. ``redis.url == ""`` means that the farm
-    #: starts its own: this is what ``up`` goes by.
+    #: What was asked for: defaults, the file (or what ``up`` recorded), the environment. ``redis.url == ""``
+    #: means that the farm starts its own: this is what ``up`` goes by.
     wanted: Config
     #: The file it was read from; None: none.
     config_file: Path | None = None
+    #: What of *wanted* came from the environment, now or at an earlier ``up``, as plain data.
+    overrides: Mapping[str, object] = field(default_factory=dict)
     #: None: ``up`` was never finished here, or ``down`` was.
     running: Running | None = None
 
     @property
     def config(self) -> Config:
-        """Return what holds: *wanted*, with the addresses of what runs filled in.
+        """Return what holds: *wanted*, with what all of a farm's parts must agree on as it is recorded.
 
-        What runs wins over the file and the environment: an edited ``redis.url`` takes effect with the
-        next ``up``, not by splitting the farm in two.
+        Addresses and the number of shards: what runs wins over the file and the environment, so that an
+        edited ``redis.url`` takes effect with the next ``up``, not by splitting the farm in two.
         """
         running = self.running
         if running is None:
@@ -72,4 +79,5 @@ class FarmSettings:
                 credentials_file=running.s3_credentials_file,
             ),
             ray=replace(wanted.ray, address=running.ray_address, token_file=running.ray_token_file),
+            cache=replace(wanted.cache, shards=running.config.cache.shards),
         )

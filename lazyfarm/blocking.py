@@ -19,6 +19,8 @@ from cluster.messages import PushResult
 from cluster.provider import DescHandler
 from cluster.ref import ImageRecord, RefId, RefState
 from lazyfarm import farm as asynchronous
+from lazyfarm.lease import FarmLease as AsyncFarmLease
+from lazyfarm.operation import ProgressCallback
 from storage.registry.credentials import CredentialSource
 
 T = TypeVar("T")
@@ -126,15 +128,19 @@ class Ref(_Twin[asynchronous.Ref]):
     refresh = _blocking(asynchronous.Ref.refresh)
 
 
-class FarmLease(_Twin[asynchronous.FarmLease]):
-    """Blocking twin of :class:`lazyfarm.farm.FarmLease`."""
+class FarmLease(_Twin[AsyncFarmLease]):
+    """Blocking twin of :class:`lazyfarm.lease.FarmLease`."""
 
     @property
     def id(self) -> LeaseId:
         """Return its ID."""
         return self._original.id
 
-    attach = _blocking(asynchronous.FarmLease.attach)
+    attach = _blocking(AsyncFarmLease.attach)
+
+    def raise_if_lost(self) -> None:
+        """Raise LeaseLostError once the lease is gone."""
+        self._original.raise_if_lost()
 
 
 class Farm(_Twin[asynchronous.Farm]):
@@ -187,7 +193,7 @@ class Farm(_Twin[asynchronous.Farm]):
         *,
         platform: str | None = None,
         plain_http: bool = False,
-        progress: asynchronous.ProgressCallback | None = None,
+        progress: ProgressCallback | None = None,
     ) -> Ref:
         """Resolve *image*; see :meth:`lazyfarm.farm.Farm.pull`."""
         found = self._loop.run(
@@ -205,7 +211,7 @@ class Farm(_Twin[asynchronous.Farm]):
         target: str,
         *,
         plain_http: bool = False,
-        progress: asynchronous.ProgressCallback | None = None,
+        progress: ProgressCallback | None = None,
     ) -> PushResult:
         """Push an image; see :meth:`lazyfarm.farm.Farm.push`."""
         original = ref._original if isinstance(ref, Ref) else ref  # noqa: SLF001  # its own twin
@@ -216,7 +222,6 @@ class Farm(_Twin[asynchronous.Farm]):
         descriptor: Descriptor,
         parent: Ref | None = None,
         handlers: Sequence[DescHandler] = (),
-        *,
         lease: FarmLease | None = None,
         image_ref: str | None = None,
     ) -> Ref:

@@ -24,6 +24,7 @@ from cluster.errors import ClusterError
 from lazyfarm.cli.human import size
 from lazyfarm.cli.reach import accepts, ray_address, url_address
 from lazyfarm.settings import FarmSettings, default_state_dir, load_settings
+from storage.farm_file import farm_file
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -60,7 +61,7 @@ def examine(state_dir: Path | str | None, environ: Mapping[str, str]) -> list[Fi
         findings.append(Finding(check="configuration", ok="fail", detail=str(exc), advice=exc.hint))
         settings = FarmSettings(state_dir=Path(state_dir or default_state_dir(environ)).absolute(), wanted=Config())
     else:
-        source = settings.config_file or "defaults"
+        source = "defaults" if settings.running is None else f"what `up` recorded in {farm_file(settings.state_dir)}"
         findings.append(Finding(check="configuration", ok="ok", detail=f"{source}, and the environment"))
     checks: list[tuple[str, Callable[[FarmSettings], Iterator[Finding]]]] = [
         ("state directory", _state_dir),

@@ -8,15 +8,14 @@ import os
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Self, TypeVar
 
 from actors.handles import CacheShardHandle, FetchWorkerHandle, SessionServerHandle
-from actors.join import join
+from actors.join import join_in_time
 from actors.version import VERSION
 from cluster.cache.names import find_ref
 from cluster.cache.ring import ShardRing
@@ -25,9 +24,10 @@ from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import (
     ActorLostError,
+    FarmClosedError,
     FarmNotRunningError,
     NodeNotFoundError,
-    RefNotFoundError,
+    NotAnImageError,
     RefReleasedError,
 )
 from cluster.lease import Lease, LeaseId
@@ -47,8 +47,10 @@ from cluster.messages import (
 )
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.provider import DescHandler
-from cluster.ref import ImageRecord, RefId, RefState
+from cluster.ref import ImageRecord, RefId, RefRecord, RefState
 from cluster.reference import parse_reference
+from lazyfarm.lease import FarmLease
+from lazyfarm.operation import Operation, ProgressCallback
 from lazyfarm.session import Session
 from lazyfarm.settings import load_settings
 from storage.connect import connect
@@ -61,86 +63,9 @@ from storage.registry.credentials import CredentialSource
 
 T = TypeVar("T")
 
-ProgressCallback = Callable[[ProgressItem], None]
-
 #: Seconds for which a call is made again while the actor it goes to is being restarted.
 _RETRY_S = 30.0
 _RETRY_PAUSE_S = 0.5
-
-
-class Operation(Generic[T]):
-    """Something that takes its time: ``await`` it for its result, or look on first.
-
-    ::
-
-        operation = ref.extract()
-        async for item in operation.progress():
-            print(item.item, item.current_bytes, item.total_bytes)
-        extracted = await operation
-
-    Starts when it is first awaited or looked at; cancelling the await cancels it.
-    """
-
-    def __init__(
-        self,
-        farm: Farm,
-        work: Callable[[str | None], Coroutine[Any, Any, T]],
-        progress: ProgressCallback | None,
-    ) -> None:
-        self._farm = farm
-        self._work = work
-        self._callback = progress
-        self._task: asyncio.Task[T] | None = None
-        self._stream: str | None = None
-
-    def __await__(self) -> Generator[Any, None, T]:
-        return self._result().__await__()
-
-    async def _result(self) -> T:
-        if self._callback is None:
-            return await self._start()
-        callback = self._callback
-        async for item in self.progress():
-            callback(item)
-        return await self._start()
-
-    def _start(self) -> asyncio.Task[T]:
-        if self._task is None:
-            self._task = asyncio.ensure_future(self._work(self._stream))
-        return self._task
-
-    async def progress(self) -> AsyncIterator[ProgressItem]:
-        """Yield progress items until the operation has ended, however it ends."""
-        if self._task is None:
-            self._stream = f"{self._farm.session_id}-{secrets.token_hex(6)}"
-        if self._stream is None:
-            return  # started without a stream: too late to look on
-        stream = self._stream
-        task = self._start()
-        task.add_done_callback(lambda _done: self._farm.end_stream(stream))
-        moving: dict[str, ProgressItem] = {}
-        try:
-            async for item in self._farm.follow(stream):
-                if item.phase.is_end:
-                    moving.pop(item.item, None)
-                else:
-                    moving[item.item] = item
-                yield item
-            # Who does the work may have died, or hears only now that this call was cancelled.
-            for item in moving.values():
-                yield replace(item, phase=_end_of(task))
-        except BaseException:
-            task.cancel()
-            with contextlib.suppress(BaseException):
-                await task
-            raise
-
-
-def _end_of(task: asyncio.Task[Any]) -> LayerPhase:
-    """Return how an item ended that did not say so itself before the work was over."""
-    if task.cancelled():
-        return LayerPhase.CANCELLED
-    return LayerPhase.DONE if task.exception() is None else LayerPhase.FAILED
 
 
 class Ref:
@@ -328,7 +253,7 @@ class Farm:
         session = Session(wanted, credentials, keep_s=wanted.cache.keep_s if keep else None)
         try:
             await asyncio.to_thread(session.open)
-            join(wanted, state_dir=str(settings.state_dir))
+            await join_in_time(wanted, state_dir=str(settings.state_dir))
             return cls(wanted, settings.state_dir, session)
         except BaseException:
             await asyncio.to_thread(session.close, discard=True)
@@ -401,6 +326,7 @@ class Farm:
             RefNotFoundError, AmbiguousRefError: it names none, or several.
             NeedsRemoteProvidersError: this driver has no access to some of its blobs.
         """
+        self._raise_if_closed()
         image, ref_id = await find_ref(self._refs, ref)
         if ref_id is None:
             return Ref(self, (), image)
@@ -419,7 +345,6 @@ class Farm:
         descriptor: Descriptor,
         parent: Ref | None = None,
         handlers: Sequence[DescHandler] = (),
-        *,
         lease: FarmLease | None = None,
         image_ref: str | None = None,
     ) -> Ref:
@@ -430,32 +355,38 @@ class Farm:
             RefReleasedError: *parent* was released.
             NeedsRemoteProvidersError: names every digest without a provider this driver may use.
         """
+        self._raise_if_closed()
         registries = {h.provider.registry for h in handlers}
+        if lease is not None:
+            lease.raise_if_lost()
         if parent is not None:
             parent.raise_if_released()
             registries |= {h.registry for state in parent.layers for h in state.providers}
         registries |= {h.registry for handles in await self._refs.providers([descriptor.digest]) for h in handles}
         passed = (*(parent.handlers if parent is not None else ()), *handlers)
+        below = parent.layers if parent is not None else ()
+        top = RefRecord.over(descriptor, below[-1].record if below else None)
         request = GetByBlobRequest(
             session=await self._info(registries, None),
             descriptors=(descriptor,),
-            parent=parent.id if parent is not None and parent.layers else None,
+            parent=below[-1].record.id if below else None,
             handlers=passed,
             lease_id=lease.id if lease is not None else self._lease(),
             image_ref=image_ref,
         )
         result: RefsResult = await self._on_shard(
-            descriptor.digest, lambda shard: shard.get_by_blob(request, timeout_s=self._config.ray.call_timeout_s)
+            top.id, lambda shard: shard.get_by_blob(request, timeout_s=self._config.ray.call_timeout_s)
         )
-        below = parent.layers if parent is not None else ()
         return Ref(self, (*below, *result.layers), None, passed)
 
     async def refs(self) -> list[RefState]:
         """Return every ref, most recently used first."""
+        self._raise_if_closed()
         return [state for state in await self._refs.get(await self._refs.list_refs()) if state is not None]
 
     async def images(self) -> list[ImageRecord]:
         """Return every image that was resolved, by name."""
+        self._raise_if_closed()
         return await self._refs.images()
 
     async def states(self, ref_ids: Sequence[RefId]) -> list[RefState | None]:
@@ -473,7 +404,8 @@ class Farm:
         """Push an image to *target*; a layer moves only if the target's registry has it nowhere.
 
         Raises:
-            RefNotFoundError: the ref belongs to no image. RefReleasedError: it was released.
+            RefNotFoundError: it names nothing known. NotAnImageError: it is no image's top.
+            RefReleasedError: it was released.
             RegistryError: the target says no.
         """
         return Operation(self, lambda stream: self._push(ref, target, plain_http, stream), progress)
@@ -483,7 +415,7 @@ class Farm:
         found = await self.get(ref) if isinstance(ref, str) else ref
         found.raise_if_released()
         if found.record is None:
-            raise RefNotFoundError(found.id)
+            raise NotAnImageError(found.id)
         registries = {h.registry for state in found.layers for h in state.providers} | {reference.host}
         request = PushRequest(
             session=await self._info(registries, stream),
@@ -503,25 +435,28 @@ class Farm:
     async def lease(
         self, *, ttl_s: float | None = None, labels: Mapping[str, str] | None = None
     ) -> AsyncIterator[FarmLease]:
-        """Hold a lease of one's own while the body runs; it is renewed, and deleted at the end."""
+        """Hold a lease of one's own while the body runs; it is renewed, and deleted at the end.
+
+        Args:
+            ttl_s: Seconds it lives without renewal; None: ``cache.lease_ttl_s``.
+            labels: For people, as ``lazyfarm leases`` shows them.
+
+        Raises:
+            InvalidArgumentError: *ttl_s* is not above 0.
+        """
+        self._raise_if_closed()
         lease = FarmLease(self._leases, LeaseId(f"user-{secrets.token_hex(8)}"))
-        ttl = ttl_s or self._config.cache.lease_ttl_s
-        await self._leases.create(lease.id, ttl_s=ttl, labels=labels)
-        renewal = asyncio.create_task(lease.keep(ttl))
-        try:
+        async with lease.held(ttl_s=self._config.cache.lease_ttl_s if ttl_s is None else ttl_s, labels=labels):
             yield lease
-        finally:
-            renewal.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await renewal
-            await asyncio.shield(self._leases.delete(lease.id))
 
     async def leases(self) -> list[Lease]:
         """Return the live leases."""
+        self._raise_if_closed()
         return await self._leases.leases()
 
     async def nodes(self) -> list[NodeRecord]:
         """Return the cluster's nodes."""
+        self._raise_if_closed()
         return await self._presence.nodes()
 
     # -- for Ref and Operation ---------------------------------------------------------------------------------
@@ -562,7 +497,12 @@ class Farm:
         self._ends.add(task)
         task.add_done_callback(self._ends.discard)
 
+    def _raise_if_closed(self) -> None:
+        if self._is_closed:
+            raise FarmClosedError(self._config.farm.name)
+
     def _lease(self) -> LeaseId:
+        self._raise_if_closed()
         self._session.raise_if_lost()
         return self._session.lease_id
 
@@ -601,7 +541,7 @@ class Farm:
             return await call
 
     async def _worker(self, node: str | None) -> FetchWorkerHandle:
-        live = [record.id for record in await self._presence.nodes() if record.alive]
+        live = [record.id for record in await self.nodes() if record.alive]
         if node is None:
             if not live:
                 raise NodeNotFoundError("any")
@@ -611,27 +551,6 @@ class Farm:
         if node not in self._handles:
             self._handles[node] = FetchWorkerHandle.of_node(node, farm=self._config.farm.name, version=VERSION)
         return self._handles[node]
-
-
-class FarmLease:
-    """A lease that a driver holds while a ``with`` body runs."""
-
-    def __init__(self, store: RedisLeaseStore, lease_id: LeaseId) -> None:
-        self._store = store
-        self.id = lease_id
-
-    def __repr__(self) -> str:
-        return f"<FarmLease {self.id}>"
-
-    async def attach(self, resources: Sequence[str]) -> None:
-        """Hold more by it."""
-        await self._store.attach(self.id, resources)
-
-    async def keep(self, ttl_s: float) -> None:
-        """Renew it until cancelled."""
-        while True:
-            await asyncio.sleep(ttl_s / 3)
-            await self._store.renew(self.id, ttl_s=ttl_s)
 
 
 def _registries(ref: Ref) -> set[str]:

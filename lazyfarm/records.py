@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cluster.cache.names import find_ref
-from cluster.errors import FarmNotRunningError, RefNotFoundError
+from cluster.errors import FarmNotRunningError, NoLayersError
 from cluster.lease import Lease, LeaseId, ref_resource
 from cluster.messages import ActorRecord, NodeRecord
 from cluster.ref import ImageRecord, RefState, RefUsage
@@ -88,13 +88,14 @@ class FarmRecords:
 
         Raises:
             RefNotFoundError, AmbiguousRefError: it names none, or several.
+            NoLayersError: it names an image without layers.
         """
         return self._run(self._details(name))
 
     async def _details(self, name: str) -> RefDetails:
-        _image, ref_id = await find_ref(self._refs, name)
+        image, ref_id = await find_ref(self._refs, name)
         if ref_id is None:
-            raise RefNotFoundError(name)
+            raise NoLayersError(image.name if image is not None else name)
         chain = await self._refs.chain(ref_id)
         images = [image for image in await self._refs.images() if image.ref == ref_id]
         return RefDetails(
@@ -108,7 +109,3 @@ class FarmRecords:
     def leases(self) -> list[Lease]:
         """Return the live leases."""
         return self._run(self._leases.leases())
-
-    def redis_ok(self) -> bool:
-        """Tell whether Redis answers; raises UnavailableError with the reason where it doesn't."""
-        return self._run(self._link.execute("PING", may_repeat=True)) is not None

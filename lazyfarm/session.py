@@ -24,6 +24,7 @@ from cluster.lease import LeaseId
 from cluster.messages import SessionAnswer, SessionInfo, SessionQuestion
 from cluster.ports import AuthRequest
 from cluster.wire import encode_error
+from lazyfarm.lease import renew_until_lost
 from storage.connect import connect
 from storage.keys import Keys
 from storage.leases import RedisLeaseStore
@@ -93,7 +94,7 @@ class Session:
         ttl_s = self._config.cache.lease_ttl_s
         labels = {"owner": "driver", "host": socket.gethostname(), "pid": str(os.getpid())}
         await self._leases.create(self.lease_id, ttl_s=ttl_s, labels=labels)
-        self._renewal = asyncio.create_task(self._renew_forever())
+        self._renewal = asyncio.create_task(self._keep_lease())
 
     async def _close(self, *, discard: bool) -> None:
         tasks = [task for _count, task in self._attended.values()]
@@ -118,17 +119,8 @@ class Session:
         if self._lost is not None:
             raise self._lost
 
-    async def _renew_forever(self) -> None:
-        ttl_s = self._config.cache.lease_ttl_s
-        while True:
-            await asyncio.sleep(ttl_s / 3)
-            try:
-                await self._leases.renew(self.lease_id, ttl_s=ttl_s)
-            except LeaseLostError as exc:
-                self._lost = exc
-                return
-            except ClusterError:
-                continue  # Redis is away: the next round, or the lease's expiry, decides
+    async def _keep_lease(self) -> None:
+        self._lost = await renew_until_lost(self._leases, self.lease_id, ttl_s=self._config.cache.lease_ttl_s)
 
     # -- credentials ---------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ names is written with ``_`` for what is no letter or digit (``LAZYFARM__REGISTRI
 ``LAZYFARM__REGISTRIES`` takes a whole inline table. An empty value of a text is the empty text.
 
 The state directory is ``--state-dir``, else ``LAZYFARM_STATE_DIR``, else ``lazyfarm`` under
-``XDG_STATE_HOME``, else ``~/.local/state/lazyfarm``. What runs there is in its ``farm.toml``.
+``XDG_STATE_HOME``, else ``~/.local/state/lazyfarm``. What runs there, and the configuration it was brought up
+with, is in its ``farm.toml``: the file that ``up`` was given is read by ``up`` alone.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from pathlib import Path
 
 from cluster.config import Config
 from cluster.config_check import FILES, REGISTRIES, Fault, examine, key_type
+from cluster.config_record import non_defaults
 from cluster.errors import ConfigError
 from cluster.settings import FarmSettings, Running
-from storage.farm_file import read_running
+from storage.farm_file import farm_file, read_running
 
-__all__ = ["FarmSettings", "Running", "default_state_dir", "load_running", "load_settings"]
+__all__ = ["FarmSettings", "Running", "default_state_dir", "load_running", "load_settings", "load_wanted"]
 
 STATE_DIR_VARIABLE = "LAZYFARM_STATE_DIR"
 _PREFIX = "LAZYFARM__"
@@ -43,11 +45,14 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
 def load_settings(
     state_dir: Path | str | None, config_file: Path | str | None, environ: Mapping[str, str]
 ) -> FarmSettings:
-    """Read and check everything that is set for one farm.
+    """Read and check everything that is set for whoever uses a farm.
+
+    Where one runs, that is what its ``up`` recorded, and this process's environment over it: for this process
+    alone, and never against what all parts of the farm must agree on (:attr:`FarmSettings.config`).
 
     Args:
         state_dir: None: as :func:`default_state_dir`.
-        config_file: None: the one that ``up`` was last given in that directory, if any.
+        config_file: None: what ``up`` recorded in that directory, if anything.
         environ: Usually ``os.environ``; read here and nowhere else.
 
     Raises:
@@ -55,17 +60,52 @@ def load_settings(
     """
     root = _absolute(state_dir or default_state_dir(environ))
     running = read_running(root)
-    file = config_file or (running.config_file if running else None)
     layers = _Layers()
-    if file is not None:
-        file = _absolute(file)
-        layers.read_file(file)
+    if config_file is not None:
+        layers.read_file(_absolute(config_file))
+    elif running is not None:
+        layers.read_record(farm_file(root), running.config)
     layers.read_environment(environ)
-    return FarmSettings(state_dir=root, wanted=layers.check(), config_file=file, running=running)
+    named = _absolute(config_file) if config_file is not None else None
+    file = named or (running.config_file if running else None)
+    return FarmSettings(
+        state_dir=root, wanted=layers.check(), config_file=file, overrides=layers.overrides, running=running
+    )
+
+
+def load_wanted(
+    state_dir: Path | str | None, config_file: Path | str | None, environ: Mapping[str, str]
+) -> FarmSettings:
+    """Read and check what ``up`` is to bring about; arguments as :func:`load_settings`.
+
+    A named file and the environment are all there is to it. Where none is named, ``up`` goes on with what it
+    was last told: the file that was named then, read again (what is recorded of it, where it is gone), what the
+    environment overrode then, and over both what it overrides now.
+
+    Raises:
+        ConfigError: with every fault of the file and the environment, each with its key.
+    """
+    root = _absolute(state_dir or default_state_dir(environ))
+    running = read_running(root)
+    layers = _Layers()
+    file = _absolute(config_file) if config_file is not None else None
+    if file is not None:
+        layers.read_file(file)
+    elif running is not None:
+        file = running.config_file
+        if file is not None and is_there(file):
+            layers.read_file(file)
+        elif file is not None:
+            layers.read_record(farm_file(root), running.config)
+        layers.lay(running.overrides)
+    layers.read_environment(environ)
+    return FarmSettings(
+        state_dir=root, wanted=layers.check(), config_file=file, overrides=layers.overrides, running=running
+    )
 
 
 def load_running(state_dir: Path | str | None, environ: Mapping[str, str]) -> FarmSettings:
-    """Return what runs, with defaults for the rest: for ``down``, which a broken configuration must not stop.
+    """Return what runs, as it is recorded: for ``down``, which a broken configuration must not stop.
 
     Raises:
         ConfigError: the state directory's own record is damaged.
@@ -73,8 +113,22 @@ def load_running(state_dir: Path | str | None, environ: Mapping[str, str]) -> Fa
     root = _absolute(state_dir or default_state_dir(environ))
     running = read_running(root)
     return FarmSettings(
-        state_dir=root, wanted=Config(), config_file=running.config_file if running else None, running=running
+        state_dir=root,
+        wanted=running.config if running else Config(),
+        config_file=running.config_file if running else None,
+        running=running,
     )
+
+
+def is_there(file: Path) -> bool:
+    """Tell whether a configuration file exists; one that can't be looked at counts as there, and fails when read."""
+    try:
+        file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _absolute(path: Path | str) -> Path:
@@ -86,6 +140,8 @@ class _Layers:
     """Values gathered from files and the environment; remembers where each came from."""
 
     plain: dict[str, object] = field(default_factory=dict)
+    #: What of it overrides the file.
+    overrides: dict[str, object] = field(default_factory=dict)
     #: ``section.key`` to the variable that set it; the file's otherwise.
     variables: dict[str, str] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
@@ -106,6 +162,16 @@ class _Layers:
         self.file_sections = frozenset(self.plain)
         self._resolve_paths(self.plain, path.parent)
 
+    def read_record(self, path: Path, config: Config) -> None:
+        """Take what ``up`` recorded in *path*: a whole configuration, which was checked then."""
+        self.file = path
+        self.plain = dict(non_defaults(config))
+
+    def lay(self, overrides: Mapping[str, object]) -> None:
+        """Lay *overrides*, of an earlier ``up``, over what is there."""
+        _merge(self.overrides, overrides)
+        _merge(self.plain, overrides)
+
     def read_environment(self, environ: Mapping[str, str]) -> None:
         """Lay ``LAZYFARM__…`` over what is there; relative paths are relative to the working directory."""
         overrides: dict[str, object] = {}
@@ -113,7 +179,7 @@ class _Layers:
             if variable.startswith(_PREFIX):
                 self._override(overrides, variable, environ[variable])
         self._resolve_paths(overrides, Path.cwd())
-        _merge(self.plain, overrides)
+        self.lay(overrides)
 
     def check(self) -> Config:
         """Return the whole, checked.
@@ -172,7 +238,7 @@ class _Layers:
         parts = [str(self.file)] if self.file else []
         if self.variables:
             parts.append("the environment")
-        return " and ".join(parts) or "of the defaults"
+        return " and ".join(parts) or "the defaults"
 
     def _resolve_paths(self, plain: Mapping[str, object], base: Path) -> None:
         for section, table in plain.items():
@@ -193,11 +259,13 @@ def _resolve(table: dict[str, object], section: str, base: Path) -> None:
 
 
 def _merge(under: dict[str, object], over: Mapping[str, object]) -> None:
-    """Lay *over* upon *under*, table by table."""
+    """Lay *over* upon *under*, table by table; no table of *over* becomes one of *under*."""
     for key, value in over.items():
-        there = under.get(key)
-        if isinstance(there, dict) and isinstance(value, Mapping):
-            _merge(there, value)
+        if isinstance(value, Mapping):
+            there = under.get(key)
+            table: dict[str, object] = dict(there) if isinstance(there, dict) else {}
+            under[key] = table
+            _merge(table, value)
         else:
             under[key] = value
 

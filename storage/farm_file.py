@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.config_check import check
+from cluster.config_record import non_defaults
 from cluster.errors import ConfigError
 from cluster.settings import Running
 from storage.services.state_dir import write_atomic
@@ -12,6 +15,10 @@ from storage.services.state_dir import write_atomic
 _FILE = "farm.toml"
 #: Raised where an older reader would misunderstand; keys may be added without.
 _VERSION = 1
+
+#: Tables of the configuration that the farm was brought up with, and of what of it came from the environment.
+_CONFIG = "config"
+_OVERRIDES = "overrides"
 
 #: Where each field of :class:`Running` is in the file.
 _PLACES = {
@@ -60,7 +67,12 @@ def read_running(state_dir: Path) -> Running | None:
     if faults:
         raise ConfigError(str(path), tuple(faults))
     config_file = plain.get("config_file")
-    return Running(config_file=Path(config_file) if isinstance(config_file, str) and config_file else None, **values)
+    return Running(
+        config_file=Path(config_file) if isinstance(config_file, str) and config_file else None,
+        config=check(_table(plain, _CONFIG), str(path)),
+        overrides=_table(plain, _OVERRIDES),
+        **values,
+    )
 
 
 def write_running(state_dir: Path, running: Running) -> Path:
@@ -75,6 +87,9 @@ def write_running(state_dir: Path, running: Running) -> Path:
     ]
     for section, entries in sections.items():
         lines += ["", f"[{section}]", *entries]
+    for name, table in ((_CONFIG, non_defaults(running.config)), (_OVERRIDES, running.overrides)):
+        for section, keys in table.items():
+            lines += _tables(f"{name}.{section}", keys) if isinstance(keys, Mapping) else []
     path = farm_file(state_dir)
     write_atomic(path, "\n".join(lines) + "\n")
     return path
@@ -83,6 +98,33 @@ def write_running(state_dir: Path, running: Running) -> Path:
 def forget_running(state_dir: Path) -> None:
     """Remove the record: nothing runs here any more. Nothing to do is no error."""
     farm_file(state_dir).unlink(missing_ok=True)
+
+
+def _table(plain: Mapping[str, object], name: str) -> Mapping[str, object]:
+    table = plain.get(name, {})
+    return table if isinstance(table, dict) else {}
+
+
+def _tables(name: str, table: Mapping[str, object]) -> list[str]:
+    """Return *table*, which is named *name*, and the tables in it (of registries, by host) as lines of TOML."""
+    values = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
+    lines = ["", f"[{name}]", *(f"{key} = {_value(value)}" for key, value in values.items())]
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            lines += _tables(f"{name}.{_quoted(key)}", value)
+    return lines
+
+
+def _value(value: object) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return _quoted(value)
+        case list() | tuple():
+            return f"[{', '.join(_value(item) for item in value)}]"
+        case _:
+            return str(value)  # whole numbers and finite others are written as TOML has them
 
 
 def _quoted(text: str) -> str:

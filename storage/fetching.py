@@ -82,11 +82,13 @@ class _RegistrySource:
         descriptor: Descriptor,
         caller: Caller,
         *,
+        origin: str,
         blobs: BlobSource,
         limiter: HostLimiter,
         bridge: _Bridge,
     ) -> None:
         self.name = endpoint.source
+        self.origin = origin
         self._endpoint = endpoint
         self._descriptor = descriptor
         self._caller = caller
@@ -217,7 +219,15 @@ class ThreadedTransfers:
         if not live:
             raise SessionGoneError("of every caller")
         sources = [
-            _RegistrySource(endpoint, descriptor, caller, blobs=self._sources, limiter=self._limiter, bridge=bridge)
+            _RegistrySource(
+                endpoint,
+                descriptor,
+                caller,
+                origin=handle.source,
+                blobs=self._sources,
+                limiter=self._limiter,
+                bridge=bridge,
+            )
             for caller in live
             for handle in caller.providers.get(digest, ())
             for endpoint in self._sources.endpoints(handle)
@@ -253,6 +263,7 @@ class ThreadedTransfers:
                 size_bytes=done.object.size_bytes,
                 etag=done.object.etag,
                 fence=fence.number,
+                source=done.origin,
             ),
             bytes_fetched=done.bytes_fetched,
             source=done.source,

@@ -101,7 +101,8 @@ class RedisHostLimiter:
                 # Jitter, so that processes don't ask in step; not a matter of security.
                 pause_s = min(pause_s, _ASK_MOST_S) * random.uniform(1.0, 1.3)  # noqa: S311
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(nudged.wait(), pause_s)
+                    async with asyncio.timeout(pause_s):
+                        await nudged.wait()
                 nudged.clear()
         finally:
             waiting.remove(nudged)

@@ -19,34 +19,22 @@ Three promises that pools have broken elsewhere:
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, cast
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
 
-from hiredis import ProtocolError, Reader, ReplyError
+from hiredis import ReplyError
 
 from cluster.errors import ClusterError, DeadlineExceededError, InternalError, UnavailableError
 from storage.address import RedisAddress
 from storage.protocol import Argument, Command, pack, pack_all
+from storage.redis_connection import RETRY_FIRST_S, RETRY_MOST_S, Connection, Reply, open_connection
+from storage.redis_subscriptions import Subscriptions
 from storage.scripts import Script, script
-from storage.translate import error_code, translate_os, translate_reply
+from storage.translate import error_code, translate_reply
 
-#: A reply: bytes, an integer, None, or a list of these. What is in it is the command's affair.
-Reply = Any
-
-#: Seconds between attempts to connect, at first and at most.
-_RETRY_FIRST_S = 0.05
-_RETRY_MOST_S = 0.5
 #: How often one call follows a MOVED.
 _MOVES = 3
-#: Seconds of silence after which a subscriber's connection is asked for a sign of life.
-_PING_EVERY_S = 5.0
-#: Messages that one subscriber may be behind; older ones are dropped (push is best effort by contract).
-_BACKLOG = 1024
-
-_NOTHING = object()
 
 
 class _Call:
@@ -68,94 +56,6 @@ class _Call:
             self.future.set_exception(error)
 
 
-class _Connection(asyncio.Protocol):
-    """One connection: what it receives goes to *on_reply*, its end to *on_lost*."""
-
-    def __init__(
-        self, on_reply: Callable[[Reply], None], on_lost: Callable[[_Connection, Exception | None], None]
-    ) -> None:
-        self._reader = Reader(notEnoughData=_NOTHING)
-        self._on_reply = on_reply
-        self._on_lost = on_lost
-        self.transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)
-
-    def data_received(self, data: bytes) -> None:
-        self._reader.feed(data)
-        try:
-            while (reply := self._reader.gets()) is not _NOTHING:
-                self._on_reply(reply)
-        except ProtocolError:
-            self.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._on_lost(self, exc)
-
-    def write(self, data: bytes) -> None:
-        if self.transport is not None:
-            self.transport.write(data)
-
-    def abort(self) -> None:
-        if self.transport is not None:
-            self.transport.abort()
-
-
-async def _open(
-    address: RedisAddress, on_reply: Callable[[Reply], None], on_lost: Callable[[_Connection, Exception | None], None]
-) -> _Connection:
-    """Connect and greet the server.
-
-    Raises:
-        UnavailableError: it can't be reached, or refuses (then ``__cause__`` is its error reply).
-    """
-    loop = asyncio.get_running_loop()
-    greeting = address.greeting()
-    replies: list[Reply] = []
-    greeted: asyncio.Future[None] = loop.create_future()
-
-    def receive(reply: Reply) -> None:
-        if greeted.done():
-            on_reply(reply)
-            return
-        replies.append(reply)
-        if len(replies) == len(greeting):
-            greeted.set_result(None)
-
-    def lost(connection: _Connection, exc: Exception | None) -> None:
-        if not greeted.done():
-            greeted.set_exception(exc or EOFError("closed while greeting"))
-        else:
-            on_lost(connection, exc)
-
-    connection = _Connection(receive, lost)
-    try:
-        async with asyncio.timeout(address.timeout_s):
-            await _dial(address, connection)
-            connection.write(pack_all(greeting))
-            await greeted
-    except (OSError, EOFError) as exc:  # TimeoutError is an OSError
-        connection.abort()
-        raise translate_os(exc, address.shown) from exc
-    except BaseException:
-        connection.abort()
-        raise
-    for reply in replies:
-        if isinstance(reply, ReplyError):
-            connection.abort()
-            raise UnavailableError(address.shown, str(reply)) from reply
-    return connection
-
-
-async def _dial(address: RedisAddress, connection: _Connection) -> None:
-    loop = asyncio.get_running_loop()
-    if address.path:
-        await loop.create_unix_connection(lambda: connection, address.path)
-    else:
-        await loop.create_connection(lambda: connection, address.host, address.port, ssl=address.tls())
-
-
 class RedisLink:
     """A server as one event loop uses it: one connection for commands, one for subscriptions.
 
@@ -170,12 +70,12 @@ class RedisLink:
         self._waiting: deque[_Call] = deque()
         #: Written on the current connection and not yet answered, in order.
         self._sent: deque[_Call] = deque()
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._is_flush_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
-        self._subscriptions: _Subscriptions | None = None
+        self._subscriptions: Subscriptions | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "connected" if self._connection else "not connected"
@@ -248,7 +148,7 @@ class RedisLink:
         lost then, or when the reader is far behind.
         """
         if self._subscriptions is None:
-            self._subscriptions = _Subscriptions(self._address)
+            self._subscriptions = Subscriptions(self._address)
         return self._subscriptions.subscribe(channel)
 
     async def close(self) -> None:
@@ -339,10 +239,10 @@ class RedisLink:
     # -- the connection ---------------------------------------------------------------------------------
 
     async def _connect(self) -> None:
-        delay_s = _RETRY_FIRST_S
+        delay_s = RETRY_FIRST_S
         while self._waiting:
             try:
-                connection = await _open(self._address, self._on_reply, self._on_lost)
+                connection = await open_connection(self._address, self._on_reply, self._on_lost)
             except UnavailableError as exc:
                 if isinstance(exc.__cause__, ReplyError) and error_code(exc.__cause__) != "LOADING":
                     # A wrong password stays wrong; a server that loads its data will be ready soon.
@@ -352,7 +252,7 @@ class RedisLink:
                 if not self._expire(exc.reason):
                     break
                 await asyncio.sleep(delay_s)
-                delay_s = min(delay_s * 2, _RETRY_MOST_S)
+                delay_s = min(delay_s * 2, RETRY_MOST_S)
             else:
                 self._connection = connection
                 break
@@ -360,7 +260,7 @@ class RedisLink:
         if self._connection is not None:
             self._flush()
 
-    def _on_lost(self, connection: _Connection, exc: Exception | None) -> None:
+    def _on_lost(self, connection: Connection, exc: Exception | None) -> None:
         if connection is not self._connection:
             return
         self._connection = None
@@ -407,138 +307,3 @@ class RedisLink:
             call.fail(error)
         self._sent.clear()
         self._waiting.clear()
-
-
-class _Channel:
-    """Who listens to one channel."""
-
-    __slots__ = ("listeners", "subscribed")
-
-    def __init__(self) -> None:
-        self.listeners: set[_Listener] = set()
-        self.subscribed = asyncio.Event()
-
-
-class _Listener(AsyncIterator[bytes]):
-    """One subscriber's messages that it has not read yet."""
-
-    __slots__ = ("_came", "_messages")
-
-    def __init__(self) -> None:
-        self._messages: deque[bytes] = deque(maxlen=_BACKLOG)
-        self._came = asyncio.Event()
-
-    def put(self, message: bytes) -> None:
-        self._messages.append(message)
-        self._came.set()
-
-    async def __anext__(self) -> bytes:
-        while not self._messages:
-            self._came.clear()
-            await self._came.wait()
-        return self._messages.popleft()
-
-
-class _Subscriptions:
-    """The subscriptions of one link, over one connection that is kept up while there are any."""
-
-    def __init__(self, address: RedisAddress) -> None:
-        self._address = address
-        self._channels: dict[bytes, _Channel] = {}
-        #: SUBSCRIBEs sent and not confirmed, by channel; only the last confirmation counts, as a channel may
-        #: have been left and subscribed anew in between.
-        self._unconfirmed: Counter[bytes] = Counter()
-        self._connection: _Connection | None = None
-        self._keeper: asyncio.Task[None] | None = None
-        self._lost = asyncio.Event()
-        self._heard_at = 0.0
-
-    @asynccontextmanager
-    async def subscribe(self, name: str) -> AsyncIterator[AsyncIterator[bytes]]:
-        key = name.encode()
-        channel = self._channels.get(key)
-        if channel is None:
-            channel = self._channels[key] = _Channel()
-            self._send_subscribe(key)
-        listener = _Listener()
-        channel.listeners.add(listener)
-        if self._keeper is None or self._keeper.done():
-            self._keeper = asyncio.get_running_loop().create_task(self._keep())
-        try:
-            try:
-                async with asyncio.timeout(self._address.timeout_s):
-                    await channel.subscribed.wait()
-            except TimeoutError as exc:
-                raise translate_os(exc, self._address.shown) from exc
-            yield listener
-        finally:
-            channel.listeners.discard(listener)
-            if not channel.listeners and self._channels.get(key) is channel:
-                del self._channels[key]
-                self._write(("UNSUBSCRIBE", key))
-
-    async def close(self) -> None:
-        if self._keeper is not None:
-            self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
-        if self._connection is not None:
-            self._connection.abort()
-
-    def _write(self, command: Command) -> None:
-        if self._connection is not None:
-            self._connection.write(pack(command))
-
-    def _send_subscribe(self, key: bytes) -> None:
-        if self._connection is not None:
-            self._unconfirmed[key] += 1
-            self._write(("SUBSCRIBE", key))
-
-    async def _keep(self) -> None:
-        """Keep the connection up, and every channel subscribed on it."""
-        loop = asyncio.get_running_loop()
-        delay_s = _RETRY_FIRST_S
-        while True:
-            self._lost.clear()
-            try:
-                self._connection = await _open(self._address, self._on_reply, self._on_lost)
-            except UnavailableError:
-                # Who waits to be subscribed has a deadline of its own.
-                await asyncio.sleep(delay_s)
-                delay_s = min(delay_s * 2, _RETRY_MOST_S)
-                continue
-            delay_s = _RETRY_FIRST_S
-            self._heard_at = loop.time()
-            self._unconfirmed.clear()
-            for key, channel in self._channels.items():
-                channel.subscribed.clear()
-                self._send_subscribe(key)
-            while not self._lost.is_set():
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._lost.wait(), _PING_EVERY_S)
-                # A subscriber that hears nothing can't tell silence from a connection that is gone.
-                if loop.time() - self._heard_at > 3 * _PING_EVERY_S:
-                    self._connection.abort()
-                else:
-                    self._write(("PING",))
-
-    def _on_lost(self, connection: _Connection, _exc: Exception | None) -> None:
-        if connection is self._connection:
-            self._connection = None
-            self._lost.set()
-
-    def _on_reply(self, reply: Reply) -> None:
-        self._heard_at = asyncio.get_running_loop().time()
-        match reply:
-            case [b"message", bytes(key), bytes(message)]:
-                if channel := self._channels.get(key):
-                    for listener in channel.listeners:
-                        listener.put(message)
-            case [b"subscribe", bytes(key), _]:
-                self._unconfirmed[key] -= 1
-                if self._unconfirmed[key] <= 0:
-                    del self._unconfirmed[key]
-                    if channel := self._channels.get(key):
-                        channel.subscribed.set()
-            case _:  # unsubscribe, pong
-                pass

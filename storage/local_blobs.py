@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 from concurrent.futures import Executor
+from dataclasses import dataclass
 
 from cluster.digest import Digest
-from cluster.errors import BlobNotFoundError, ClusterError, DigestMismatchError, InternalError, UnavailableError
+from cluster.errors import (
+    BlobDamagedError,
+    BlobNotFoundError,
+    ClusterError,
+    DigestMismatchError,
+    InternalError,
+    UnavailableError,
+)
 from cluster.ports import ByteStream, ContentStore, RefStore
 from cluster.ref import BlobRecord
-from storage.node_cache import NodeCache, StagingFile
+from storage.node_cache import CachedBlob, NodeCache
+from storage.staging import StagingFile
 
 _CHUNK = 1024 * 1024
 
@@ -63,33 +73,73 @@ class ArrivingBlob:
 
     # -- the readers' half ---------------------------------------------------------------------------------
 
-    def open(self) -> ByteStream:
-        """Read it from the start, as far as it is here, and on as it comes."""
-        return self._staging.open_reader()
-
-    async def verified(self) -> None:
-        """Return once it is whole and right; raises what went wrong instead."""
-        error = await asyncio.shield(self.settled)
-        if error is not None:
-            raise error
+    def try_follow(self) -> FollowedBlob | None:
+        """Open it for one reader; None where it has ended meanwhile, well or not."""
+        try:
+            return FollowedBlob(self._staging.open_reader(), self.settled)
+        except UnavailableError:
+            return None
 
 
-class WholeBlob:
-    """A blob in the node's cache: it was verified when it came."""
+class FollowedBlob:
+    """A blob that arrives, opened for one reader: from the start, as far as it is here, and on as it comes."""
 
-    def __init__(self, stream: ByteStream) -> None:
+    def __init__(self, stream: ByteStream, settled: asyncio.Future[ClusterError | None]) -> None:
         self._stream = stream
+        self._settled = settled
 
     def open(self) -> ByteStream:
         """Read it; once."""
         return self._stream
 
     async def verified(self) -> None:
-        """Return at once."""
+        """Return once it is whole and right; raises what went wrong instead."""
+        error = await asyncio.shield(self._settled)
+        if error is not None:
+            raise error
+
+
+class WholeBlob:
+    """A blob in the node's cache. It was right when it came; a disk may have spoilt it since."""
+
+    def __init__(self, digest: Digest, stream: CachedBlob, cache: NodeCache, threads: Executor) -> None:
+        self._digest = digest
+        self._stream = stream
+        self._cache = cache
+        self._threads = threads
+
+    def open(self) -> ByteStream:
+        """Read it; once."""
+        return self._stream
+
+    async def verified(self) -> None:
+        """Return if the file that was read is right; a damaged one is removed.
+
+        Raises:
+            BlobDamagedError: it is damaged, or is not there any more; :meth:`NodeBlobs.get` brings another.
+        """
+        loop = asyncio.get_running_loop()
+        if not await loop.run_in_executor(self._threads, self._cache.verify, self._digest, self._stream.identity):
+            raise BlobDamagedError(self._digest, "this node's copy had other bytes and was dropped")
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """What those who wait for one blob are told; gone with the last of them."""
+
+    #: Resolved, and replaced, when they should look again.
+    changed: asyncio.Future[None]
+    waiting: int = 0
+    #: Set once the blob is known to be in the content store.
+    present: BlobRecord | None = None
 
 
 class NodeBlobs:
-    """All blobs of one node. Belongs to one event loop; :meth:`begin` may be called from byte threads."""
+    """All blobs of one node. Belongs to one event loop; :meth:`begin` may be called from byte threads.
+
+    What is on the disk or in the content store is remembered by them, not here: only what is under way is,
+    and what somebody waits for.
+    """
 
     def __init__(
         self,
@@ -108,11 +158,13 @@ class NodeBlobs:
         self._threads = threads
         self._slots = asyncio.Semaphore(downloads)
         self._arriving: dict[Digest, ArrivingBlob] = {}
-        self._present: dict[Digest, BlobRecord] = {}
-        #: Why the last download failed, until somebody was told.
-        self._failed: dict[Digest, ClusterError] = {}
+        self._wanted: dict[Digest, _Wanted] = {}
         self._downloads: dict[Digest, asyncio.Task[None]] = {}
-        self._changed = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return (
+            f"<NodeBlobs {len(self._arriving)} arriving, {len(self._downloads)} downloads, {len(self._wanted)} wanted>"
+        )
 
     # -- what the byte path says -----------------------------------------------------------------------
 
@@ -129,57 +181,98 @@ class NodeBlobs:
     def publish(self, arriving: ArrivingBlob) -> None:
         """Keep the bytes of a fetch as this node's copy: they are verified and committed."""
         arriving.publish()
-        self._forget(arriving)
 
     def note_present(self, blob: BlobRecord) -> None:
-        """Say that the blob is in the content store."""
-        self._present[blob.digest] = blob
-        self._wake()
+        """Say that the blob is in the content store to those who wait for it; who comes later asks for himself."""
+        wanted = self._wanted.get(blob.digest)
+        if wanted is not None:
+            wanted.present = blob
+            self._wake(blob.digest)
 
     # -- what unpacking asks ---------------------------------------------------------------------------
 
-    async def get(self, digest: Digest) -> ArrivingBlob | WholeBlob:
+    async def get(self, digest: Digest) -> FollowedBlob | WholeBlob:
         """Wait until the blob's bytes are here or arriving; bring them from S3 where they are only there.
 
         Raises:
-            UnavailableError: the content store does not answer, or the disk has no room.
+            UnavailableError: the content store or the ref store does not answer, or the disk has no room.
+                Told to those who wait when it happens; who comes later tries anew.
         """
+        wanted = self._wanted.setdefault(digest, _Wanted(self._loop.create_future()))
+        wanted.waiting += 1
+        try:
+            return await self._get(digest, wanted)
+        finally:
+            wanted.waiting -= 1
+            if not wanted.waiting:
+                del self._wanted[digest]
+
+    async def _get(self, digest: Digest, wanted: _Wanted) -> FollowedBlob | WholeBlob:
         while True:
-            if (error := self._failed.pop(digest, None)) is not None:
-                raise error
+            changed = wanted.changed  # read first: what changes from here on is not missed
             stream = await self._loop.run_in_executor(self._threads, self._cache.open, digest)
             if stream is not None:
-                return WholeBlob(stream)
+                return WholeBlob(digest, stream, self._cache, self._threads)
             arriving = self._arriving.get(digest)
-            if arriving is not None and not (arriving.settled.done() and arriving.settled.result() is not None):
-                return arriving
-            changed = self._changed
-            blob = self._present.get(digest)
-            if blob is not None and digest not in self._downloads:
-                task = asyncio.create_task(self._download(blob))
-                self._downloads[digest] = task
-                task.add_done_callback(lambda _done: self._downloads.pop(digest, None))
-            await changed.wait()
+            if arriving is not None:
+                followed = arriving.try_follow()
+                if followed is not None:
+                    return followed
+                await asyncio.wait({changed})  # it has ended, and is about to be forgotten
+                continue
+            if wanted.present is None:
+                (present,) = await self._refs.blobs([digest])
+                wanted.present = wanted.present or present
+                if changed.done():
+                    continue
+            download = self._download_of(digest, wanted)
+            if download is None:
+                await asyncio.wait({changed})
+                continue
+            await asyncio.wait({download, changed}, return_when=asyncio.FIRST_COMPLETED)
+            if download.done() and not download.cancelled() and (error := download.exception()) is not None:
+                raise copy.copy(error) from error  # a copy: each caller raises one with a traceback of its own
 
-    async def aclose(self) -> None:
-        """Stop downloads."""
-        for task in list(self._downloads.values()):
-            task.cancel()
+    def _download_of(self, digest: Digest, wanted: _Wanted) -> asyncio.Task[None] | None:
+        """Return the download under way, or begin one; None where there is nothing to download."""
+        download = self._downloads.get(digest)
+        if download is not None and not download.done():
+            return download
+        if wanted.present is None:
+            return None
+        download = self._downloads[digest] = asyncio.create_task(self._download(wanted.present))
+        download.add_done_callback(lambda done: self._end_download(digest, done))
+        return download
 
     # -- S3 to this node ---------------------------------------------------------------------------------
 
     async def _download(self, blob: BlobRecord) -> None:
-        """Bring a blob from S3 to the disk cache; a lost or damaged one turns its refs lazy."""
-        async with self._slots:
-            try:
+        """Bring a blob from S3 to the disk cache; a lost or damaged one turns its refs lazy.
+
+        Raises:
+            ClusterError: it could not be tried, or not be told that the blob is lost.
+        """
+        try:
+            async with self._slots:
                 await self._loop.run_in_executor(self._threads, self._copy, blob)
-            except (BlobNotFoundError, DigestMismatchError) as exc:
-                self._present.pop(blob.digest, None)
-                await self._refs.mark_absent(blob, str(exc))
-            except ClusterError as exc:
-                self._present.pop(blob.digest, None)
-                self._failed[blob.digest] = exc
-        self._wake()
+        except (BlobNotFoundError, DigestMismatchError) as exc:
+            # Who waits goes on waiting: whoever wants the blob drives a fetch from where it came from.
+            await self._refs.mark_absent(blob, str(exc))
+        except ClusterError:
+            raise
+        except Exception as exc:
+            raise InternalError(f"download of {blob.digest}: {type(exc).__name__}: {exc}") from exc
+
+    def _end_download(self, digest: Digest, download: asyncio.Task[None]) -> None:
+        """Forget a download and what it was begun for; who waits looks again."""
+        if not download.cancelled():
+            download.exception()  # retrieved: perhaps nobody waits any more
+        if self._downloads.get(digest) is not download:
+            return  # another has begun already
+        del self._downloads[digest]
+        if (wanted := self._wanted.get(digest)) is not None:
+            wanted.present = None
+            self._wake(digest)
 
     def _copy(self, blob: BlobRecord) -> None:
         arriving = self.begin(blob.digest, blob.size_bytes)
@@ -190,8 +283,6 @@ class NodeBlobs:
             arriving.fail(exc if isinstance(exc, ClusterError) else UnavailableError(f"blob {blob.digest}", str(exc)))
             arriving.discard()
             raise
-        finally:
-            self._loop.call_soon_threadsafe(self._forget, arriving)
 
     def _copy_into(self, arriving: ArrivingBlob, blob: BlobRecord) -> None:
         hasher = hashlib.sha256()
@@ -211,16 +302,19 @@ class NodeBlobs:
 
     def _note_arriving(self, arriving: ArrivingBlob) -> None:
         self._arriving[arriving.digest] = arriving
-        self._wake()
+        arriving.settled.add_done_callback(lambda _settled: self._forget(arriving))
+        self._wake(arriving.digest)
 
     def _forget(self, arriving: ArrivingBlob) -> None:
         if self._arriving.get(arriving.digest) is arriving:
             del self._arriving[arriving.digest]
-        self._wake()
+        self._wake(arriving.digest)
 
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+    def _wake(self, digest: Digest) -> None:
+        wanted = self._wanted.get(digest)
+        if wanted is not None:
+            changed, wanted.changed = wanted.changed, self._loop.create_future()
+            changed.set_result(None)
 
 
 def _resolve(future: asyncio.Future[ClusterError | None], error: ClusterError | None) -> None:

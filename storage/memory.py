@@ -204,10 +204,6 @@ class MemoryRefStore:
         """Look refs up."""
         return [self._state(ref_id) if ref_id in self._memory.records else None for ref_id in ref_ids]
 
-    async def records(self, ref_ids: Sequence[RefId]) -> list[RefRecord | None]:
-        """Look bare records up."""
-        return [self._memory.records.get(ref_id) for ref_id in ref_ids]
-
     async def chain(self, ref_id: RefId) -> list[RefState]:
         """Return the ref and all below it, lowest first."""
         chain: list[RefState] = []
@@ -252,12 +248,6 @@ class MemoryRefStore:
     async def refs_of_chain(self, chain: Digest) -> list[RefId]:
         """Return the refs with that chain ID."""
         return sorted(ref_id for ref_id, record in self._memory.records.items() if record.chain == chain)
-
-    async def describe(self, ref_id: RefId, description: str) -> None:
-        """Set a description where there is none yet."""
-        record = self._memory.records.get(ref_id)
-        if record is not None and not record.description:
-            self._memory.records[ref_id] = replace(record, description=description)
 
     async def put_image(self, image: ImageRecord, *, lease_id: LeaseId) -> ImageRecord:
         """Record an image and attach it to the lease."""
@@ -562,10 +552,12 @@ class MemoryProofStore:
             expires_s = self._memory.now_s() + ttl_s
             self._memory.proofs[proof] = max(expires_s, self._memory.proofs.get(proof, 0.0))
 
-    async def proven(self, pairs: Sequence[tuple[str, str]], digests: Sequence[Digest]) -> list[bool]:
-        """Tell for each digest whether any of *pairs* has a live proof of it."""
+    async def proven(
+        self, pairs: Sequence[tuple[str, str]], digests: Sequence[Digest]
+    ) -> list[frozenset[tuple[str, str]]]:
+        """Return, for each digest, which of *pairs* have a live proof of it."""
         now_s, proofs = self._memory.now_s(), self._memory.proofs
-        return [any(proofs.get((*pair, digest), 0.0) > now_s for pair in pairs) for digest in digests]
+        return [frozenset(p for p in pairs if proofs.get((*p, digest), 0.0) > now_s) for digest in digests]
 
 
 @dataclass(slots=True)

@@ -27,13 +27,15 @@ class RedisProofStore:
                 "proof_record", self._prefix, _whose(identity, source), ttl_ms, *batch, may_repeat=True
             )
 
-    async def proven(self, pairs: Sequence[tuple[str, str]], digests: Sequence[Digest]) -> list[bool]:
-        """Tell for each digest whether any of *pairs* has a live proof of it."""
+    async def proven(
+        self, pairs: Sequence[tuple[str, str]], digests: Sequence[Digest]
+    ) -> list[frozenset[tuple[str, str]]]:
+        """Return, for each digest, which of *pairs* have a live proof of it."""
         whose = [_whose(identity, source) for identity, source in pairs]
-        proven: list[bool] = []
+        proven: list[frozenset[tuple[str, str]]] = []
         for batch in _batches(digests):
             found = await self._link.run("proof_check", self._prefix, len(whose), *whose, *batch, may_repeat=True)
-            proven.extend(bool(one) for one in found)
+            proven.extend(frozenset(pairs[index] for index in indexes) for indexes in found)
         return proven
 
 

@@ -30,7 +30,6 @@ from cluster.errors import (
     DigestMismatchError,
     InternalError,
     RangeRefusedError,
-    RateLimitedError,
     SizeMismatchError,
     StaleFenceError,
     UnavailableError,
@@ -76,6 +75,8 @@ class Source(Protocol):
 
     #: ``registry/repository`` for messages.
     name: str
+    #: ``registry/repository`` that it stands for, be it a mirror.
+    origin: str
 
     def open(self, offset: int, length: int | None) -> AbstractContextManager[SourceResponse]:
         """Ask for the bytes from *offset* on (*length* None: to the end)."""
@@ -182,8 +183,10 @@ class Transferred(Generic[StagingT]):
     object: ObjectInfo
     #: Bytes read from registries by this transfer.
     bytes_fetched: int
-    #: Source of its bytes.
+    #: Source that was read from last.
     source: str
+    #: :attr:`Source.origin` of every byte; empty where they are of several, or were fetched by an earlier owner.
+    origin: str
     staging: StagingT
 
 
@@ -247,6 +250,13 @@ class _OrderedHash:
 
 class _StartOverError(Exception):
     """Everything fetched so far is to be dropped and fetched anew. Never leaves this module."""
+
+
+class _UploadGoneError(_StartOverError):
+    """The content store lost the upload, which is no fault of any source. Never leaves this module."""
+
+    def __init__(self, upload: UploadState) -> None:
+        super().__init__(f"upload {upload.key} is gone from the content store")
 
 
 class _StoreFailedError(Exception):
@@ -342,6 +352,10 @@ class BlobTransfer(Generic[StagingT]):
         self._in_one_piece = False
         #: The upload of this attempt: known to the journal, of no use to anybody if the attempt starts over.
         self._upload: UploadState | None = None
+        #: Why sources were left, by name.
+        self._given_up: dict[str, ClusterError] = {}
+        #: How often the content store lost the upload.
+        self._uploads_gone = 0
         #: Indexes of the sources that this attempt's bytes came from.
         self._contributors: set[int] = set()
 
@@ -353,8 +367,8 @@ class BlobTransfer(Generic[StagingT]):
         """Fetch, hash and store the blob.
 
         Raises:
-            ClusterError: no source has it right, S3 refuses, or the flight is lost (StaleFenceError);
-                an upload that was begun is left for a successor.
+            ClusterError: no source has it right, S3 refuses or loses upload after upload, or the flight is
+                lost (StaleFenceError); an upload that was begun is left for a successor.
             TransferStoppedError: :meth:`stop` was called; likewise.
         """
         resume = self._resume
@@ -373,7 +387,20 @@ class BlobTransfer(Generic[StagingT]):
                 if not isinstance(exc, _StartOverError):
                     raise
                 self._undo_upload()
+                if isinstance(exc, _UploadGoneError) and resume is None:  # one to resume cost this transfer nothing
+                    self._charge_start_over(exc)
                 resume = None
+
+    def _charge_start_over(self, gone: _UploadGoneError) -> None:
+        """Count a start-over that no source is to blame for; give up where the store goes on losing uploads.
+
+        Unlike what a source is blamed for, nothing else bounds it: each one fetches everything again.
+        """
+        self._uploads_gone += 1
+        if self._uploads_gone >= self._limits.attempts:
+            raise UnavailableError(
+                "the content store", f"{gone}, after {self._uploads_gone} of {self._limits.attempts} attempts"
+            ) from gone
 
     # -- one attempt -----------------------------------------------------------------------------
 
@@ -401,23 +428,23 @@ class BlobTransfer(Generic[StagingT]):
         try:
             info = self._store.complete_upload(upload.key, upload.upload_id, [stored[p.number] for p in parts])
         except BlobNotFoundError as exc:
-            raise _StartOverError(f"upload {upload.key} is gone from the content store") from exc
+            raise _UploadGoneError(upload) from exc
         hit(FaultPoint.UPLOAD_COMPLETE_AFTER)
         if hasher is None:
             self._read_back(staging, info)
         elif hasher.digest() != self._descriptor.digest:
             self._undo_upload()
             self._blame_source(hasher.digest())
-        return self._transferred(info, staging)
+        return self._transferred(info, staging, is_all_ours=hasher is not None)
 
     def _take_over_object(self, upload: UploadState, staging: StagingT) -> Transferred[StagingT]:
         """Use the object that an earlier owner completed before it died: all its bytes are in S3 already."""
         info = self._store.head(upload.key)
         if info is None or info.size_bytes != self._descriptor.size_bytes:
-            raise _StartOverError(f"upload {upload.key} is gone from the content store")
+            raise _UploadGoneError(upload)
         self._arrived_bytes = info.size_bytes
         self._read_back(staging, info)
-        return self._transferred(info, staging)
+        return self._transferred(info, staging, is_all_ours=False)
 
     def _attempt_whole(self, staging: StagingT) -> Transferred[StagingT]:
         """Fetch a blob that is one part: one GET, one PUT."""
@@ -439,17 +466,19 @@ class BlobTransfer(Generic[StagingT]):
         finally:
             for buffer in buffers:
                 self._pool.release(buffer)
-        return self._transferred(info, staging)
+        return self._transferred(info, staging, is_all_ours=True)
 
-    def _transferred(self, info: ObjectInfo, staging: StagingT) -> Transferred[StagingT]:
+    def _transferred(self, info: ObjectInfo, staging: StagingT, *, is_all_ours: bool) -> Transferred[StagingT]:
         size = self._descriptor.size_bytes
         if info.size_bytes != size:
             raise UnavailableError("the content store", f"it kept {info.size_bytes} of {size} bytes of {info.key}")
         self._journal.report(size, size)
+        origins = {self._sources[index].origin for index in self._contributors}
         return Transferred(
             object=info,
             bytes_fetched=self._fetched_bytes,
             source=self._sources[self._state.index].name,
+            origin=origins.pop() if is_all_ours and len(origins) == 1 else "",
             staging=staging,
         )
 
@@ -487,7 +516,7 @@ class BlobTransfer(Generic[StagingT]):
             if self._contributors - {index}:
                 raise _StartOverError(f"bytes of several sources came to {actual}")
             error = DigestMismatchError(self._descriptor.digest, actual, self._sources[index].name)
-            decision = self._state.failed(error, jitter=0.0)
+            decision = self._state.failed(error, draw=0.0)
         if isinstance(decision, GiveUp):
             raise decision.error
         raise _StartOverError(str(error))
@@ -561,7 +590,7 @@ class BlobTransfer(Generic[StagingT]):
                 upload.key, upload.upload_id, part.number, memoryview(buffer)[: part.length_bytes]
             )
         except BlobNotFoundError as exc:
-            raise _StartOverError(f"upload {upload.key} is gone from the content store") from exc
+            raise _UploadGoneError(upload) from exc
         hit(FaultPoint.FETCH_PART_UPLOADED)
         self._journal.record_part(done.number, done.etag)
         hit(FaultPoint.FETCH_PART_RECORDED)
@@ -672,8 +701,9 @@ class BlobTransfer(Generic[StagingT]):
         with self._lock:
             if index != self._state.index:
                 return  # another reader has moved on to the next source already
-            retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else 0.0
-            decision = self._state.failed(error, jitter=self._rng.random(), retry_after_s=retry_after_s)
+            decision = self._state.failed(error, draw=self._rng.random())
+            if not isinstance(decision, TryAgain):
+                self._given_up[self._sources[index].name] = error
         match decision:
             case TryAgain(delay_s=delay_s):
                 if self._stop.wait(delay_s):
@@ -683,9 +713,19 @@ class BlobTransfer(Generic[StagingT]):
             case StartOver():
                 raise _StartOverError(str(error)) from error
             case GiveUp(error=final):
-                raise final from error
+                raise self._naming_all(final) from error
             case _:
                 assert_never(decision)
+
+    def _naming_all(self, final: ClusterError) -> ClusterError:
+        """Return *final*; where it is that a blob isn't there, with every other place that was tried in vain.
+
+        A foreign layer's own address may be down while the repository, asked last, never had the layer.
+        """
+        others = [f"{name}: {error}" for name, error in self._given_up.items() if error is not final]
+        if not isinstance(final, BlobNotFoundError) or not others:
+            return final
+        return BlobNotFoundError(final.digest, f"{final.where} (also tried: {'; '.join(others)})")
 
     def _raise_if_stopped(self) -> None:
         if self._stop.is_set():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
 from cluster.errors import LeaseRequiredError, NonAddressableParentError, RefNotFoundError
-from cluster.fetch.access import AccessControl
+from cluster.fetch.access import AccessControl, Wanted
 from cluster.lease import LeaseId
 from cluster.ports import Authorizer, RefStore
 from cluster.provider import DescHandler, ProviderHandle
@@ -54,15 +55,20 @@ class CacheManager:
             top = RefRecord.over(descriptor, top, image_ref)
             records.append(top)
         passed = _by_digest(handlers)
-        digests = list(dict.fromkeys(r.blob.digest for r in records))
-        stored = dict(zip(digests, await self._refs.providers(digests), strict=True))
-        candidates: dict[Digest, Sequence[ProviderHandle]] = {
-            state.record.blob.digest: _merged(passed.get(state.record.blob.digest, ()), state.providers)
-            for state in below
-            if state.is_lazy
-        }
-        candidates |= {d: _merged(passed.get(d, ()), stored[d]) for d in digests}
-        await self._access.prove(authorizer, candidates)
+        blobs = {record.blob.digest: record.blob for record in records}
+        digests = list(blobs)
+        stored, present = await asyncio.gather(self._refs.providers(digests), self._refs.blobs(digests))
+        wanted = [_wanted(state, passed) for state in below if state.is_lazy]
+        wanted += [
+            Wanted(
+                blob=blobs[digest],
+                passed=passed.get(digest, ()),
+                stored=known,
+                came_from=None if blob is None else blob.source,
+            )
+            for digest, known, blob in zip(digests, stored, present, strict=True)
+        ]
+        await self._access.prove(authorizer, wanted)
         return await self._refs.get_or_create(
             records, {d: passed.get(d, ()) for d in digests if d in passed}, lease_id=lease_id
         )
@@ -103,19 +109,20 @@ async def usable_providers(
 ) -> Mapping[Digest, Sequence[ProviderHandle]]:
     """Return, for every blob of *chain*, the providers this caller may use; raises as :meth:`AccessControl.prove`."""
     passed = _by_digest(handlers)
-    return await access.prove(
-        authorizer,
-        {s.record.blob.digest: _merged(passed.get(s.record.blob.digest, ()), s.providers) for s in chain},
+    return await access.prove(authorizer, [_wanted(state, passed) for state in chain])
+
+
+def _wanted(state: RefState, passed: Mapping[Digest, tuple[ProviderHandle, ...]]) -> Wanted:
+    return Wanted(
+        blob=state.record.blob,
+        passed=passed.get(state.record.blob.digest, ()),
+        stored=state.providers,
+        came_from=None if state.present is None else state.present.source,
     )
 
 
-def _by_digest(handlers: Sequence[DescHandler]) -> dict[Digest, list[ProviderHandle]]:
-    found: dict[Digest, list[ProviderHandle]] = {}
+def _by_digest(handlers: Sequence[DescHandler]) -> dict[Digest, tuple[ProviderHandle, ...]]:
+    found: dict[Digest, tuple[ProviderHandle, ...]] = {}
     for handler in handlers:
-        found.setdefault(handler.digest, []).append(handler.provider)
+        found[handler.digest] = (*found.get(handler.digest, ()), handler.provider)
     return found
-
-
-def _merged(first: Sequence[ProviderHandle], then: Sequence[ProviderHandle]) -> tuple[ProviderHandle, ...]:
-    """Return all providers once each: what the caller passed is tried before what is stored."""
-    return tuple(dict.fromkeys((*first, *then)))

@@ -124,6 +124,7 @@ class Extractor:
         record = state.record
         started_s = self._clock()
         if await self._in_thread(lambda: self._snapshotter.has(record.chain)):
+            await self._unlazier.admit(record.blob, caller, state.present.source if state.present else "")
             await self._tell(caller, record, LayerPhase.PRESENT)
             return LayerFetch(
                 digest=record.blob.digest,

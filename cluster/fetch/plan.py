@@ -16,10 +16,15 @@ from cluster.errors import (
     SizeMismatchError,
     UnavailableError,
 )
+from cluster.fetch.retry import RetryPolicy
 
 #: S3's limits on the parts of a multi-part upload (Amazon S3 user guide, "Multipart upload limits").
 MIN_PART_BYTES = 5 * 1024**2
 MAX_PARTS = 10_000
+#: Ceilings of the pauses before a source is asked again, in seconds: of the first, and of all. Twice those of a
+#: control request: a source that comes back is worth waiting for, as there is often no other.
+_PAUSE_S = 0.4
+_LONGEST_PAUSE_S = 16.0
 _MIB = 1024**2
 
 
@@ -138,19 +143,19 @@ def _weight(error: ClusterError) -> int:
 class SourceState:
     """Which source a fetch reads from, and what a failure means for it.
 
-    A transient failure is tried again at the same source with a growing, jittered pause, within a
-    number of tries, which progress refills, and a budget of seconds, which it does not; then the next
-    source is asked. A definite one (404, refused, wrong size or bytes) goes to the next source at once. Only when no
-    source is left does the fetch fail, with the error that says most: a definite one before a
-    transient one, so that a caller isn't told to try again in vain.
+    A transient failure is tried again at the same source as a :class:`RetryPolicy` says: within a number
+    of tries, which progress refills, and a budget of seconds, which it does not, and which pauses use up,
+    not the time in which bytes came. Then the next source is asked. A definite one (404, refused, wrong
+    size or bytes) goes to the next source at once. Only when no source is left does the fetch fail, with
+    the error that says most: a definite one before a transient one, so that a caller isn't told to try
+    again in vain.
     """
 
     def __init__(self, sources: int, *, attempts: int, budget_s: float) -> None:
         if sources < 1:
             raise InternalError("a fetch was planned without a source")
         self._left = sources
-        self._attempts = attempts
-        self._budget_s = budget_s
+        self._policy = RetryPolicy(attempts=attempts, budget_s=budget_s, base_s=_PAUSE_S, cap_s=_LONGEST_PAUSE_S)
         self._tries = 1
         self._waited_s = 0.0
         self._errors: list[ClusterError] = []
@@ -161,23 +166,22 @@ class SourceState:
         """Note that bytes came: the tries of this source start afresh, its budget does not."""
         self._tries = 1
 
-    def failed(self, error: ClusterError, *, jitter: float, retry_after_s: float = 0.0) -> SourceDecision:
+    def failed(self, error: ClusterError, *, draw: float) -> SourceDecision:
         """Decide what follows *error*.
 
         Args:
             error: What the source did.
-            jitter: A random number in [0, 1).
-            retry_after_s: What the source asks for; 0 if it didn't say.
+            draw: A random number in [0, 1), for the pause.
         """
         if isinstance(error, NodeDiskError):
             return GiveUp(error=error)  # no source can help that
         if isinstance(error, UnavailableError):
-            delay_s = max(retry_after_s, min(8.0, 0.2 * 2 ** (self._tries - 1)) * (0.5 + jitter))
-            if self._tries < self._attempts and self._waited_s + delay_s <= self._budget_s:
-                self._tries += 1
-                self._waited_s += delay_s
-                return TryAgain(delay_s=delay_s)
-            return self._advance(error, NextSource())
+            delay_s = self._policy.next_delay_s(error, self._tries, self._waited_s, draw)
+            if delay_s is None:
+                return self._advance(error, NextSource())
+            self._tries += 1
+            self._waited_s += delay_s
+            return TryAgain(delay_s=delay_s)
         if isinstance(error, DigestMismatchError):
             return self._advance(error, StartOver())
         # A wrong size shows before a byte is taken: what came so far is kept.

@@ -110,22 +110,27 @@ class Puller:
     ) -> PullResult:
         """Resolve *reference* and record it: one manifest read (two through an index), the config at most once.
 
-        The manifest that was just read proves this caller's access to every layer it names.
+        The manifest that was just read opens every layer it names to this caller, as far as
+        :class:`cluster.fetch.access.AccessControl` takes its word for it; else the repository is asked for the layer.
 
         Raises:
             RegistryError: the registry says no; UnavailableError: it says nothing.
+            NeedsRemoteProvidersError: the manifest names layers that the farm has from elsewhere, and that the
+                repository doesn't have.
             LeaseLostError: the lease isn't live.
         """
-        image = await self._manifests.resolve(reference, platform, authorizer, plain_http=plain_http, have=self._have)
-        await ahit(FaultPoint.PULL_RESOLVED)
         handle = reference.handle(plain_http=plain_http)
+        image = await self._manifests.resolve(
+            reference, platform, authorizer, plain_http=plain_http, have=lambda digest: self._have(digest, handle)
+        )
+        await ahit(FaultPoint.PULL_RESOLVED)
         handlers = [
             DescHandler(digest=layer.digest, provider=provider)
             for layer in image.layers
             for provider in providers_of(layer, handle)
         ]
-        digests = [image.manifest.digest, image.config.digest, *dict.fromkeys(d.digest for d in image.layers)]
-        await self._access.record(authorizer, handle, digests)
+        await self._access.record(authorizer, handle, [image.manifest.digest, image.config.digest])
+        await self._access.record_named(authorizer, handle, list(dict.fromkeys(d.digest for d in image.layers)))
         # Held before they are written, and for as long as the image's refs need them: collection ends it.
         own = LeaseId(f"image:{image.manifest.digest}")
         await self._leases.create(own, ttl_s=None, labels={"kind": "image", "image": reference.name})
@@ -139,6 +144,7 @@ class Puller:
             layers = await self._get_by_blob(
                 image.layers, handlers, authorizer=authorizer, lease_id=lease_id, image_ref=reference.name
             )
+        await ahit(FaultPoint.PULL_RECORDED)
         record = await self._refs.put_image(
             ImageRecord(
                 name=reference.name,
@@ -152,13 +158,15 @@ class Puller:
         )
         await self._refs.add_providers(image.manifest.digest, [handle])
         await self._refs.add_providers(image.config.digest, [handle])
-        await ahit(FaultPoint.PULL_RECORDED)
         return PullResult(image=record, layers=tuple(layers))
 
-    async def _have(self, digest: Digest) -> bytes | None:
-        """Return a config that is in the content store; its manifest was read just now, so access is proven."""
-        (blob,) = await self._refs.blobs([digest])
-        if blob is None:
+    async def _have(self, digest: Digest, handle: ProviderHandle) -> bytes | None:
+        """Return a manifest or config that is in the content store, if it was once read from this very repository.
+
+        A manifest may name any other's config: from a repository that never showed it, it must be read.
+        """
+        (blob,), (known,) = await asyncio.gather(self._refs.blobs([digest]), self._refs.providers([digest]))
+        if blob is None or all(provider.source != handle.source for provider in known):
             return None
         try:
             return await self._small.read(blob)

@@ -13,6 +13,7 @@ from cluster.errors import (
     BlobDamagedError,
     BlobNotFoundError,
     ClusterError,
+    OtherDigestError,
     RegistryError,
     UnavailableError,
     first_error,
@@ -108,9 +109,12 @@ class Pusher:
         only now, unlazied and uploaded. Non-distributable layers are left where they are.
 
         Raises:
+            OtherDigestError: *reference* has a digest that is not the image's; nothing was moved.
             RegistryError: the target says no. UnavailableError: it says nothing.
             NeedsRemoteProvidersError: a layer must be uploaded and can't be had.
         """
+        if reference.digest not in (None, image.manifest.digest):
+            raise OtherDigestError(reference.name, image.manifest.digest)
         target = reference.handle(plain_http=plain_http)
         unique = list({layer.digest: layer for layer in image.layers}.values())
         try:

@@ -18,7 +18,7 @@ class RetryPolicy:
 
     #: Tries, the first included; at least 1.
     attempts: int
-    #: Seconds from the first try's start after which no other one begins.
+    #: Seconds, counted as who asks counts them, after which no other try begins.
     budget_s: float
     #: Ceiling of the first delay in seconds; doubles with each try.
     base_s: float = 0.2
@@ -39,7 +39,8 @@ class RetryPolicy:
             error: What the try that just ended came to. Only errors that call themselves ``retryable``
                 are tried again.
             attempt: Which try it was, from 1.
-            elapsed_s: Seconds since the first try began.
+            elapsed_s: Seconds of the budget that are gone: all since the first try began, or what of them
+                was of no use.
             draw: A random number in [0, 1).
         """
         if not getattr(error, "retryable", False) or attempt >= self.attempts:

@@ -27,6 +27,7 @@ from cluster.errors import (
     StaleFenceError,
 )
 from cluster.faultpoints import FaultPoint, ahit
+from cluster.fetch.access import Admission
 from cluster.flight.runner import FlightContext, Flights
 from cluster.flight.values import (
     Aborting,
@@ -55,7 +56,7 @@ class Caller:
 
     authorizer: Authorizer
     lease_id: LeaseId
-    #: Providers that this caller may use, by digest; access is proven already.
+    #: Providers that this caller may use, by digest, as :class:`cluster.fetch.access.AccessControl` said.
     providers: Mapping[Digest, Sequence[ProviderHandle]]
     #: Progress streams.
     progress: tuple[str, ...] = ()
@@ -154,6 +155,7 @@ class Unlazier:
         renewer: FlightRenewer,
         progress: ProgressStore,
         transfers: Transfers,
+        access: Admission,
         new_token: Callable[[], str],
         ttl_s: float,
         poll_s: float,
@@ -168,6 +170,7 @@ class Unlazier:
         self._renewer = renewer
         self._progress = progress
         self._transfers = transfers
+        self._access = access
         self._new_token = new_token
         self._ttl_s = ttl_s
         self._poll_s = poll_s
@@ -181,7 +184,8 @@ class Unlazier:
         """Make the blob present and pin it in the caller's own lease.
 
         Raises:
-            NeedsRemoteProvidersError: it is lazy and no provider can be used any more.
+            NeedsRemoteProvidersError: it is lazy and no provider can be used any more; or it came from
+                elsewhere, and this caller's repositories don't have it.
             DeadlineExceededError: it took longer than the flight deadline.
             LeaseLostError: the caller's lease is gone; the blob is present all the same.
             ClusterError: no source has it right.
@@ -193,6 +197,7 @@ class Unlazier:
             async with asyncio.timeout(self._deadline_s):
                 (blob,) = await self._refs.blobs([digest])
                 if blob is not None:
+                    await self.admit(descriptor, caller, blob.source)
                     await self._pin(caller, digest)
                     await item.end(LayerPhase.PRESENT)
                     return LayerFetch(
@@ -209,6 +214,8 @@ class Unlazier:
                     caller=caller,
                     on_progress=lambda current, _total: item.moved(LayerPhase.FETCHING, current),
                 )
+                # Whose credentials brought it says nothing of this caller's access.
+                await self.admit(descriptor, caller, outcome.value.blob.source)
                 await ahit(FaultPoint.PIN_BEFORE)
                 await self._pin(caller, digest)
         except TimeoutError as exc:
@@ -231,6 +238,10 @@ class Unlazier:
             seconds=self._clock() - started_s,
             joined=joined,
         )
+
+    async def admit(self, descriptor: Descriptor, caller: Caller, came_from: str) -> None:
+        """Let *caller* have the blob's bytes; see :class:`cluster.fetch.access.Admission`."""
+        await self._access.admit(caller.authorizer, descriptor, caller.providers.get(descriptor.digest, ()), came_from)
 
     async def aclose(self) -> None:
         """Stop every flight of this process; others take over what they still need."""

@@ -83,7 +83,7 @@ class FlightContext(Generic[C]):
     A thread reports by ``loop.call_soon_threadsafe(context.report, current, total)``.
     """
 
-    __slots__ = ("_callers", "_changed", "_fan_out", "_progress", "key")
+    __slots__ = ("_callers", "_fan_out", "_progress", "key")
 
     def __init__(
         self,
@@ -96,7 +96,6 @@ class FlightContext(Generic[C]):
         self._callers = callers
         self._fan_out = fan_out
         self._progress: tuple[int, int] | None = None
-        self._changed = asyncio.Event()
 
     @property
     def callers(self) -> tuple[C, ...]:
@@ -108,27 +107,10 @@ class FlightContext(Generic[C]):
         """What was last reported, as (current, total)."""
         return self._progress
 
-    async def wait_callers_changed(self, seen: tuple[C, ...] | None = None) -> tuple[C, ...]:
-        """Wait until :attr:`callers` are others than *seen* (None: than they are now), and return them.
-
-        Pass what was read: a change between that reading and this call is not lost then. The work's
-        cancellation ends the wait; give it a deadline where the same callers may stay for ever.
-        """
-        if seen is None:
-            seen = self.callers
-        while _same(seen, now := self.callers):
-            await self._changed.wait()
-        return now
-
     def report(self, current: int, total: int) -> None:
         """Tell every waiter how far the work is; who joins later is told the last report at once."""
         self._progress = (current, total)
         self._fan_out(self, current, total)
-
-    def _wake(self) -> None:
-        """Make those who wait for a change look again."""
-        self._changed.set()
-        self._changed = asyncio.Event()
 
     def __repr__(self) -> str:
         return f"<FlightContext {self.key}: {len(self.callers)} callers, progress {self._progress}>"
@@ -342,9 +324,6 @@ class Flights(Generic[T, C]):
         """Feed *event* to the state and perform what it instructs."""
         for instruction in self._state.handle(event):
             self._perform(event.key, instruction)
-        flight = self._running.get(event.key)
-        if flight is not None:
-            flight.context._wake()  # noqa: SLF001 - the runner's half of the context
 
     def _perform(self, key: str, instruction: Instruction) -> None:
         match instruction:
@@ -467,8 +446,3 @@ def _copy(error: ClusterError) -> ClusterError:
     if hasattr(error, "__notes__"):
         twin.__notes__ = list(error.__notes__)
     return twin.with_traceback(error.__traceback__)
-
-
-def _same(left: tuple[C, ...], right: tuple[C, ...]) -> bool:
-    """Compare by identity: two sessions that are equal are still two."""
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))

@@ -14,6 +14,8 @@ from lazyfarm.settings import FarmSettings, load_running
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from actors.launch import DownReport
+
 app = command_app()
 
 
@@ -29,14 +31,20 @@ def down(
     """End exactly what `up` started here, and keep the data. Needs no valid configuration."""
     with reporting(as_json=as_json, state_dir=state_dir) as out:
         settings = load_running(state_dir, os.environ)
-        stopped = bring_down(settings, purge, out.line)
-        out.document({"stopped": stopped})
-        out.line(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running")
+        with out.undisturbed():
+            report = bring_down(settings, purge, out.line)
+        out.document({"stopped": list(report.stopped)})
+        if not report.was_farm:
+            out.line(f"nothing was running there: {settings.state_dir} is no farm's")
+            return
+        out.line(f"stopped: {', '.join(report.stopped)}" if report.stopped else "nothing was running")
         if purge:
-            out.line(f"removed the data in {settings.state_dir}")
+            out.line(f"removed the farm's data in {settings.state_dir}")
+            if report.left:
+                out.line(f"left there, as not the farm's: {', '.join(report.left)}")
 
 
-def bring_down(settings: FarmSettings, purge: bool, report: Callable[[str], None]) -> list[str]:  # noqa: FBT001 - passed on
+def bring_down(settings: FarmSettings, purge: bool, report: Callable[[str], None]) -> DownReport:  # noqa: FBT001 - passed on
     """End what runs."""
     from actors.launch import down as launch  # noqa: PLC0415 - as in up.py
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TextIO
 
 _Rows = Sequence[Sequence[str]]
@@ -23,6 +24,12 @@ class Output:
     def is_live(self) -> bool:
         """Tell whether a display that redraws itself has somewhere to be."""
         return not self.as_json and self.stdout.isatty()
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Keep what libraries print from getting between a document and its reader: Ray tells of nodes on stdout."""
+        with contextlib.redirect_stdout(self.stderr if self.as_json else sys.stdout):
+            yield
 
     def document(self, document: Mapping[str, object]) -> None:
         """Print the command's JSON document, if it was asked for."""

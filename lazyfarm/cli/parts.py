@@ -78,9 +78,7 @@ def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Far
         async with await connect(settings.state_dir) as farm:
             return await act(farm)
 
-    # What libraries print must not get between the document and its reader.
-    away = contextlib.redirect_stdout(out.stderr if out.as_json else sys.stdout)
-    with _driver_logs(settings, command), away:
+    with _driver_logs(settings, command), out.undisturbed():
         try:
             return run_to_end(joined)
         finally:
@@ -89,7 +87,7 @@ def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Far
 
 def _leave() -> None:
     """Leave Ray's cluster, if it was joined: left to the interpreter's end, Ray sleeps for half a second first."""
-    if "ray" in sys.modules:
+    if "actors.join" in sys.modules:
         from actors.join import leave  # noqa: PLC0415 - see the module
 
         leave()

@@ -11,7 +11,7 @@ from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import count
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
 from lazyfarm.cli.status import show
-from lazyfarm.settings import FarmSettings, load_settings
+from lazyfarm.settings import FarmSettings, is_there, load_wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,14 +31,17 @@ def up(
             min=1,
             max=100,
             metavar="N",
-            help="Nodes on this machine. Default: ray.nodes.",
+            help="Nodes on this machine. Default: as many as run; ray.nodes at first, and when it was changed.",
             show_default=False,
         ),
     ] = None,
     config: Annotated[
         str | None,
         typer.Option(
-            "--config", metavar="FILE", help="Configuration; later commands read it again.", show_default=False
+            "--config",
+            metavar="FILE",
+            help="Configuration. Remembered: a later `up` without it reads the file again.",
+            show_default=False,
         ),
     ] = None,
     state_dir: StateDirOption = None,
@@ -47,16 +50,21 @@ def up(
     """Start what is missing, and wait for it: Redis, S3, Ray, the supervisor and the actors.
 
     What the configuration names by address is used, not started. Once all runs this does nothing, and says so;
-    after a crash it repairs.
+    after a crash it repairs; where the configuration was changed, actors start anew with it.
     """
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        settings = load_settings(state_dir, config, os.environ)
-        report = bring_up(settings, nodes, out.line)
-        if report.changed:
-            out.line(f"started: {', '.join(report.started)}" if report.started else "repaired")
-        else:
+        settings = load_wanted(state_dir, config, os.environ)
+        if settings.config_file is not None and not is_there(settings.config_file):
+            out.line(f"{settings.config_file} is gone: going on with what was recorded of it")
+        with out.undisturbed():
+            report = bring_up(settings, nodes, out.line)
+        for done, parts in (("stopped", report.stopped), ("started", report.started)):
+            if parts:
+                out.line(f"{done}: {', '.join(parts)}")
+        if not report.changed:
             out.line("already up: nothing was changed")
-        show(report.settings, out, {"changed": report.changed, "started": list(report.started)})
+        what = {"changed": report.changed, "started": list(report.started), "stopped": list(report.stopped)}
+        show(report.settings, out, what)
         out.line("")
         out.line(f"state and logs: {report.settings.state_dir} ({count(len(report.started), 'part')} started)")
 

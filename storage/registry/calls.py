@@ -61,7 +61,9 @@ class RegistryCalls:
 
     async def once(self, call: Call) -> Answer:
         """Make a call without retries, but authorized: a 401 is answered with what its challenge asks for."""
-        sent = await self._authorizations.header(call.authorizer, call.endpoint, call.scopes)
+        # A foreign layer's address is no registry's: nobody's credentials go there.
+        is_foreign = call.endpoint.url is not None
+        sent = None if is_foreign else await self._authorizations.header(call.authorizer, call.endpoint, call.scopes)
         # Nothing → what the caller has for this challenge → that, got anew. Where the first was not nothing
         # but came from the pool, what follows it is new already.
         tries_left = 3 if sent is None else 2
@@ -72,7 +74,7 @@ class RegistryCalls:
             if answer.status != UNAUTHORIZED or answer.crossed:
                 return answer
             tries_left -= 1
-            if tries_left == 0:
+            if tries_left == 0 or is_foreign:
                 raise AccessDeniedError(call.endpoint.repository, call.endpoint.registry, error_detail(answer.body))
             sent = await self._authorizations.renew(
                 call.authorizer, call.endpoint, call.scopes, challenge=answer.challenge, sent=sent

@@ -6,8 +6,9 @@ Follows the OCI distribution-spec v1.1. Bytes of layers that come *in* go anothe
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import structlog
 
@@ -44,10 +45,10 @@ from storage.registry.calls import CREATED, OK, Call, RegistryCalls, expect
 from storage.registry.challenge import pull_scope, push_scope
 from storage.registry.endpoint import Endpoint, endpoints, origin
 from storage.registry.pool import AuthorizationPool
-from storage.registry.transport import Transport
+from storage.registry.transport import Answer, Transport
 from storage.registry.upload import Upload, Uploader
 
-_ACCEPT = ", ".join(ACCEPTED_MANIFESTS)
+_OF_MANIFESTS = {"Accept": ", ".join(ACCEPTED_MANIFESTS)}
 
 #: Returns the bytes of a digest where the caller has them already, else None.
 Have = Callable[[Digest], Awaitable[bytes | None]]
@@ -89,6 +90,34 @@ class RegistryClient:
     def endpoints(self, handle: ProviderHandle) -> list[Endpoint]:
         """Return where to read from, in order: see :func:`storage.registry.endpoint.endpoints`."""
         return endpoints(self._config, handle)
+
+    async def _read(
+        self,
+        method: Literal["GET", "HEAD"],
+        url: str,
+        endpoint: Endpoint,
+        authorizer: Authorizer,
+        *,
+        what: str,
+        headers: Mapping[str, str] | None = None,
+        max_bytes: int = 0,
+    ) -> Answer:
+        """Ask for something of the endpoint's repository, as one who may pull from it.
+
+        The caller judges the answer's status, and its body, of which at most *max_bytes* are wanted: none of HEAD.
+        """
+        return await self._calls.make(
+            Call(
+                method=method,
+                url=url,
+                endpoint=endpoint,
+                scopes=(pull_scope(endpoint.repository),),
+                authorizer=authorizer,
+                what=what,
+                headers=headers or {},
+                max_bytes=max_bytes,
+            )
+        )
 
     # -- pull --------------------------------------------------------------------------------------------
 
@@ -153,27 +182,22 @@ class RegistryClient:
         self, endpoint: Endpoint, reference: ImageReference, selector: str, authorizer: Authorizer
     ) -> tuple[bytes, Manifest | Index]:
         what = f"manifest of {reference.name}"
-        answer = await self._calls.make(
-            Call(
-                method="GET",
-                url=endpoint.manifest_url(selector),
-                endpoint=endpoint,
-                scopes=(pull_scope(endpoint.repository),),
-                authorizer=authorizer,
-                what=what,
-                headers={"Accept": _ACCEPT},
-                max_bytes=MAX_MANIFEST_BYTES,
-            )
+        answer = await self._read(
+            "GET",
+            endpoint.manifest_url(selector),
+            endpoint,
+            authorizer,
+            what=what,
+            headers=_OF_MANIFESTS,
+            max_bytes=MAX_MANIFEST_BYTES,
         )
         if answer.status == NOT_FOUND:
             raise ManifestNotFoundError(reference.name)
         expect(answer, OK, doing=f"reading the {what}")
         parsed = parse_manifest(answer.body, answer.headers.get("Content-Type", ""), reference.name)
-        claimed = answer.headers.get("Docker-Content-Digest")
-        if is_digest(selector):
-            verify(answer.body, selector, endpoint.source)
-        elif claimed is not None and is_digest(claimed):
-            verify(answer.body, claimed, endpoint.source)
+        wanted = selector if is_digest(selector) else _claimed_digest(answer)
+        if wanted is not None:
+            verify(answer.body, wanted, endpoint.source)
         return answer.body, parsed
 
     async def _listed_manifest(
@@ -198,20 +222,11 @@ class RegistryClient:
             raise RegistryProtocolError(
                 f"reading config {config.digest}", 0, f"it is larger than {MAX_MANIFEST_BYTES} bytes"
             )
-        answer = await self._calls.make(
-            Call(
-                method="GET",
-                url=endpoint.blob_url(config.digest),
-                endpoint=endpoint,
-                scopes=(pull_scope(endpoint.repository),),
-                authorizer=authorizer,
-                what=f"config {config.digest}",
-                max_bytes=config.size_bytes,
-            )
-        )
+        what, url = f"config {config.digest}", endpoint.blob_url(config.digest)
+        answer = await self._read("GET", url, endpoint, authorizer, what=what, max_bytes=config.size_bytes)
         if answer.status == NOT_FOUND:
             raise BlobNotFoundError(config.digest, endpoint.source)
-        expect(answer, OK, doing=f"reading config {config.digest}")
+        expect(answer, OK, doing=f"reading {what}")
         verify_descriptor(answer.body, config, endpoint.source)
         return answer.body
 
@@ -224,47 +239,31 @@ class RegistryClient:
     async def blob_exists(self, handle: ProviderHandle, digest: Digest, authorizer: Authorizer) -> int | None:
         """Return the size in bytes of a blob that the registry itself has, or None; one HEAD.
 
-        None also where a registry redirects to a store that doesn't answer HEAD: not known to be there.
+        None also where a registry redirects to a store that doesn't answer HEAD: not known to be there. Of a
+        foreign layer's own addresses each is asked, without credentials, until one has it.
         """
-        endpoint = origin(self._config, handle)
-        answer = await self._calls.make(
-            Call(
-                method="HEAD",
-                url=endpoint.blob_url(digest),
-                endpoint=endpoint,
-                scopes=(pull_scope(endpoint.repository),),
-                authorizer=authorizer,
-                what=f"blob {digest}",
-            )
-        )
+        if handle.kind != "urls":
+            return await self._size_at(origin(self._config, handle), digest, authorizer)
+        refusal: RegistryError | None = None
+        for endpoint in self.endpoints(handle):
+            try:
+                size = await self._size_at(endpoint, digest, authorizer)
+            except RegistryError as exc:
+                refusal = exc
+                continue
+            if size is not None:
+                return size
+        if refusal is not None:
+            raise refusal
+        return None
+
+    async def _size_at(self, endpoint: Endpoint, digest: Digest, authorizer: Authorizer) -> int | None:
+        answer = await self._read("HEAD", endpoint.blob_url(digest), endpoint, authorizer, what=f"blob {digest}")
         if answer.status == NOT_FOUND or (answer.crossed and answer.status != OK):
             return None
         expect(answer, OK, doing=f"looking for blob {digest} in {endpoint.source}")
         length = answer.headers.get("Content-Length", "")
         return int(length) if length.isdecimal() else None
-
-    async def manifest_exists(self, handle: ProviderHandle, selector: str, authorizer: Authorizer) -> Digest | None:
-        """Return the digest of the manifest under a tag or digest at the registry itself, or None; one HEAD."""
-        endpoint = origin(self._config, handle)
-        what = f"manifest {endpoint.source}:{selector}"
-        answer = await self._calls.make(
-            Call(
-                method="HEAD",
-                url=endpoint.manifest_url(selector),
-                endpoint=endpoint,
-                scopes=(pull_scope(endpoint.repository),),
-                authorizer=authorizer,
-                what=what,
-                headers={"Accept": _ACCEPT},
-            )
-        )
-        if answer.status == NOT_FOUND:
-            return None
-        expect(answer, OK, doing=f"looking for {what}")
-        claimed = selector if is_digest(selector) else answer.headers.get("Docker-Content-Digest", "")
-        if not is_digest(claimed):
-            raise RegistryProtocolError(f"looking for {what}", answer.status, "no Docker-Content-Digest")
-        return Digest(claimed)
 
     # -- push --------------------------------------------------------------------------------------------
 
@@ -319,7 +318,7 @@ class RegistryClient:
             DigestMismatchError: the registry stored something else.
         """
         endpoint = origin(self._config, target)
-        what = f"push of manifest {endpoint.source}:{selector}"
+        what = f"push of manifest {endpoint.source}{'@' if is_digest(selector) else ':'}{selector}"
         answer = await self._calls.make(
             Call(
                 method="PUT",
@@ -333,10 +332,16 @@ class RegistryClient:
             )
         )
         expect(answer, CREATED, doing=what)
-        own, claimed = digest_of(data), answer.headers.get("Docker-Content-Digest")
-        if claimed is not None and is_digest(claimed) and claimed != own:
+        own, claimed = digest_of(data), _claimed_digest(answer)
+        if claimed is not None and claimed != own:
             raise DigestMismatchError(own, claimed, endpoint.source)
         return own
+
+
+def _claimed_digest(answer: Answer) -> Digest | None:
+    """Return the digest that the registry says a manifest has; None where it says none, or no digest."""
+    claimed = answer.headers.get("Docker-Content-Digest", "")
+    return Digest(claimed) if is_digest(claimed) else None
 
 
 def _ignore(_: int) -> None:

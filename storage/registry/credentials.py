@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ConfigError, CredentialHelperError
+from cluster.errors import CredentialFileError, CredentialHelperError
 from cluster.reference import DOCKER_HUB, DOCKER_HUB_HOST
 
 #: Under this key docker keeps Docker Hub's credentials, and asks its helpers for them.
@@ -104,7 +104,7 @@ class CredentialSource:
         """Return the credential for a registry host, or None.
 
         Raises:
-            ConfigError: a file is there and can't be read.
+            CredentialFileError: a file is there and can't be read.
             CredentialHelperError: a helper is named and fails.
         """
         host = hostname(registry)
@@ -186,12 +186,12 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as exc:
-        raise ConfigError(str(path), (f"it can't be read: {exc.strerror}",)) from exc
+        raise CredentialFileError(str(path), (f"it can't be read: {exc.strerror}",)) from exc
     except ValueError:
         # Without its cause: that quotes what couldn't be parsed.
-        raise ConfigError(str(path), ("it is not JSON",)) from None
+        raise CredentialFileError(str(path), ("it is not JSON",)) from None
     if not isinstance(document, dict):
-        raise ConfigError(str(path), ("it is not a JSON object",))
+        raise CredentialFileError(str(path), ("it is not a JSON object",))
     return document
 
 
@@ -205,7 +205,8 @@ def _in_auths(path: Path, auths: object, host: str) -> Credential | None:
             try:
                 decoded = base64.b64decode(str(entry["auth"]), validate=True).decode()
             except (binascii.Error, UnicodeDecodeError):
-                raise ConfigError(str(path), (f'auths."{key}".auth: it is not base64 of USER:PASSWORD',)) from None
+                fault = f'auths."{key}".auth: it is not base64 of USER:PASSWORD'
+                raise CredentialFileError(str(path), (fault,)) from None
             username, _, secret = decoded.partition(":")
             secret = secret.rstrip("\0")  # Old clients padded it.
         token = str(entry.get("identitytoken") or "")

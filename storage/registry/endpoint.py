@@ -32,8 +32,14 @@ class Endpoint:
 
     @property
     def source(self) -> str:
-        """Return ``registry/repository``, or the foreign layer's address; for messages."""
-        return f"{self.registry}/{self.repository}" if self.url is None else self.url.partition("?")[0]
+        """Return ``registry/repository``, or the foreign layer's address; for messages.
+
+        Of the address no more than scheme, host and path: a query or a user's part may hold a secret.
+        """
+        if self.url is None:
+            return f"{self.registry}/{self.repository}"
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
     @property
     def plain_http(self) -> bool:

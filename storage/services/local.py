@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,8 @@ class Started(Generic[_Reached]):
     config: _Reached
     #: Names of what this call started; empty where all of it ran already.
     started: tuple[str, ...] = ()
+    #: Names of what this call ended, because it is wanted no more.
+    stopped: tuple[str, ...] = ()
 
     @property
     def was_started(self) -> bool:
@@ -100,9 +101,9 @@ class LocalServices:
     def up_ray(self, nodes: int, *, include_dashboard: bool = False) -> Started[RayConfig]:
         """Bring Ray to *nodes* nodes; errors as :meth:`up_redis`."""
         with self._state.lock("ray", deadline_s=_LOCK_S):
-            names = self._ray.start(self._config.ray, nodes, include_dashboard=include_dashboard)
+            started, stopped = self._ray.start(self._config.ray, nodes, include_dashboard=include_dashboard)
             reached = self._ray.reached_by(self._config.ray, nodes)
-            return Started(reached, tuple(f"ray-{name}" for name in names))
+            return Started(reached, tuple(started), tuple(stopped))
 
     def down(self) -> list[str]:
         """End everything, Ray first, Redis last, and keep the data; return the names of what ran."""
@@ -115,11 +116,17 @@ class LocalServices:
             end_marked({FARM_MARK: farm_id})  # whatever was started between a crash and its record
         return stopped
 
-    def purge(self) -> None:
-        """Stop everything and remove the state directory, data and secrets included."""
+    def purge(self) -> list[str]:
+        """Stop everything and remove what the farm keeps in its directory, data and secrets included.
+
+        Returns:
+            Names of what is left there, because it is not the farm's.
+        """
+        if self._state.known_farm_id() is None:
+            return []  # no farm's: nothing in it is touched
         self.down()
         self._ray.purge()
-        shutil.rmtree(self._state.root, ignore_errors=True)
+        return self._state.purge()
 
     def status(self) -> list[ServiceStatus]:
         """Return each process that should run, dead or alive; what was stopped on purpose is not listed."""

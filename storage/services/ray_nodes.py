@@ -121,8 +121,17 @@ class RayService:
     @property
     def nodes(self) -> list[RayNode]:
         """Return the nodes that were ever started and not stopped, by index."""
+        return [node for node in self._ever if node.process.pid is not None]
+
+    @property
+    def taken_down(self) -> frozenset[str]:
+        """Return the names of the nodes that were ended on purpose."""
+        return frozenset(node.name for node in self._ever if node.process.pid is None)
+
+    @property
+    def _ever(self) -> list[RayNode]:
         indices = sorted(int(path.stem.removeprefix("ray-n")) for path in self._state.run.glob("ray-n*.json"))
-        return [node for node in (RayNode(self._state, index) for index in indices) if node.process.pid is not None]
+        return [RayNode(self._state, index) for index in indices]
 
     @property
     def processes(self) -> list[ServiceProcess]:
@@ -142,14 +151,14 @@ class RayService:
             call_timeout_s=config.call_timeout_s,
         )
 
-    def start(self, config: RayConfig, nodes: int, *, include_dashboard: bool = False) -> list[str]:
-        """Bring the cluster to *nodes* nodes and return the names of those that were started.
+    def start(self, config: RayConfig, nodes: int, *, include_dashboard: bool = False) -> tuple[list[str], list[str]]:
+        """Bring the cluster to *nodes* nodes; return the processes that were started, and those that were ended.
 
         A dead worker node is started alone. A dead head takes the cluster's state with it, so all start anew.
 
         Args:
             config: What each node offers.
-            nodes: How many, the head included; what runs beyond is stopped.
+            nodes: How many, the head included; what runs beyond is taken down.
             include_dashboard: Start Ray's dashboard, which job submission needs (and ``ray[default]``).
 
         Raises:
@@ -157,12 +166,12 @@ class RayService:
         """
         wanted = [RayNode(self._state, index) for index in range(nodes)]
         head, workers = wanted[0], wanted[1:]
-        self._stop(node for node in self.nodes if node.index >= nodes)
-        started: list[str] = []
+        stopped = self._stop(node for node in self.nodes if node.index >= nodes)
+        started: list[RayNode] = []
         if not (head.is_alive() and is_listening(head.process.ports.get("gcs", 0))):
             self._stop(self.nodes)
             self._start_head(head, config, include_dashboard=include_dashboard)
-            started.append(head.name)
+            started.append(head)
         temp, gcs_port = self._temp_dir(), head.process.ports["gcs"]
 
         def start(node: RayNode) -> None:
@@ -172,7 +181,7 @@ class RayService:
         if dead:
             with ThreadPoolExecutor(len(dead)) as pool:
                 list(pool.map(start, dead))
-        return started + [node.name for node in dead]
+        return [node.process.name for node in (*started, *dead)], stopped
 
     def stop(self) -> list[str]:
         """End all nodes, the head last; return the names of the processes that ran."""
@@ -192,7 +201,9 @@ class RayService:
             (node_dir / "ray_current_cluster").unlink(missing_ok=True)
             for session in sorted(node_dir.glob("session_2*"))[:-1]:
                 shutil.rmtree(session, ignore_errors=True)  # the last one's logs may still be wanted
-        gcs_port = choose_ports(["gcs"], head.process.ports)["gcs"]
+        # Not the port of the cluster that is gone: its drivers would ask this one thousands of times a second, each
+        # time with the other's ID.
+        gcs_port = choose_ports(["gcs"], {})["gcs"]
         self._try(head, config, temp, gcs_port, include_dashboard=include_dashboard)
 
     def _try(self, node: RayNode, config: RayConfig, temp: Path, gcs_port: int, *, include_dashboard: bool) -> None:
@@ -229,6 +240,14 @@ class RayService:
 
     def _token_file(self) -> Path:
         return _token_file(self._state)
+
+
+def taken_down(state_dir: str) -> frozenset[str]:
+    """Return the names of the nodes that were started under *state_dir* once and ended on purpose since.
+
+    Empty where the directory is not on this machine, or no Ray was started from it.
+    """
+    return RayService(StateDir(Path(state_dir))).taken_down if state_dir else frozenset()
 
 
 def ray_environment(state: StateDir) -> dict[str, str]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
+import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.errors import DeadlineExceededError
+from cluster.errors import DeadlineExceededError, StartError
+from storage.services.file_lock import locked_file
 
-_LOCK_POLL_S = 0.05
+_FARM_ID = "farm-id"
+#: Everything that a farm keeps in its directory, by name; what else is there is somebody else's.
+_OWN = ("farm.toml", "secrets", "run", "logs", "redis", "s3", "ray", "nodes", "node-root")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,42 @@ class StateDir:
     """
 
     root: Path
+
+    def claim(self) -> None:
+        """Make this directory a farm's, unless it is one: from then on the names in it that a farm uses are its own.
+
+        Raises:
+            StartError: something that no farm made has one of these names, and ``purge`` would remove it; or the
+                directory can't be made.
+        """
+        if self.known_farm_id() is not None:
+            return
+        taken = [name for name in _OWN if os.path.lexists(self.root / name)]
+        # Asked again: another command may have claimed it, and begun, in between.
+        if taken and self.known_farm_id() is None:
+            raise StartError(
+                "the farm", f"{self.root} holds {', '.join(taken)}, which no farm made: name another directory", ""
+            )
+        try:
+            self.farm_id()
+        except OSError as exc:
+            raise StartError("the farm", f"{self.root} can't be written to: {exc.strerror}", "") from exc
+
+    def purge(self) -> list[str]:
+        """Remove what the farm keeps here, and the directory where that leaves it empty; nothing runs.
+
+        Returns:
+            Names of what is left, because it is not the farm's or can't be removed; nothing is done where no farm was.
+        """
+        if self.known_farm_id() is None:
+            return []
+        # What names the directory as a farm's goes last: a purge that was ended can be made again.
+        for name in (*_OWN, _FARM_ID):
+            for path in (self.root / name, *self.root.glob(f".{name}.*")):  # drafts that a crash left, too
+                _remove(path)
+        with suppress(OSError):  # not empty
+            self.root.rmdir()
+        return sorted(path.name for path in self.root.iterdir()) if self.root.is_dir() else []
 
     def create(self) -> None:
         """Make the directories that are missing."""
@@ -52,14 +90,14 @@ class StateDir:
 
     def farm_id(self) -> str:
         """Return the farm's UUID, made on first use: it marks every process the farm starts."""
-        path = self.root / "farm-id"
+        path = self.root / _FARM_ID
         if (known := _read_text(path)) is not None:
             return known
         return create_once(path, lambda: str(uuid.uuid4()))
 
     def known_farm_id(self) -> str | None:
         """Return the farm's UUID, or None where no farm was ever started here."""
-        return _read_text(self.root / "farm-id")
+        return _read_text(self.root / _FARM_ID)
 
     def secret_file(self, name: str, make: Callable[[], str]) -> Path:
         """Return the file of secret *name*, filled by *make* on first use; readable by its owner only."""
@@ -78,23 +116,11 @@ class StateDir:
             DeadlineExceededError: another process held it for *deadline_s* seconds.
         """
         self.create()
-        fd = os.open(self.run / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            give_up_at = time.monotonic() + deadline_s
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as exc:
-                    if time.monotonic() >= give_up_at:
-                        raise DeadlineExceededError(
-                            f"{name} of {self.root}",
-                            f"another command has been starting or stopping it for {deadline_s:.0f} s",
-                        ) from exc
-                    time.sleep(_LOCK_POLL_S)
+        too_late = DeadlineExceededError(
+            f"{name} of {self.root}", f"another command has been starting or stopping it for {deadline_s:.0f} s"
+        )
+        with locked_file(self.run / f"{name}.lock", deadline_s=deadline_s, too_late=too_late):
             yield
-        finally:
-            os.close(fd)
 
 
 def random_secret() -> str:
@@ -126,8 +152,17 @@ def write_atomic(path: Path, text: str, mode: int = 0o600) -> None:
         raise
 
 
+def _remove(path: Path) -> None:
+    """Remove a file, a link, or a directory with all that is in it; what can't be stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
 def _read_text(path: Path) -> str | None:
     try:
         return path.read_text().strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None

@@ -64,14 +64,14 @@ class SwiftService:
         """Start what doesn't run; tell whether anything was started. The caller holds the lock ``s3``.
 
         A server that died is started alone on its old port: the others find it there. If the port was
-        taken meanwhile, all four start anew on ports of their own.
+        taken meanwhile, all four start anew on ports of their own; so they do where *config* was changed.
 
         Raises:
             StartError: a server did not start.
         """
         python: Path | None = None
         for last_try in (False, False, True):
-            if self.is_alive() and self._is_healthy():
+            if self.is_alive() and self._is_configured(config) and self._is_healthy():
                 return python is not None
             python = python or python_of(environment or ensure_environment())
             try:
@@ -91,7 +91,7 @@ class SwiftService:
         dead = [name for name, process in self._servers.items() if not process.is_alive()]
         before = {name: process.ports.get(name, 0) for name, process in self._servers.items()}
         ports = {**before, **choose_ports(dead, before)}
-        if ports != before or not self._has_rings() or not dead:
+        if ports != before or not self._has_rings() or not self._is_configured(config) or not dead:
             dead = list(self._servers)
             for process in self.processes:
                 process.stop()
@@ -142,6 +142,14 @@ class SwiftService:
 
     def _has_rings(self) -> bool:
         return (self._root / "etc" / "rings").exists()
+
+    def _is_configured(self, config: S3Config) -> bool:
+        """Tell whether what runs was started with *config*."""
+        settings = self._settings(config, {name: process.ports.get(name, 0) for name, process in self._servers.items()})
+        try:
+            return all((settings.etc / name).read_text() == text for name, text in settings.files().items())
+        except OSError:
+            return False
 
     def _is_healthy(self) -> bool:
         return all(_answers(process.ports.get(name, 0)) for name, process in self._servers.items())

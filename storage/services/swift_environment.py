@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.errors import StartError
+from storage.services.file_lock import locked_file
 
 _LOCK_FILE = Path(__file__).with_name("swift.lock")
 _COMPLETE = "lazyfarm-complete"
 _INSTALL_S = 600.0
-_POLL_S = 0.2
 
 
 def default_location() -> Path:
@@ -43,7 +39,8 @@ def ensure_environment(location: Path | None = None) -> Path:
     if _is_usable(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusively(target.with_name(f".{target.name}.lock")):
+    too_late = StartError("S3 server's environment", f"another process has been making it for {_INSTALL_S:.0f} s", "")
+    with locked_file(target.with_name(f".{target.name}.lock"), deadline_s=_INSTALL_S, too_late=too_late):
         if _is_usable(target):  # another process has made it meanwhile
             return target
         draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -102,24 +99,3 @@ def _run(command: list[str]) -> None:
         raise StartError("S3 server's environment", f"not installed after {_INSTALL_S:.0f} s", "") from exc
     except OSError as exc:
         raise StartError("S3 server's environment", f"{command[0]}: {exc.strerror}", "") from exc
-
-
-@contextmanager
-def _exclusively(path: Path) -> Iterator[None]:
-    """Hold a lock file; the kernel drops it with the process."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        give_up_at = time.monotonic() + _INSTALL_S
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as exc:
-                if time.monotonic() >= give_up_at:
-                    raise StartError(
-                        "S3 server's environment", f"another process has been making it for {_INSTALL_S:.0f} s", ""
-                    ) from exc
-                time.sleep(_POLL_S)
-        yield
-    finally:
-        os.close(fd)

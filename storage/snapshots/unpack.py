@@ -80,6 +80,10 @@ _TYPE: Final = {
 DEFAULT_DIRECTORY: Final = Attributes(mode=stat.S_IFDIR | 0o755)
 
 
+class _LostError(Exception):
+    """A path leads nowhere. Never leaves this module."""
+
+
 class UpperDirectory:
     """What is known of a directory of the upper."""
 
@@ -398,6 +402,31 @@ class Unpacker:
 
     def _resolve(self, parts: list[bytes]) -> bytes:
         """Follow *parts* within the tree, making directories that aren't there yet; return the path."""
+
+        def look(path: bytes, child: bytes, part: bytes) -> bytes | None:
+            target = self._link_at(path, child, part)
+            if target is None:
+                self._make_missing(path, child, part)
+            else:
+                self._followed.add(child)
+            return target
+
+        try:
+            return self._follow(parts, look)
+        except _LostError as exc:
+            raise self._malformed(b"/".join(parts), str(exc)) from None
+
+    def _follow(self, parts: list[bytes], look: Callable[[bytes, bytes, bytes], bytes | None]) -> bytes:
+        """Return the path that *parts* lead to, symlinks followed within the tree.
+
+        Args:
+            parts: Where to, from the root.
+            look: Called with a directory's path, the path of what is next and its name, where that is no
+                directory of the upper. Returns the target of the symlink there, or None for a directory.
+
+        Raises:
+            _LostError: there are too many symlinks; and whatever *look* raises.
+        """
         path = b""
         pending = list(reversed(parts))
         links = 0
@@ -407,18 +436,13 @@ class Unpacker:
                 path = parent_of(path)
                 continue
             child = join(path, part)
-            if child in self.directories:
-                path = child
-                continue
-            target = self._link_at(path, child, part)
+            target = None if child in self.directories else look(path, child, part)
             if target is None:
-                self._make_missing(path, child, part)
                 path = child
                 continue
             links += 1
             if links > _MAX_LINKS:
-                raise self._malformed(b"/".join(parts), "too many symlinks on its way")
-            self._followed.add(child)
+                raise _LostError("too many symlinks on its way")
             if target.startswith(b"/"):
                 path = b""
             pending.extend(reversed([step for step in target.split(b"/") if step and step != b"."]))
@@ -481,35 +505,21 @@ class Unpacker:
 
     def _exists(self, parts: list[bytes]) -> bool:
         """Tell whether the directory *parts* is in the upper or below, links followed; make nothing."""
-        path = b""
-        pending = list(reversed(parts))
-        links = 0
-        while pending:
-            part = pending.pop()
-            if part == b"..":
-                path = parent_of(path)
-                continue
-            child = join(path, part)
-            if child in self.directories:
-                path = child
-                continue
-            if path in self.directories:
-                target = self._link_at(path, child, part)
-                node = None if target is not None else self._below(path, part)
-            else:
-                node = self._below(path, part)
-                is_link = node is not None and stat.S_ISLNK(node.mode)
-                target = os.readlink(node.path) if node is not None and is_link else None
-            if target is not None:
-                links += 1
-                if links > _MAX_LINKS:
-                    return False
-                path = b"" if target.startswith(b"/") else path
-                pending.extend(reversed([step for step in target.split(b"/") if step and step != b"."]))
-            elif node is None or not node.is_dir:
-                return False
-            else:
-                path = child
+
+        def look(path: bytes, child: bytes, part: bytes) -> bytes | None:
+            if path in self.directories and (target := self._link_at(path, child, part)) is not None:
+                return target
+            node = self._below(path, part)
+            if node is not None and stat.S_ISLNK(node.mode):
+                return os.readlink(node.path)
+            if node is None or not node.is_dir:
+                raise _LostError("nothing is there")
+            return None
+
+        try:
+            self._follow(parts, look)
+        except _LostError:
+            return False
         return True
 
     # -- what is below --

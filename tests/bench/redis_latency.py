@@ -12,19 +12,21 @@ from cluster.descriptor import Descriptor
 from cluster.digest import digest_of
 from cluster.flight.values import Committed, FlightEvent, Owned
 from cluster.lease import LeaseId
+from cluster.provider import ProviderHandle
 from cluster.ref import BlobRecord, RefId, RefRecord
 from storage.connect import connect
 from storage.flights import RedisFlightStore
 from storage.keys import Keys
 from storage.leases import RedisLeaseStore
 from storage.link import RedisLink
-from storage.refs import RedisRefStore
+from storage.refs import BLOB, PROVIDER, RedisRefStore
 from tests.bench.ratio import Ratio, percentile
 from tests.doubles.redis import redis_binaries, redis_server
 
 _ROUNDS = 2000
 _REFS = 5000
 _BULK = 500
+_REPEATS = 5
 _TTL_S = 10.0
 _WAKE_DEADLINE_S = 10.0
 
@@ -103,32 +105,67 @@ async def _committed_at(events: AsyncIterator[FlightEvent]) -> float:
 
 
 async def _lookups(link: RedisLink, keys: Keys) -> Ratio:
+    """Measure lookups of refs, with presence and providers, against raw MGETs of as many keys as they read.
+
+    Half of the refs' blobs are present, and each digest has a provider. A set can't be read by MGET, so
+    copies of the sets' members stand for them: the raw side reads as many keys with as many bytes.
+    """
     leases, refs = RedisLeaseStore(link, keys), RedisRefStore(link, keys)
     lease = LeaseId("bench")
     await leases.create(lease, ttl_s=600)
+    provider = ProviderHandle(registry="registry.example", repository="team/bench")
     ids: list[RefId] = []
+    raw_keys: list[list[str]] = []
     for start in range(0, _REFS, _BULK):
         records = [RefRecord.over(_layer(n), None, "registry.example/bench:1") for n in range(start, start + _BULK)]
-        ids += [state.record.id for state in await refs.get_or_create(records, {}, lease_id=lease)]
+        digests = [record.blob.digest for record in records]
+        states = await refs.get_or_create(records, {d: [provider] for d in digests}, lease_id=lease)
+        ids += [state.record.id for state in states]
+        present = [
+            BlobRecord(digest=digest, key=f"blobs/sha256/{digest}/nonce", size_bytes=20_000_000, etag="e", fence=1)
+            for digest in digests[::2]
+        ]
+        packed = [("SET", keys.blob(blob.digest), BLOB.encode(blob)) for blob in present]
+        packed += [("SET", f"{keys.prefix}:copy:{digest}", PROVIDER.encode(provider)) for digest in digests]
+        await link.execute_many(packed, may_repeat=True)
+        raw_keys.append(
+            [
+                *(keys.ref(state.record.id) for state in states),
+                *(keys.blob(digest) for digest in digests),
+                *(f"{keys.prefix}:copy:{digest}" for digest in digests),
+            ]
+        )
 
-    async def best(look: Callable[[list[RefId]], Awaitable[object]]) -> float:
-        rates = []
-        for _ in range(5):
-            began = time.perf_counter()
-            for start in range(0, _REFS, _BULK):
-                await look(ids[start : start + _BULK])
-            rates.append(_REFS / (time.perf_counter() - began))
-        return max(rates)
+    async def look_up() -> None:
+        for start in range(0, _REFS, _BULK):
+            found = await refs.get(ids[start : start + _BULK])
+            assert found[0] is not None
+            assert found[0].present is not None
+            assert len(found[0].providers) == 1
 
-    raw = await best(lambda part: link.execute("MGET", *[keys.ref(i) for i in part], may_repeat=True))
-    bare = await best(refs.records)
-    full = await best(refs.get)
+    async def read_raw() -> None:
+        for batch in raw_keys:
+            # As large a command as a lookup's: MGETs of a thousand keys, all sent at once.
+            commands = [("MGET", *batch[start : start + 1000]) for start in range(0, len(batch), 1000)]
+            await link.execute_many(commands, may_repeat=True)
+
+    async def rate(work: Callable[[], Awaitable[None]]) -> float:
+        began = time.perf_counter()
+        await work()
+        return _REFS / (time.perf_counter() - began)
+
+    ours, raw = 0.0, 0.0
+    for _ in range(_REPEATS):  # in turn, so that a busy moment of the machine meets both
+        ours, raw = max(ours, await rate(look_up)), max(raw, await rate(read_raw))
     return Ratio(
         name="ref_lookups_over_raw_mget",
-        value=bare / raw,
+        value=ours / raw,
         target=0.3,
         side="at least",
-        detail=f"{bare:,.0f}/s of MGET's {raw:,.0f}/s, {_BULK} a call; with presence and providers {full:,.0f}/s",
+        detail=(
+            f"{ours:,.0f} refs/s, decoded, with presence and providers, of {raw:,.0f}/s "
+            f"for raw MGETs of the same three keys a ref, undecoded; {_BULK} refs a call"
+        ),
     )
 
 

@@ -15,9 +15,11 @@ import pytest
 from cluster.descriptor import Descriptor
 from cluster.errors import (
     ClusterError,
+    FarmClosedError,
     LeaseLostError,
     NeedsRemoteProvidersError,
     NodeNotFoundError,
+    NotAnImageError,
     RefNotFoundError,
     RefReleasedError,
 )
@@ -175,6 +177,38 @@ async def test_a_released_ref_is_of_no_more_use(farm, registry):
             await driver.get_by_blob(descriptor(fresh_layer()), ref)
         assert ref.id
         assert (await driver.get(ref.id)).is_lazy
+
+
+async def test_a_closed_farm_says_that_it_is_closed(farm):
+    """Not that Redis is away."""
+    async with await farm.connect() as driver:
+        pass
+    for act in (driver.refs, driver.nodes, driver.leases, driver.images, lambda: driver.pull("a/b:1")):
+        with pytest.raises(FarmClosedError):
+            await act()
+
+
+async def test_an_image_without_layers_is_an_empty_directory(farm, registry):
+    """It has no ref to show, and all else works."""
+    registry.push("api/empty", "1", fresh_image(layers=0))
+    name = f"{registry.host}/api/empty:1"
+    async with await farm.connect() as driver:
+        ref = await driver.pull(name)
+        assert (ref.layers, ref.is_lazy) == ((), False)
+        extracted = await ref.extract("n0")
+        assert await asyncio.to_thread(os.listdir, extracted.path) == []
+    told = farm.cli("refs", "show", name, check=False)
+    assert (told.returncode, told.stdout) == (1, "")
+    assert told.stderr.startswith(f"error: image {name} has no layers")
+
+
+async def test_only_an_images_top_is_pushed(farm, registry):
+    """A layer below it has no manifest, which is another thing than being unknown."""
+    registry.push("api/inner", "1", fresh_image(layers=2))
+    async with await farm.connect() as driver:
+        ref = await driver.pull(f"{registry.host}/api/inner:1")
+        with pytest.raises(NotAnImageError, match="the top of no image"):
+            await driver.push(ref.layers[0].record.id, f"{registry.host}/api/elsewhere:1")
 
 
 async def test_a_push_names_how_each_layer_got_there(farm, registry):

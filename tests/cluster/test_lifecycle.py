@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lazyfarm.settings import load_settings
 from storage.services.process import FARM_MARK, SERVICE_MARK
 from tests.doubles.farm import FAST, RunningFarm
 from tests.doubles.redis import redis_binaries, redis_server
@@ -90,7 +91,8 @@ def test_up_again_is_a_no_op_that_says_so(farm):
     """To people and to scripts; every process stays the one it was."""
     before = set(processes(farm))
     told = farm.cli_json("up")
-    assert (told["changed"], told["started"]) == (False, [])
+    assert (told["changed"], told["started"], told["stopped"]) == (False, [], [])
+    assert {actor["node"] for actor in told["actors"] if actor["kind"] == "supervisor"} == {"n0"}
     assert {node["id"] for node in told["nodes"]} == {"n0", "n1", "n2"}
     assert "already up: nothing was changed" in farm.cli("up").stdout
     assert before <= set(processes(farm))
@@ -195,6 +197,70 @@ def test_down_ends_all_of_the_farm_and_nothing_else_and_up_finds_its_data(farm, 
     assert {layer["source"] for layer in farm.cli_json("unlazy", still_lazy)["layers"]} != {"present"}
     (node,) = farm.cli_json("extract", present)["nodes"]
     assert Path(node["path"], "data-0").exists()
+
+
+# -- changes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A farm of one node with a configuration file: for tests that change either."""
+    with neighbour(tmp_path_factory.mktemp("own") / "farm") as farm:
+        yield farm
+
+
+def actors(told):
+    return {actor["name"]: actor["pid"] for actor in told["actors"]}
+
+
+def is_well(farm):
+    """All that is told of is there; the doctor finds nothing dead or lost."""
+    assert "problems" not in farm.cli_json("status")
+    findings = {f["check"]: f["ok"] for f in json.loads(farm.cli("doctor", "--json", check=False).stdout)["findings"]}
+    assert (findings["nodes"], findings["actors"]) == ("ok", "ok")
+
+
+def test_a_changed_configuration_is_applied_to_what_runs(own, registry):
+    """Edited file or override: actors start anew with it, which is told; drivers follow; then `up` changes nothing."""
+    file = own.state_dir.with_suffix(".toml")
+    before = own.cli_json("status")
+    file.write_text("[cache]\nshards = 3\n")
+    told = own.cli_json("up", timeout_s=200)
+    assert told["changed"] is True
+    assert {actor["name"] for actor in before["actors"]} == set(told["stopped"])
+    assert {actor["name"] for actor in told["actors"]} == set(told["started"])
+    assert sum(actor["kind"] == "cache-shard" for actor in told["actors"]) == 3
+    assert not set(actors(before).values()) & set(actors(told).values())
+    is_well(own)
+    works(own, registry)
+
+    own.environ["LAZYFARM__FETCH__RANGES_PER_LAYER"] = "2"
+    overridden = own.cli_json("up", timeout_s=200)
+    del own.environ["LAZYFARM__FETCH__RANGES_PER_LAYER"]
+    assert set(overridden["stopped"]) == set(actors(told))
+    # The override is remembered, and the file is not needed any more.
+    file.unlink()
+    again = own.cli_json("up")
+    assert (again["changed"], actors(again)) == (False, actors(overridden))
+    assert load_settings(own.state_dir, None, {}).config.fetch.ranges_per_layer == 2
+    assert load_settings(own.state_dir, None, {}).config.cache.shards == 3
+    works(own, registry)
+
+
+def test_nodes_that_are_taken_down_on_purpose_are_told_of_once(own, registry):
+    """As stopped, by the `up` that takes them down; from then on nobody misses them, and work goes on."""
+    grown = own.cli_json("up", "--nodes", "2", timeout_s=200)
+    assert ("ray-n1" in grown["started"], grown["stopped"]) == (True, [])
+    works(own, registry)
+
+    shrunk = own.cli_json("up", "--nodes", "1", timeout_s=200)
+    assert (shrunk["changed"], shrunk["stopped"]) == (True, ["ray-n1"])
+    assert [(node["id"], node["alive"]) for node in shrunk["nodes"]] == [("n0", True)]
+    assert {(actor["node"], actor["state"]) for actor in shrunk["actors"]} == {("n0", "ready")}
+    is_well(own)
+    again = own.cli_json("up")
+    assert (again["changed"], actors(again)) == (False, actors(shrunk))
+    works(own, registry)
 
 
 # -- neighbours ----------------------------------------------------------------------------------------------

@@ -334,6 +334,21 @@ async def test_a_dead_holders_slot_comes_back(redis_farm):
     assert await is_free(alive.limiter)
 
 
+async def test_a_waiter_that_is_cancelled_as_a_slot_comes_free_is_cancelled(stores):
+    """Whoever waits for a slot is woken and cancelled at the same moment: it goes, and takes no slot along."""
+    async with AsyncExitStack() as held:
+        await hold(held, stores.limiter, LIMIT - 1)
+        async with stores.limiter.slot(HOST, deadline_s=LONG_S):
+            waiting = asyncio.create_task(is_free(stores.limiter, deadline_s=LONG_S))
+            # Long enough to have asked, and to wait for its turn; one that hasn't is cancelled all the same.
+            assert not await is_free(stores.limiter)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+        assert await is_free(stores.limiter)
+
+
 async def test_waiting_is_no_busy_loop(redis_farm):
     """Waiters ask a few times a second, rarer the more come before."""
     limiter = redis_farm.stores().limiter

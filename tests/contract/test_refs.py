@@ -88,7 +88,6 @@ async def test_a_record_comes_back_as_it_was_made(stores):
     assert state.is_lazy
     assert state.providers == (HERE,)
     assert await stores.refs.get([record.id]) == [state]
-    assert await stores.refs.records([record.id]) == [state.record]
 
 
 async def test_empty_fields_stay_what_they_are(stores):
@@ -143,8 +142,8 @@ async def test_two_callers_get_one_record(stores):
 
     assert len({tuple(state.record.id for state in states) for states in made}) == 1
     assert len(await stores.refs.list_refs()) == 2
-    (top,) = await stores.refs.records([chain("a", "b")[-1].id])
-    assert top.image_refs == tuple(f"r.example/x:{n}" for n in range(4))
+    (top,) = await stores.refs.get([chain("a", "b")[-1].id])
+    assert top.record.image_refs == tuple(f"r.example/x:{n}" for n in range(4))
 
 
 async def test_other_compression_is_another_record_of_one_chain(stores):
@@ -235,20 +234,16 @@ async def test_using_an_unknown_ref_changes_nothing(stores):
 
 
 async def test_bulk_lookups_keep_the_order(stores):
-    """get() and records() answer in the order asked, None where there is none, for thousands at once."""
+    """get() answers in the order asked, None where there is none, for thousands at once."""
     records = [chain(str(number))[0] for number in range(1200)]
     await make(stores, records)
     asked = [record.id for record in reversed(records)]
     asked.insert(7, RefId("unknown"))
 
-    found = await stores.refs.records(asked)
     states = await stores.refs.get(asked)
 
-    assert found[7] is None
     assert states[7] is None
-    assert [record.id for record in found if record] == [record.id for record in reversed(records)]
-    assert [state and state.record for state in states] == found
-    assert await stores.refs.records([]) == []
+    assert [state.record.id for state in states if state] == [record.id for record in reversed(records)]
     assert await stores.refs.get([]) == []
 
 
@@ -286,18 +281,19 @@ async def test_refs_are_listed_by_last_use(stores):
 
 
 async def test_a_description_is_set_once(stores):
-    """describe() fills in what is missing and overwrites nothing; image refs stay."""
-    (a,) = chain("a", image_ref="x.example/y:1")
-    await make(stores, [a])
+    """A ref says which image it was first pulled from; a later pull overwrites nothing, and its image ref is added."""
+    (unnamed,), (first,), (second,) = (
+        chain("a"),
+        chain("a", image_ref="x.example/y:1"),
+        chain("a", image_ref="x.example/y:2"),
+    )
+    await make(stores, [unnamed])
+    await make(stores, [first])
+    (state,) = await make(stores, [second])
 
-    await stores.refs.describe(a.id, "pulled from x.example/y:1")
-    await stores.refs.describe(a.id, "something else")
-    await stores.refs.describe(RefId("unknown"), "nothing")
-
-    (record,) = await stores.refs.records([a.id])
-    assert record.description == "pulled from x.example/y:1"
-    assert record.image_refs == ("x.example/y:1",)
-    assert record.blob == a.blob
+    assert state.record.description == "pulled from x.example/y:1"
+    assert state.record.image_refs == ("x.example/y:1", "x.example/y:2")
+    assert state.record.blob == first.blob
 
 
 async def test_a_present_blob_makes_every_ref_over_it_present(stores):

@@ -24,6 +24,7 @@ from cluster.errors import (
 )
 from cluster.provider import ProviderHandle
 from storage.registry.blob import BlobSource
+from storage.registry.endpoint import Endpoint
 from tests.doubles.registry import docker_registry, htpasswd_config, make_authority
 from tests.doubles.registry_faults import (
     Hang,
@@ -317,6 +318,16 @@ def test_mirrors_come_before_the_registry(filled):
         ("https", "registry.example", False),
     ]
     assert {one.repository for one in found} == {"a/b"}
+
+
+def test_a_foreign_layer_that_is_gone_is_told_with_its_address_and_no_secret(proxy, source):
+    """Scheme, host and path: not the query, nor a user's name and password."""
+    url = f"{proxy.url}/v2/{REPOSITORY}/blobs/{digest_of(b'gone')}"
+    with pytest.raises(BlobNotFoundError) as caught:
+        source.open(ProviderHandle(kind="urls", registry="x", repository="", urls=(f"{url}?sig=hunter2",)), DIGEST)
+    assert caught.value.where == url
+    signed = url.replace("http://", "http://user:hunter2@") + "?sig=hunter2"
+    assert Endpoint(registry=proxy.host, repository="", scheme="http", url=signed).source == url
 
 
 def test_a_foreign_layer_is_read_from_its_own_address(proxy, source):

@@ -431,7 +431,7 @@ async def test_plain_http_behind_an_https_address_says_so(registry, authority, m
 
 
 async def test_existence_costs_a_head_and_no_byte(registry, make):
-    """A blob's size, a tag's digest, or None."""
+    """A blob's size, or None."""
     image = random_image(18)
     registry.push("plain/there", "1", image)
     registry.forget()
@@ -440,10 +440,35 @@ async def test_existence_costs_a_head_and_no_byte(registry, make):
     layer = image.layers[0]
     assert await client.blob_exists(handle, layer.digest, authorizer) == len(layer.data)
     assert await client.blob_exists(handle, digest_of(b"no"), authorizer) is None
-    assert await client.manifest_exists(handle, "1", authorizer) == image.digest
-    assert await client.manifest_exists(handle, image.digest, authorizer) == image.digest
-    assert await client.manifest_exists(handle, "2", authorizer) is None
     assert {one.method for one in registry.requests()} == {"HEAD"}
+
+
+async def test_a_foreign_layer_is_looked_for_at_its_own_addresses(registry, registry_proxy, make):
+    """The first that has it says how large it is; nobody's credentials are sent or asked for."""
+    image = random_image(20)
+    registry.push("plain/foreign", "1", image)
+    layer = image.layers[0]
+    gone = f"{registry_proxy.url}/v2/plain/foreign/blobs/{digest_of(b'no')}"
+    there = f"{registry_proxy.url}/v2/plain/foreign/blobs/{layer.digest}"
+    client, authorizer = make()
+    handle = ProviderHandle(kind="urls", registry="r.example", repository="app", urls=(gone, there))
+    assert await client.blob_exists(handle, layer.digest, authorizer) == len(layer.data)
+    refuse = Respond(401, {"WWW-Authenticate": 'Basic realm="x"'})
+    registry_proxy.script(refuse, of=lambda seen: "blobs" in seen.path, times=None)
+    with pytest.raises(AccessDeniedError):
+        await client.blob_exists(handle, layer.digest, authorizer)
+    assert [(one.method, one.authorization) for one in registry_proxy.seen] == [("HEAD", None)] * 4
+
+
+async def test_a_digest_that_is_pushed_to_is_written_with_an_at_sign(registry_proxy, make):
+    """A manifest that the registry refuses under a digest: the message has the reference as people write it."""
+    registry_proxy.script(Respond(400), of=lambda seen: seen.method == "PUT")
+    client, authorizer = make()
+    target = ProviderHandle(registry=registry_proxy.host, repository="plain/at")
+    digest = digest_of(b"{}")
+    with pytest.raises(RegistryProtocolError, match=f"plain/at@{digest}") as caught:
+        await client.push_manifest(target, digest, "application/vnd.oci.image.manifest.v1+json", b"{}", authorizer)
+    assert "takes blobs of that size" in caught.value.hint
 
 
 async def test_a_blob_is_mounted_from_another_repository(registry, make):

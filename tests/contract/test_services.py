@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from cluster.config import Config, RayConfig
+from cluster.config import Config, RayConfig, S3Config
 from cluster.errors import DeadlineExceededError, StartError
 from storage.blobs import S3ContentStore
 from storage.services import redis_server, swift_environment
@@ -293,6 +293,21 @@ def test_two_farms_dont_meet(services, tmp_path):
 
 
 @pytest.mark.s3
+def test_s3_is_started_anew_where_its_configuration_was_changed(services, tmp_path):
+    """It checks signatures for the region that clients sign for; with no change, nothing is done."""
+    services.up_s3()
+    moved = LocalServices(tmp_path / "farm", Config(s3=S3Config(region="eu-west-1")))
+    reached = moved.up_s3()
+    assert reached.was_started
+    store = S3ContentStore(reached.config)
+    try:
+        assert store.check().bucket == "lazyfarm"
+    finally:
+        store.close()
+    assert not moved.up_s3().was_started
+
+
+@pytest.mark.s3
 @pytest.mark.parametrize("victim", ["s3-proxy", "s3-object", "s3-container", "s3-account"])
 def test_s3_is_repaired_after_any_of_its_processes_is_killed(services, victim):
     """What was stored is read after kill -9 of any server and another up, at the same address."""
@@ -410,3 +425,60 @@ def test_ray_is_started_once_and_repaired(tmp_path):
 def child_of(services: LocalServices, service: str, command: str) -> int:
     marks = {FARM_MARK: services.farm_id, SERVICE_MARK: service}
     return next(pid for pid in marked_pids(marks) if Path(f"/proc/{pid}/comm").read_text().strip() == command)
+
+
+# -- the directory ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def claimed(tmp_path):
+    """A farm's directory with all that a farm makes at its root."""
+    state = StateDir(tmp_path / "claimed")
+    state.claim()
+    state.create()
+    for name in ("redis", "s3", "nodes"):
+        (state.root / name / "deep").mkdir(parents=True)
+    for name in ("farm.toml", ".farm.toml.x1y2"):
+        (state.root / name).write_text("")
+    (state.root / "node-root").symlink_to(tmp_path)
+    return state
+
+
+def test_purge_removes_a_farm_s_directory(claimed):
+    """With drafts that a crash left, and links, but nothing that a link points to."""
+    assert claimed.purge() == []
+    assert not claimed.root.exists()
+    assert claimed.root.parent.is_dir()
+
+
+def test_purge_leaves_what_is_not_the_farm_s(claimed):
+    """And names it."""
+    (claimed.root / "notes.txt").write_text("precious")
+    assert claimed.purge() == ["notes.txt"]
+    assert [path.name for path in claimed.root.iterdir()] == ["notes.txt"]
+
+
+def test_purge_of_a_directory_that_never_was_a_farm_s_touches_nothing(tmp_path):
+    """Not what has a farm's names in it, and not an empty one either."""
+    for name in ("run", "logs", "redis"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    assert LocalServices(tmp_path / "mine", Config()).purge() == []
+    assert LocalServices(tmp_path / "empty", Config()).purge() == []
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "logs", "mine", "redis", "run"]
+
+
+def test_a_directory_that_holds_another_s_things_under_a_farm_s_names_is_not_claimed(tmp_path):
+    """Its logs would be removed as the farm's one day; other names don't matter, and a farm's own is claimed again."""
+    (tmp_path / "mine" / "logs").mkdir(parents=True)
+    with pytest.raises(StartError, match="logs, which no farm made"):
+        StateDir(tmp_path / "mine").claim()
+    assert StateDir(tmp_path / "mine").known_farm_id() is None
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("")
+    other = StateDir(tmp_path / "other")
+    other.claim()
+    other.create()
+    other.claim()
+    assert other.known_farm_id()

@@ -15,15 +15,13 @@ A broken variant is run with the invariant that must catch it checked alone: it 
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
+from functools import partial
 
 import pytest
-from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import precondition, rule
 
-import storage.link
 from cluster.digest import digest_of
 from cluster.errors import StaleFenceError
 from cluster.flight.values import (
@@ -39,10 +37,9 @@ from cluster.flight.values import (
 )
 from cluster.lease import LeaseId, blob_resource
 from cluster.ref import BlobRecord
-from storage.memory import Memory, MemoryFlightStore, MemoryLeaseStore, MemoryRefStore
-from storage.scripts import Script
+from storage.memory import MemoryFlightStore
+from tests.doubles.machines import MemoryWorld, RedisWorld, StoreMachine, assert_caught, break_scripts, run_machine
 from tests.doubles.redis import redis_binaries
-from tests.doubles.stores import FakeClock, RedisFarm
 
 DIGEST = digest_of(b"layer")
 KEY = blob_resource(DIGEST)
@@ -54,81 +51,15 @@ WRITES = st.sampled_from(["begin", "part", "drop", "report", "commit", "fail", "
 ALL = frozenset({"I1", "I2", "I3", "I5", "I6", "I10"})
 
 
-class BrokenInvariantError(AssertionError):
-    """The store answered what the design forbids."""
-
-    def __init__(self, name, story):
-        super().__init__(f"{name}: {story}")
-        self.name = name
-
-
-class MemoryWorld:
-    """The fakes, driven without an event loop: they never wait."""
-
-    flights_class = MemoryFlightStore
-
-    def __init__(self):
-        self.clock = FakeClock()
-        memory = Memory(self.clock)
-        self.flights = self.flights_class(memory)
-        self.refs = MemoryRefStore(memory)
-        self.leases = MemoryLeaseStore(memory)
-
-    def run(self, coroutine):
-        try:
-            coroutine.send(None)
-        except StopIteration as done:
-            return done.value
-        raise AssertionError("a fake waits")
-
-    def renew(self, fence):
-        return self.flights.renew(fence, TTL_S)
-
-    def pass_time(self, seconds):
-        self.clock.advance(seconds)
-
-    def close(self):
-        pass
-
-
-class RedisWorld:
-    """The scripts in a real Redis, in a fresh farm."""
-
-    config = None
-
-    def __init__(self):
-        self.runner = asyncio.Runner()
-        self.farm = RedisFarm(self.config)
-        stores = self.farm.stores()
-        self.flights, self.refs, self.leases = stores.flights, stores.refs, stores.leases
-
-    def run(self, coroutine):
-        return self.runner.run(coroutine)
-
-    def renew(self, fence):
-        call = (fence.key, fence.epoch, fence.number, fence.token, int(TTL_S * 1000))
-        return bool(self.run(self.farm.links[0].run("flight_renew", self.farm.keys.prefix, *call)))
-
-    def pass_time(self, seconds):
-        self.farm.pass_time(seconds)
-
-    def close(self):
-        self.run(self.farm.close())
-        self.runner.close()
-
-
-class FlightStoreMachine(RuleBasedStateMachine):
+class FlightStoreMachine(StoreMachine):
     """Calls a flight store as workers do, dead and sleeping ones too, and checks every answer."""
 
-    make_world = MemoryWorld
     checked = ALL
 
     def __init__(self):
         super().__init__()
-        self.world = self.make_world()
         self.flights = self.world.flights
         # The model.
-        self.now_s = 0.0
         self.owner: Fence | None = None
         self.expires_s = 0.0
         self.is_aborting = False
@@ -139,16 +70,6 @@ class FlightStoreMachine(RuleBasedStateMachine):
         self.outcomes: dict[int, tuple[object, float]] = {}
         self.tokens: dict[str, list[str]] = {worker: [] for worker in WORKERS}
         self.nonce = 0
-
-    def teardown(self):
-        self.world.close()
-
-    def expect(self, name, holds, story):
-        if holds:
-            return
-        if name in self.checked:
-            raise BrokenInvariantError(name, story)
-        assume(False)  # another invariant's affair: this example says nothing of ours
 
     def fresh(self, what):
         self.nonce += 1
@@ -299,7 +220,7 @@ class FlightStoreMachine(RuleBasedStateMachine):
             self.is_aborting = aborts
 
     def do_renew(self, fence, *, is_owner):
-        if not self.world.renew(fence):
+        if not self.world.renew(fence, TTL_S):
             raise StaleFenceError(fence.key, fence.number)
         if is_owner:
             self.expires_s = self.now_s + TTL_S
@@ -339,37 +260,18 @@ class FlightStoreMachine(RuleBasedStateMachine):
             self.expect("I6", answer == wanted, f"{answer} is told as the end of {fence}, which is {wanted}")
 
 
-def run(make_world, checked=ALL, *, examples, explain=True):
-    """Run the machine on a world."""
-    machine = type("Machine", (FlightStoreMachine,), {"make_world": make_world, "checked": frozenset(checked)})
-    phases = [Phase.generate, Phase.shrink] if explain else [Phase.generate]
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=30,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            phases=phases,
-            report_multiple_bugs=False,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-
-
 def test_the_fake_keeps_the_invariants():
     """No order of calls on the fake breaks an invariant."""
-    run(MemoryWorld, examples=300)
+    run_machine(FlightStoreMachine.on(MemoryWorld), examples=300, steps=30)
 
 
 @pytest.mark.redis
 @pytest.mark.parametrize("version", ["redis7", "redis6.2"])
 def test_the_scripts_keep_the_invariants(redis_servers, version):
     """No order of calls on the Lua scripts breaks an invariant."""
-    world = type("World", (RedisWorld,), {"config": redis_servers(version).config})
+    machine = FlightStoreMachine.on(partial(RedisWorld, redis_servers(version).config))
 
-    run(world, examples=60)
+    run_machine(machine, examples=60, steps=30)
 
 
 # -- mutants of the fake ----------------------------------------------------------------------------------
@@ -490,11 +392,9 @@ MUTANTS = {
 @pytest.mark.parametrize(("mutant", "name"), MUTANTS.items(), ids=lambda value: getattr(value, "__name__", value))
 def test_a_broken_fake_is_caught(mutant, name):
     """Each broken variant of the fake breaks the invariant that it is named for, and the machine sees it."""
-    world = type("World", (MemoryWorld,), {"flights_class": mutant})
+    machine = FlightStoreMachine.on(partial(MemoryWorld, flights=mutant))
 
-    with pytest.raises(BrokenInvariantError) as caught:
-        run(world, {name}, examples=1500, explain=False)
-    assert caught.value.name == name
+    assert_caught(machine, name, examples=1500, steps=30)
 
 
 # -- mutants of the scripts ------------------------------------------------------------------------------
@@ -529,20 +429,8 @@ SCRIPT_MUTANTS = [
 def test_a_broken_script_is_caught(monkeypatch, redis_servers, mutant):
     """Each broken variant of the scripts breaks the invariant that it is named for, and the machine sees it."""
     where, sound, broken, name = mutant
-    original = storage.link.script
-    broken_scripts = set()
+    broken_scripts = break_scripts(monkeypatch, where, sound, broken)
+    machine = FlightStoreMachine.on(partial(RedisWorld, redis_servers(next(iter(redis_binaries()))).config))
 
-    def mutated(script_name):
-        lua = original(script_name)
-        if where not in {"*", script_name} or sound not in lua.source:
-            return lua
-        broken_scripts.add(script_name)
-        return Script.of(script_name, lua.source.replace(sound, broken))
-
-    monkeypatch.setattr(storage.link, "script", mutated)
-    world = type("World", (RedisWorld,), {"config": redis_servers(next(iter(redis_binaries()))).config})
-
-    with pytest.raises(BrokenInvariantError) as caught:
-        run(world, {name}, examples=1500, explain=False)
-    assert caught.value.name == name
+    assert_caught(machine, name, examples=1500, steps=30)
     assert broken_scripts

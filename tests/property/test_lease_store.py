@@ -12,21 +12,18 @@ A broken variant is run with the invariant that must catch it checked alone: it 
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
-from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import invariant, rule
 
-import storage.link
 from cluster.errors import LeaseLostError
 from cluster.lease import LeaseId
-from storage.memory import Memory, MemoryLeaseStore
-from storage.scripts import Script
+from storage.memory import MemoryLeaseStore
+from tests.doubles.machines import MemoryWorld, RedisWorld, StoreMachine, assert_caught, break_scripts, run_machine
 from tests.doubles.redis import redis_binaries
-from tests.doubles.stores import FakeClock, RedisFarm
 
 NAMES = (LeaseId("a"), LeaseId("a:b"))
 LEASES = st.sampled_from(NAMES)
@@ -34,14 +31,6 @@ RESOURCES = st.lists(st.sampled_from(["ref:x", "blob:y", "image:z"]), min_size=1
 #: Far more than an example takes in a real Redis, whose clock goes on by itself.
 TTLS_S = st.sampled_from([1000.0, 2000.0])
 ALL = frozenset({"I3", "I9", "I10"})
-
-
-class BrokenInvariantError(AssertionError):
-    """The store answered what the design forbids."""
-
-    def __init__(self, name, story):
-        super().__init__(f"{name}: {story}")
-        self.name = name
 
 
 @dataclass
@@ -53,72 +42,15 @@ class Promise:
     resources: set[str] = field(default_factory=set)
 
 
-class MemoryWorld:
-    """The fake, driven without an event loop: it never waits."""
-
-    leases_class = MemoryLeaseStore
-
-    def __init__(self):
-        self.clock = FakeClock()
-        self.leases = self.leases_class(Memory(self.clock))
-
-    def run(self, coroutine):
-        try:
-            coroutine.send(None)
-        except StopIteration as done:
-            return done.value
-        raise AssertionError("a fake waits")
-
-    def pass_time(self, seconds):
-        self.clock.advance(seconds)
-
-    def close(self):
-        pass
-
-
-class RedisWorld:
-    """The scripts in a real Redis, in a fresh farm."""
-
-    config = None
-
-    def __init__(self):
-        self.runner = asyncio.Runner()
-        self.farm = RedisFarm(self.config)
-        self.leases = self.farm.stores().leases
-
-    def run(self, coroutine):
-        return self.runner.run(coroutine)
-
-    def pass_time(self, seconds):
-        self.farm.pass_time(seconds)
-
-    def close(self):
-        self.run(self.farm.close())
-        self.runner.close()
-
-
-class LeaseStoreMachine(RuleBasedStateMachine):
+class LeaseStoreMachine(StoreMachine):
     """Calls a lease store as holders do, those that were long asleep too, and checks every answer."""
 
-    make_world = MemoryWorld
     checked = ALL
 
     def __init__(self):
         super().__init__()
-        self.world = self.make_world()
         self.leases = self.world.leases
-        self.now_s = 0.0
         self.promised: dict[LeaseId, Promise] = {}
-
-    def teardown(self):
-        self.world.close()
-
-    def expect(self, name, holds, story):
-        if holds:
-            return
-        if name in self.checked:
-            raise BrokenInvariantError(name, story)
-        assume(False)  # another invariant's affair: this example says nothing of ours
 
     def live(self, lease_id):
         promise = self.promised.get(lease_id)
@@ -221,37 +153,18 @@ class LeaseStoreMachine(RuleBasedStateMachine):
         self.expect("I3", not is_pinned or lease.expires_wall_s is None, f"{lease_id} is pinned, and expires")
 
 
-def run(make_world, checked=ALL, *, examples, explain=True):
-    """Run the machine on a world."""
-    machine = type("Machine", (LeaseStoreMachine,), {"make_world": make_world, "checked": frozenset(checked)})
-    phases = [Phase.generate, Phase.shrink] if explain else [Phase.generate]
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=20,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            phases=phases,
-            report_multiple_bugs=False,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-
-
 def test_the_fake_keeps_the_invariants():
     """No order of calls on the fake breaks an invariant."""
-    run(MemoryWorld, examples=200)
+    run_machine(LeaseStoreMachine.on(MemoryWorld), examples=200, steps=20)
 
 
 @pytest.mark.redis
 @pytest.mark.parametrize("version", ["redis7", "redis6.2"])
 def test_the_scripts_keep_the_invariants(redis_servers, version):
     """No order of calls on the Lua scripts breaks an invariant."""
-    world = type("World", (RedisWorld,), {"config": redis_servers(version).config})
+    machine = LeaseStoreMachine.on(partial(RedisWorld, redis_servers(version).config))
 
-    run(world, examples=40)
+    run_machine(machine, examples=40, steps=20)
 
 
 # -- mutants of the fake ----------------------------------------------------------------------------------
@@ -332,11 +245,9 @@ MUTANTS = {
 @pytest.mark.parametrize(("mutant", "name"), MUTANTS.items(), ids=lambda value: getattr(value, "__name__", value))
 def test_a_broken_fake_is_caught(mutant, name):
     """Each broken variant of the fake breaks the invariant that it is named for, and the machine sees it."""
-    world = type("World", (MemoryWorld,), {"leases_class": mutant})
+    machine = LeaseStoreMachine.on(partial(MemoryWorld, leases=mutant))
 
-    with pytest.raises(BrokenInvariantError) as caught:
-        run(world, {name}, examples=1000, explain=False)
-    assert caught.value.name == name
+    assert_caught(machine, name, examples=1000, steps=20)
 
 
 # -- mutants of the scripts ------------------------------------------------------------------------------
@@ -365,20 +276,8 @@ SCRIPT_MUTANTS = [
 def test_a_broken_script_is_caught(monkeypatch, redis_servers, mutant):
     """Each broken variant of the scripts breaks the invariant that it is named for, and the machine sees it."""
     where, sound, broken, name = mutant
-    original = storage.link.script
-    broken_scripts = set()
+    broken_scripts = break_scripts(monkeypatch, where, sound, broken)
+    machine = LeaseStoreMachine.on(partial(RedisWorld, redis_servers(next(iter(redis_binaries()))).config))
 
-    def mutated(script_name):
-        lua = original(script_name)
-        if where not in {"*", script_name} or sound not in lua.source:
-            return lua
-        broken_scripts.add(script_name)
-        return Script.of(script_name, lua.source.replace(sound, broken))
-
-    monkeypatch.setattr(storage.link, "script", mutated)
-    world = type("World", (RedisWorld,), {"config": redis_servers(next(iter(redis_binaries()))).config})
-
-    with pytest.raises(BrokenInvariantError) as caught:
-        run(world, {name}, examples=1000, explain=False)
-    assert caught.value.name == name
+    assert_caught(machine, name, examples=1000, steps=20)
     assert broken_scripts

@@ -3,13 +3,13 @@
 import pytest
 
 from cluster.errors import NeedsRemoteProvidersError, UnavailableError
-from cluster.fetch.access import AccessControl
+from cluster.fetch.access import AccessControl, Wanted
 from storage.memory import Memory, MemoryProofStore
 from tests.doubles.fetch import FakeAuthorizer, FakeProber, handle, layer_of
 from tests.doubles.stores import FakeClock
 
-A, B, C = (layer_of(name.encode()).digest for name in "abc")
-APP, MIRROR = handle("app"), handle("app", "mirror.example")
+A, B, C = (layer_of(name.encode()) for name in "abc")
+APP, MIRROR, EVIL = handle("app"), handle("app", "mirror.example"), handle("bait", "evil.example")
 ALICE, MALLORY = FakeAuthorizer("alice"), FakeAuthorizer("mallory")
 TTL_S = 100.0
 
@@ -20,84 +20,181 @@ class Bench:
         self.prober = FakeProber()
         self.access = AccessControl(MemoryProofStore(Memory(self.clock)), self.prober, proof_ttl_s=TTL_S)
 
+    async def prove(self, who, blob, *passed, stored=(), came_from=None):
+        """Prove one blob; return the providers that may be used."""
+        wanted = Wanted(blob=blob, passed=passed, stored=tuple(stored), came_from=came_from)
+        return (await self.access.prove(who, [wanted]))[blob.digest]
+
 
 @pytest.fixture
 def bench():
     return Bench()
 
 
-async def test_a_manifest_that_was_read_proves_its_layers(bench):
-    """The common path: no registry is asked."""
-    await bench.access.record(ALICE, APP, [A, B])
-    usable = await bench.access.prove(ALICE, {A: [APP], B: [APP]})
-    assert usable == {A: (APP,), B: (APP,)}
-    assert bench.prober.asked == []
+# -- what was seen -------------------------------------------------------------------------------------------
 
 
 async def test_what_was_asked_once_is_not_asked_again(bench):
     """A HEAD proves a blob for the proof's lifetime, and no longer."""
-    bench.prober.add(APP, A, readers={"alice"})
-    await bench.access.prove(ALICE, {A: [APP]})
-    await bench.access.prove(ALICE, {A: [APP]})
+    bench.prober.add(APP, A.digest, readers={"alice"})
+    await bench.prove(ALICE, A, APP)
+    await bench.prove(ALICE, A, APP)
     assert len(bench.prober.asked) == 1
     bench.clock.advance(TTL_S + 1)
-    await bench.access.prove(ALICE, {A: [APP]})
+    await bench.prove(ALICE, A, APP)
     assert len(bench.prober.asked) == 2
 
 
 async def test_one_callers_proof_is_not_anothers(bench):
-    """Alice has read it; Mallory is refused by the registry, and by us."""
-    bench.prober.add(APP, A, readers={"alice"})
-    await bench.access.record(ALICE, APP, [A])
+    """Alice has seen it; Mallory is refused by the registry, and by us."""
+    bench.prober.add(APP, A.digest, readers={"alice"})
+    await bench.access.record(ALICE, APP, [A.digest])
     with pytest.raises(NeedsRemoteProvidersError):
-        await bench.access.prove(MALLORY, {A: [APP]})
+        await bench.prove(MALLORY, A, APP)
 
 
 async def test_a_proof_in_one_repository_is_none_in_another(bench):
-    """What was read in the mirror says nothing of a digest that only the private repository is known to hold."""
-    await bench.access.record(ALICE, MIRROR, [A])
+    """What was seen in the mirror says nothing of a digest that only the private repository is known to hold."""
+    await bench.access.record(ALICE, MIRROR, [A.digest])
     with pytest.raises(NeedsRemoteProvidersError):
-        await bench.access.prove(ALICE, {A: [APP]})
+        await bench.prove(ALICE, A, APP)
+
+
+async def test_a_proof_counts_where_the_repository_holds_that_very_digest(bench):
+    """A repository that is asked about for another blob proves nothing for this one."""
+    await bench.access.record(ALICE, MIRROR, [A.digest, B.digest])
+    with pytest.raises(NeedsRemoteProvidersError) as caught:
+        await bench.access.prove(ALICE, [Wanted(blob=A, passed=(APP,)), Wanted(blob=B, passed=(MIRROR,))])
+    assert caught.value.digests == (A.digest,)
 
 
 async def test_the_error_names_every_digest(bench):
     """A caller can come back once with handlers for all of them."""
-    bench.prober.add(APP, B)
+    bench.prober.add(APP, B.digest)
+    wanted = [Wanted(blob=A, passed=(APP,)), Wanted(blob=B, passed=(APP,)), Wanted(blob=C)]
     with pytest.raises(NeedsRemoteProvidersError) as caught:
-        await bench.access.prove(ALICE, {A: [APP], B: [APP], C: []})
-    assert caught.value.digests == (A, C)
+        await bench.access.prove(ALICE, wanted)
+    assert caught.value.digests == (A.digest, C.digest)
 
 
 async def test_any_repository_that_lets_the_caller_in_will_do(bench):
-    """Refused here, read there: it is proven, and that repository is read first."""
-    bench.prober.add(APP, A, readers={"bob"})
-    bench.prober.add(MIRROR, A)
-    assert await bench.access.prove(ALICE, {A: [APP, MIRROR]}) == {A: (MIRROR, APP)}
+    """Refused here, seen there: it is proven, and that repository is read first."""
+    bench.prober.add(APP, A.digest, readers={"bob"})
+    bench.prober.add(MIRROR, A.digest)
+    assert await bench.prove(ALICE, A, APP, MIRROR) == (MIRROR, APP)
+
+
+async def test_a_blob_of_another_size_is_another_blob(bench):
+    """The registry has something under that digest: not what the descriptor means."""
+    bench.prober.add(APP, A.digest)
+    bench.prober.sizes[A.digest] = 2
+    with pytest.raises(NeedsRemoteProvidersError):
+        await bench.prove(ALICE, A, APP)
 
 
 async def test_no_answer_is_no_refusal(bench):
     """A registry that might have said yes was silent: the call may be made again."""
     bench.prober.silent = {APP.source}
     with pytest.raises(UnavailableError):
-        await bench.access.prove(ALICE, {A: [APP]})
+        await bench.prove(ALICE, A, APP)
 
 
 async def test_a_silent_registry_does_not_matter_where_another_says_yes(bench):
     """One yes is enough."""
     bench.prober.silent = {APP.source}
-    bench.prober.add(MIRROR, A)
-    assert (await bench.access.prove(ALICE, {A: [APP, MIRROR]}))[A][0] == MIRROR
+    bench.prober.add(MIRROR, A.digest)
+    assert (await bench.prove(ALICE, A, APP, MIRROR))[0] == MIRROR
 
 
 async def test_nothing_to_prove_asks_nobody(bench):
-    """No candidates, no questions."""
-    assert await bench.access.prove(ALICE, {}) == {}
+    """No blobs, no questions."""
+    assert await bench.access.prove(ALICE, []) == {}
 
 
 async def test_anonymous_callers_prove_like_others(bench):
     """A public blob is proven for who has no credentials, for that registry alone."""
     anonymous = FakeAuthorizer("anonymous")
-    bench.prober.add(APP, A)
-    await bench.access.prove(anonymous, {A: [APP]})
-    await bench.access.prove(anonymous, {A: [APP]})
+    bench.prober.add(APP, A.digest)
+    await bench.prove(anonymous, A, APP)
+    await bench.prove(anonymous, A, APP)
     assert len(bench.prober.asked) == 1
+
+
+# -- what was named ------------------------------------------------------------------------------------------
+
+
+async def test_a_manifest_opens_what_nobody_has(bench):
+    """The common path: the blob can only come from where it is named. No registry is asked."""
+    await bench.access.record_named(ALICE, APP, [A.digest, B.digest])
+    usable = await bench.access.prove(ALICE, [Wanted(blob=A, passed=(APP,)), Wanted(blob=B, stored=(APP,))])
+    assert usable == {A.digest: (APP,), B.digest: (APP,)}
+    assert bench.prober.asked == []
+
+
+async def test_a_manifest_opens_what_came_from_its_repository(bench):
+    """The bytes show that the repository has the blob, so that its manifests may be believed."""
+    await bench.access.record_named(ALICE, APP, [A.digest])
+    assert await bench.prove(ALICE, A, stored=[APP, EVIL], came_from=APP.source) == (APP,)
+    assert bench.prober.asked == []
+
+
+@pytest.mark.parametrize("came_from", [APP.source, "", None])
+async def test_a_manifest_elsewhere_opens_nothing_that_the_farm_has_or_knows(bench, came_from):
+    """Mallory's registry names a private blob that is present, or lazy and known to be elsewhere: it is asked."""
+    bench.prober.add(APP, A.digest, readers={"alice"})
+    await bench.access.record_named(MALLORY, EVIL, [A.digest])
+    with pytest.raises(NeedsRemoteProvidersError):
+        await bench.prove(MALLORY, A, EVIL, stored=[APP], came_from=came_from)
+    assert (EVIL.source, A.digest) in bench.prober.asked
+
+
+async def test_a_repository_that_has_the_blob_too_proves_it_by_one_question(bench):
+    """A copy of a public image elsewhere: one HEAD a layer, none for as long as the proof holds."""
+    copy = handle("copy", "mirror.example")
+    bench.prober.add(copy, A.digest)
+    await bench.access.record_named(ALICE, copy, [A.digest])
+    for _ in range(2):
+        assert (await bench.prove(ALICE, A, copy, stored=[APP], came_from=APP.source))[0] == copy
+    assert bench.prober.asked == [(copy.source, A.digest)]
+
+
+async def test_who_named_a_lazy_blob_first_may_use_that_repository_alone(bench):
+    """The others' providers stay shut, whatever credentials could be had for them."""
+    await bench.access.record_named(MALLORY, EVIL, [A.digest])
+    assert await bench.prove(MALLORY, A, stored=[APP, EVIL]) == (EVIL,)
+    assert bench.prober.asked == []
+
+
+async def test_naming_is_for_one_caller_and_a_time(bench):
+    """Bob has read no manifest; Alice's reading ages."""
+    await bench.access.record_named(ALICE, APP, [A.digest])
+    with pytest.raises(NeedsRemoteProvidersError):
+        await bench.prove(FakeAuthorizer("bob"), A, APP)
+    bench.clock.advance(TTL_S + 1)
+    with pytest.raises(NeedsRemoteProvidersError):
+        await bench.prove(ALICE, A, APP)
+
+
+# -- what is handed out --------------------------------------------------------------------------------------
+
+
+async def test_bytes_from_a_callers_own_repository_are_handed_out_unasked(bench):
+    """The blob came from where this caller may read it."""
+    await bench.access.admit(ALICE, A, [APP], APP.source)
+    assert bench.prober.asked == []
+
+
+@pytest.mark.parametrize("came_from", [APP.source, ""])
+async def test_bytes_from_elsewhere_are_not_handed_out_for_a_name(bench, came_from):
+    """Mallory named the blob before anybody had it, and joined Alice's flight: she gets an error, not the bytes."""
+    bench.prober.add(APP, A.digest, readers={"alice"})
+    await bench.access.record_named(MALLORY, EVIL, [A.digest])
+    with pytest.raises(NeedsRemoteProvidersError):
+        await bench.access.admit(MALLORY, A, [EVIL], came_from)
+
+
+async def test_bytes_from_elsewhere_are_handed_out_to_who_has_seen_the_blob(bench):
+    """A proof is a proof wherever the bytes came from."""
+    await bench.access.record(ALICE, MIRROR, [A.digest])
+    await bench.access.admit(ALICE, A, [MIRROR], APP.source)
+    assert bench.prober.asked == []

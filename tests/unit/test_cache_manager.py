@@ -91,6 +91,7 @@ async def test_another_compression_is_another_ref_of_the_same_chain(bench):
     packed = layer_of(b"A, packed otherwise", diff=None)
     packed = replace(packed, diff_id=A.diff_id)
     bench.prober.add(APP, packed.digest)
+    bench.prober.sizes[packed.digest] = packed.size_bytes
     (one,), (two,) = await bench.make(A), await bench.make(packed)
     assert one.record.id != two.record.id
     assert one.record.chain == two.record.chain

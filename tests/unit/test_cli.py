@@ -17,6 +17,7 @@ import pytest
 from rich.progress import Progress
 from typer.testing import CliRunner
 
+from actors.launch import DownReport, UpReport
 from cluster.descriptor import Descriptor
 from cluster.digest import digest_of
 from cluster.errors import DigestMismatchError, FarmNotRunningError, NodeNotFoundError, RefNotFoundError
@@ -219,9 +220,9 @@ def run(*args):
 
 
 def document(*args):
-    """Run with --json: stdout is one document, stderr is empty."""
+    """Run with --json: stdout is one document, stderr has nothing of ours (Ray may talk there)."""
     result = run(*args, "--json")
-    assert result.stderr == ""
+    assert [line for line in result.stderr.splitlines() if not line.startswith("(raylet)")] == []
     assert result.stdout.count("\n") == 1
     return json.loads(result.stdout), result.exit_code
 
@@ -342,12 +343,14 @@ def launched(records, running, state_dir, monkeypatch):
         calls.nodes = nodes
         report("redis: started")
         up_settings = FarmSettings(state_dir=state_dir, wanted=settings.wanted, running=running)
-        return SimpleNamespace(changed=calls.changed, started=("redis",) if calls.changed else (), settings=up_settings)
+        print("(raylet) The node with node id: f00 has been marked dead")  # as Ray does, whenever it likes
+        return UpReport(started=("redis",) if calls.changed else (), settings=up_settings)
 
     def bring_down(settings, purge, report):
         calls.purge = purge
         report("redis: stopped")
-        return ["redis"]
+        print("(raylet) The node with node id: f00 has been marked dead")
+        return DownReport(was_farm=True, stopped=("redis",), left=("notes.txt",) if purge else ())
 
     monkeypatch.setattr(up, "bring_up", bring_up)
     monkeypatch.setattr(down_command, "bring_down", bring_down)
@@ -359,7 +362,7 @@ def test_up_tells_what_status_tells(launched):
     told, code = document("up", "--nodes", "3")
     assert code == 0
     assert launched.nodes == 3
-    assert told == {**document("status")[0], "changed": True, "started": ["redis"]}
+    assert told == {**document("status")[0], "changed": True, "started": ["redis"], "stopped": []}
 
 
 def test_up_again_says_that_nothing_was_changed(launched):
@@ -374,20 +377,44 @@ def test_up_again_says_that_nothing_was_changed(launched):
 
 
 def test_down_tells_what_was_stopped(launched):
-    """And purges only when it is told to."""
+    """And purges only when it is told to; then it names what is left, which is not the farm's."""
     assert document("down") == ({"stopped": ["redis"]}, 0)
     assert launched.purge is False
-    run("down", "--purge")
+    assert "notes.txt" in run("down", "--purge").stdout
     assert launched.purge is True
 
 
-def test_down_works_with_a_broken_configuration(launched, state_dir, running, tmp_path):
-    """A configuration that was broken since `up` must not keep a farm running."""
-    broken = tmp_path / "broken.toml"
-    broken.write_text("[redis\n")
-    write_running(state_dir, Running(**{**_fields(running), "config_file": broken}))
-    assert document("status")[0]["error"]["type"] == "ConfigError"
+@pytest.mark.parametrize("args", [(), ("--purge",)])
+def test_down_where_no_farm_is_says_so_and_makes_nothing(args, tmp_path):
+    """Exit 0: what was asked for is so."""
+    mine = tmp_path / "mine"
+    (mine / "logs").mkdir(parents=True)
+    (mine / "logs" / "precious").write_text("not a farm's")
+    for directory in (tmp_path / "nothing", mine):
+        result = run("down", *args, "--state-dir", str(directory))
+        assert result.exit_code == 0
+        assert "nothing was running there" in result.stdout
+        assert document("down", *args, "--state-dir", str(directory)) == ({"stopped": []}, 0)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["logs", "mine", "precious"]
+
+
+@pytest.mark.usefixtures("launched", "records")
+@pytest.mark.parametrize("broken", ["[redis\n", None])
+def test_only_up_cares_for_the_file_that_it_was_given(state_dir, running, tmp_path, broken):
+    """Broken or removed since: other commands go by what `up` recorded, and so does `up` where it is gone."""
+    file = tmp_path / "farm-config.toml"
+    if broken is not None:
+        file.write_text(broken)
+    write_running(state_dir, Running(**{**_fields(running), "config_file": file}))
+    assert run("status").exit_code == 0
     assert document("down")[1] == 0
+    result = run("up")
+    if broken is None:
+        assert result.exit_code == 0
+        assert f"{file} is gone: going on with what was recorded of it" in result.stdout
+    else:
+        assert result.exit_code == 1
+        assert str(file) in result.stderr
 
 
 def _fields(running):

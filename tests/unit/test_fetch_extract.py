@@ -7,21 +7,31 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cluster.digest import EMPTY_CHAIN
-from cluster.errors import BlobNotFoundError, DeadlineExceededError, DigestMismatchError, LayerError
+from cluster.digest import EMPTY_CHAIN, hex_of
+from cluster.errors import (
+    BlobNotFoundError,
+    DeadlineExceededError,
+    DigestMismatchError,
+    LayerError,
+    NeedsRemoteProvidersError,
+)
 from cluster.fetch import extract as extract_module
 from cluster.fetch.extract import Extractor
 from cluster.fetch.runner import Unlazier
 from cluster.lease import LeaseId
 from cluster.progress import LayerPhase
-from cluster.ref import RefRecord
+from cluster.ref import BlobRecord, RefRecord
+from storage.local_blobs import NodeBlobs
 from storage.memory import Memory, MemoryFlightStore, MemoryLeaseStore, MemoryProgressStore, MemoryRefStore
+from storage.memory_blobs import MemoryContentStore
+from storage.node_cache import NodeCache
 from tests.doubles.fetch import (
     FakeLocalBlob,
     FakeLocalBlobs,
     FakeSnapshotter,
     FakeTransfers,
     ManualRenewer,
+    OpenDoors,
     caller_of,
     layer_of,
 )
@@ -53,6 +63,7 @@ class Node:
             renewer=ManualRenewer(flights),
             progress=progress,
             transfers=self.transfers,
+            access=OpenDoors(),
             new_token=lambda: f"t{time.monotonic_ns()}",
             ttl_s=6.0,
             poll_s=0.5,
@@ -135,6 +146,21 @@ async def test_a_snapshot_that_is_there_needs_no_blob(node):
     assert node.transfers.fetches == []
     assert node.snapshotter.begun == []
     assert node.ends("l1") == ["present"] * 3
+
+
+async def test_a_snapshot_is_had_by_who_may_have_its_blob(node):
+    """What another had unpacked here is not mounted for a caller who may not read the layer."""
+
+    class Refuse:
+        async def admit(self, authorizer, blob, providers, came_from):
+            assert came_from == ""
+            raise NeedsRemoteProvidersError((blob.digest,))
+
+    node.snapshotter.published = await chains(node)
+    node.unlazier._access = Refuse()
+    with pytest.raises(NeedsRemoteProvidersError):
+        await (await node.call())
+    assert node.snapshotter.mounted == []
 
 
 async def test_a_snapshot_that_is_missing_is_made_though_its_blob_is_present(node):
@@ -224,6 +250,20 @@ async def test_bytes_that_stay_wrong_are_given_up(node):
     node.blobs.put(LAYERS[0].digest, FakeLocalBlob(b"bad bytes", WRONG))
     with pytest.raises(DigestMismatchError):
         await asyncio.wait_for(await node.call(), 5)
+
+
+async def test_a_file_that_was_damaged_on_this_node_is_fetched_again_from_the_content_store(node, tmp_path):
+    """What the node's disk spoilt is no fault of the image: the extract drops the file and goes on."""
+    store, cache = MemoryContentStore(), NodeCache(tmp_path, 10**6, headroom_bytes=0)
+    loop = asyncio.get_running_loop()
+    node.extractor._blobs = NodeBlobs(cache, store, node.refs, loop=loop, threads=node.threads, downloads=2)
+    base, data = LAYERS[0], DATA[0]
+    store.put("k", data)
+    node.memory.blobs[base.digest] = BlobRecord(digest=base.digest, key="k", size_bytes=len(data), etag="e", fence=1)
+    (cache.root / "blobs" / hex_of(base.digest)).write_bytes(b"bad" + data[3:])
+    await asyncio.wait_for(await node.call(layers=[base]), 5)
+    assert node.snapshotter.published == await chains(node, [base])
+    await eventually(lambda: cache.verify(base.digest))
 
 
 async def test_a_layer_that_can_t_be_fetched_ends_the_extract(node):

@@ -75,11 +75,11 @@ def state(sources=2, **more):
 def test_transient_errors_are_tried_again_with_growing_pauses():
     """Twice at this source, then the next, from which it counts anew."""
     s = state()
-    pauses = [s.failed(RESET, jitter=0.5) for _ in range(2)]
+    pauses = [s.failed(RESET, draw=0.5) for _ in range(2)]
     assert [p.delay_s for p in pauses] == pytest.approx([0.2, 0.4])
-    assert s.failed(RESET, jitter=0.5) == NextSource()
+    assert s.failed(RESET, draw=0.5) == NextSource()
     assert s.index == 1
-    assert isinstance(s.failed(RESET, jitter=0.5), TryAgain)
+    assert isinstance(s.failed(RESET, draw=0.5), TryAgain)
 
 
 def test_progress_refills_the_tries_and_not_the_budget():
@@ -88,7 +88,7 @@ def test_progress_refills_the_tries_and_not_the_budget():
     decisions = []
     for _ in range(9):
         s.progressed()
-        decisions.append(s.failed(RESET, jitter=0.5))
+        decisions.append(s.failed(RESET, draw=0.5))
     assert sum(d.delay_s for d in decisions if isinstance(d, TryAgain)) <= 1.0
     assert isinstance(decisions[-1], GiveUp)
 
@@ -96,8 +96,9 @@ def test_progress_refills_the_tries_and_not_the_budget():
 def test_a_retry_after_is_a_floor():
     """The registry is obeyed, unless it asks for more than the budget has."""
     limited = RateLimitedError("r", "429", 7.0)
-    assert state().failed(limited, jitter=0.9, retry_after_s=7.0) == TryAgain(delay_s=7.0)
-    assert state(budget_s=5.0).failed(limited, jitter=0.0, retry_after_s=7.0) == NextSource()
+    assert state().failed(limited, draw=0.0) == TryAgain(delay_s=7.0)
+    assert state().failed(limited, draw=0.9).delay_s > 7.0
+    assert state(budget_s=5.0).failed(limited, draw=0.0) == NextSource()
 
 
 @pytest.mark.parametrize(
@@ -112,20 +113,20 @@ def test_a_retry_after_is_a_floor():
 )
 def test_definite_errors_go_to_the_next_source(error, decision):
     """At once; only wrong bytes make what came so far worthless."""
-    assert state().failed(error, jitter=0.0) == decision
+    assert state().failed(error, draw=0.0) == decision
 
 
 def test_what_is_no_sources_fault_ends_it():
     """Another source would not help."""
     error = LeaseLostError("l1")
-    assert state().failed(error, jitter=0.0) == GiveUp(error=error)
+    assert state().failed(error, draw=0.0) == GiveUp(error=error)
 
 
 @pytest.mark.parametrize("errors", [[RESET, ABSENT, SessionGoneError("s")], [SessionGoneError("s"), ABSENT, RESET]])
 def test_the_most_telling_error_is_kept(errors):
     """Definite before transient before "nobody could answer", in whatever order they came."""
     s = state(sources=3, attempts=1)
-    decisions = [s.failed(error, jitter=0.0) for error in errors]
+    decisions = [s.failed(error, draw=0.0) for error in errors]
     assert decisions[-1] == GiveUp(error=ABSENT)
 
 

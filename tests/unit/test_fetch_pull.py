@@ -7,19 +7,22 @@ import pytest
 from cluster.cache.runner import CacheManager
 from cluster.descriptor import CONFIG_OCI, MANIFEST_OCI, Descriptor
 from cluster.digest import digest_of
-from cluster.errors import BlobDamagedError, LeaseLostError, UnavailableError
-from cluster.fetch.access import AccessControl
+from cluster.errors import BlobDamagedError, LeaseLostError, NeedsRemoteProvidersError, UnavailableError
+from cluster.faultpoints import FaultPlan, armed
+from cluster.fetch.access import AccessControl, Wanted
 from cluster.fetch.pull import Puller, providers_of
 from cluster.image import ResolvedImage
 from cluster.lease import LeaseId, blob_resource, image_resource, ref_resource
 from cluster.ports import ObjectInfo
+from cluster.ref import BlobRecord
 from cluster.reference import Platform, parse_reference
 from storage.memory import Memory, MemoryFlightStore, MemoryLeaseStore, MemoryProofStore, MemoryRefStore
 from tests.doubles.fetch import FakeAuthorizer, FakeProber, ManualRenewer, handle, layer_of
 from tests.doubles.stores import FakeClock
 
 NAME = "r.example/app:1"
-APP = handle("app")
+COPY_NAME = "elsewhere.example/copy:1"
+APP, COPY = handle("app"), handle("copy", "elsewhere.example")
 ALICE, MALLORY = FakeAuthorizer("alice"), FakeAuthorizer("mallory")
 LEASE = LeaseId("l1")
 MANIFEST, CONFIG = b'{"the": "manifest"}', b'{"the": "config"}'
@@ -114,11 +117,17 @@ class Bench:
             flight_ttl_s=6.0,
         )
 
-    async def pull(self, lease=LEASE, *, live=True, worker="w", who=ALICE):
+    def make_present(self, layer, source):
+        """Make a layer present, its bytes from *source*."""
+        self.memory.blobs[layer.digest] = BlobRecord(
+            digest=layer.digest, key="k", size_bytes=layer.size_bytes, etag="e", fence=1, source=source
+        )
+
+    async def pull(self, lease=LEASE, *, live=True, worker="w", who=ALICE, name=NAME):
         if live:
             await self.leases.create(lease, ttl_s=60.0)
         return await self.puller(worker).pull(
-            parse_reference(NAME), Platform(os="linux", architecture="amd64"), who, plain_http=False, lease_id=lease
+            parse_reference(name), Platform(os="linux", architecture="amd64"), who, plain_http=False, lease_id=lease
         )
 
 
@@ -139,13 +148,76 @@ async def test_a_pull_makes_lazy_refs_and_holds_them():
     assert not bench.memory.flights
 
 
-async def test_the_manifest_proves_its_layers():
-    """I7: no HEAD for any layer, and the proof is the puller's alone."""
+async def test_the_manifest_opens_its_layers():
+    """I7: no HEAD for any layer, and what was opened is the puller's alone."""
     bench = Bench(A, B)
     await bench.pull()
-    await bench.access.prove(ALICE, {A.digest: [APP], B.digest: [APP]})
+    await bench.access.prove(ALICE, [Wanted(blob=A, stored=(APP,)), Wanted(blob=B, stored=(APP,))])
     assert bench.prober.asked == []
-    assert await MemoryProofStore(bench.memory).proven([("mallory@r.example", APP.source)], [A.digest]) == [False]
+    with pytest.raises(NeedsRemoteProvidersError):
+        await bench.access.prove(MALLORY, [Wanted(blob=A, stored=(APP,))])
+
+
+@pytest.mark.parametrize("is_present", [False, True])
+async def test_a_second_pull_from_the_same_repository_asks_nothing_more(is_present):
+    """Lazy or fetched from there meanwhile, by the same caller or another: no HEAD."""
+    bench = Bench(A, B)
+    await bench.pull()
+    if is_present:
+        bench.make_present(A, APP.source)
+    await bench.pull()
+    await bench.pull(LeaseId("l2"), who=FakeAuthorizer("bob"))
+    assert bench.prober.asked == []
+
+
+@pytest.mark.parametrize("is_present", [False, True])
+async def test_a_copy_in_another_repository_costs_one_question_a_layer_once(is_present):
+    """The layers are known from where this caller can't read: the second repository is asked for each, once."""
+    bench = Bench(A, B)
+    await bench.pull()
+    if is_present:
+        bench.make_present(A, APP.source)
+        bench.make_present(B, APP.source)
+    bench.prober.add(COPY, A.digest, B.digest, readers={"bob"})
+    for _ in range(2):
+        result = await bench.pull(LeaseId("l2"), who=FakeAuthorizer("bob"), name=COPY_NAME)
+    assert sorted(bench.prober.asked) == sorted((COPY.source, layer.digest) for layer in (A, B))
+    assert all(set(state.providers) == {APP, COPY} for state in result.layers)
+
+
+async def test_a_copy_in_another_repository_costs_nothing_who_may_read_the_first():
+    """Access is there already: what the second manifest says of it doesn't matter."""
+    bench = Bench(A, B)
+    await bench.pull()
+    bench.make_present(A, APP.source)
+    await bench.pull(name=COPY_NAME)
+    assert bench.prober.asked == []
+
+
+@pytest.mark.parametrize("is_present", [False, True])
+async def test_a_manifest_that_names_anothers_private_layer_opens_nothing(is_present):
+    """BuildKit's testValidateDigestOrigin: the layer's digest and diff ID are known, the repository hasn't got it."""
+    bench = Bench(A)
+    bench.prober.add(APP, A.digest, readers={"alice"})
+    (state,) = (await bench.pull()).layers
+    if is_present:
+        bench.make_present(A, APP.source)
+    with pytest.raises(NeedsRemoteProvidersError) as caught:
+        await bench.pull(LeaseId("l2"), who=MALLORY, name=COPY_NAME)
+    assert caught.value.digests == (A.digest,)
+    assert await bench.refs.providers([A.digest]) == [(APP,)]
+    assert ref_resource(state.record.id) not in (await bench.leases.get(LeaseId("l2"))).resources
+
+
+async def test_a_manifest_that_names_anothers_config_does_not_get_it_from_the_store():
+    """A config that never came from this repository is read there, as if it were not in the content store."""
+    bench = Bench(A)
+    bench.prober.add(COPY, A.digest)
+    await bench.pull()
+    await bench.pull(name=COPY_NAME)
+    assert bench.manifests.config_reads == 2
+    await bench.pull(name=COPY_NAME)
+    assert bench.manifests.config_reads == 2
 
 
 async def test_an_image_without_layers_has_no_ref():
@@ -226,6 +298,16 @@ async def test_a_store_that_fails_leaves_no_flight():
     assert bench.memory.records == {}
     bench.small.error = None
     await bench.pull()
+
+
+async def test_where_the_refs_are_recorded_the_image_is_not():
+    """The fault point pull.recorded lies between the two: what it promises is what a kill there leaves."""
+    bench = Bench(A)
+    with armed(FaultPlan.parse("pull.recorded=error:UnavailableError"), None), pytest.raises(UnavailableError):
+        await bench.pull()
+    (ref_id,) = bench.memory.records
+    assert ref_resource(ref_id) in (await bench.leases.get(LEASE)).resources
+    assert bench.memory.images == {}
 
 
 async def test_a_pull_needs_a_live_lease():

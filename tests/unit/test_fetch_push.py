@@ -6,8 +6,8 @@ import pytest
 
 from cluster.descriptor import CONFIG_OCI, MANIFEST_OCI, Descriptor
 from cluster.digest import digest_of
-from cluster.errors import AccessDeniedError, BlobDamagedError, BlobNotFoundError, UnavailableError
-from cluster.fetch.access import AccessControl
+from cluster.errors import AccessDeniedError, BlobDamagedError, BlobNotFoundError, OtherDigestError, UnavailableError
+from cluster.fetch.access import AccessControl, Wanted
 from cluster.fetch.push import Pusher
 from cluster.fetch.runner import Unlazier
 from cluster.lease import LeaseId
@@ -22,7 +22,7 @@ from storage.memory import (
     MemoryRefStore,
 )
 from storage.memory_blobs import MemoryStream
-from tests.doubles.fetch import FakeProber, FakeTransfers, ManualRenewer, caller_of, handle, layer_of
+from tests.doubles.fetch import FakeProber, FakeTransfers, ManualRenewer, OpenDoors, caller_of, handle, layer_of
 from tests.doubles.stores import FakeClock, eventually
 
 SOURCE, TARGET, AFAR = handle("app"), handle("copy"), handle("app", "afar.example")
@@ -92,6 +92,7 @@ class Bench:
             renewer=ManualRenewer(flights),
             progress=progress,
             transfers=self.transfers,
+            access=OpenDoors(),
             new_token=lambda: f"t{next(tokens)}",
             ttl_s=6.0,
             poll_s=0.5,
@@ -114,7 +115,7 @@ class Bench:
     def make_present(self, digest, size):
         self.memory.blobs[digest] = BlobRecord(digest=digest, key=f"k/{digest}", size_bytes=size, etag="e", fence=1)
 
-    async def push(self, *layers, providers=(SOURCE,)):
+    async def push(self, *layers, providers=(SOURCE,), target="r.example/copy:2"):
         await self.leases.create(LeaseId("l1"), ttl_s=None)
         image = ImageRecord(
             name="r.example/app:1",
@@ -126,7 +127,7 @@ class Bench:
         )
         known = {layer.digest: providers for layer in layers}
         caller = caller_of("l1", providers=known, progress=("s",))
-        return await self.pusher.push(image, parse_reference("r.example/copy:2"), caller, known, plain_http=False)
+        return await self.pusher.push(image, parse_reference(target), caller, known, plain_http=False)
 
     def ends(self):
         items = {}
@@ -143,6 +144,20 @@ def bench():
 
 def how(result):
     return [layer.how for layer in result.layers]
+
+
+async def test_a_push_to_another_images_digest_moves_nothing(bench):
+    """The digest is compared before a layer is looked for, mounted or sent."""
+    with pytest.raises(OtherDigestError) as caught:
+        await bench.push(A, target=f"r.example/copy@{digest_of(b'other')}")
+    assert (caught.value.target, caught.value.digest) == (f"r.example/copy@{digest_of(b'other')}", digest_of(MANIFEST))
+    assert (bench.target.asked, bench.target.mounts, bench.target.uploads) == ([], [], [])
+
+
+async def test_a_push_to_the_images_own_digest_is_one(bench):
+    """Without a tag: the manifest is put under its digest."""
+    await bench.push(A, target=f"r.example/copy@{digest_of(MANIFEST)}")
+    assert list(bench.target.manifests) == [(TARGET.source, digest_of(MANIFEST))]
 
 
 async def test_what_the_target_has_is_not_sent(bench):
@@ -234,7 +249,7 @@ async def test_a_push_makes_the_target_a_source(bench):
     await bench.push(A)
     assert TARGET in bench.memory.providers[A.digest]
     assert TARGET in bench.memory.providers[digest_of(MANIFEST)]
-    await bench.access.prove(caller_of("l1").authorizer, {A.digest: [TARGET]})
+    await bench.access.prove(caller_of("l1").authorizer, [Wanted(blob=A, passed=(TARGET,))])
 
 
 async def test_items_never_move_after_their_end(bench):

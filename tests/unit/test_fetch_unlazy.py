@@ -16,12 +16,29 @@ from cluster.errors import (
     SessionGoneError,
     UnavailableError,
 )
+from cluster.fetch.access import AccessControl
 from cluster.fetch.runner import Unlazier
 from cluster.flight.values import Owned, UploadState
 from cluster.lease import LeaseId, blob_resource
 from cluster.progress import LayerPhase
-from storage.memory import Memory, MemoryFlightStore, MemoryLeaseStore, MemoryProgressStore, MemoryRefStore
-from tests.doubles.fetch import FakeTransfers, ManualRenewer, caller_of, layer_of
+from storage.memory import (
+    Memory,
+    MemoryFlightStore,
+    MemoryLeaseStore,
+    MemoryProgressStore,
+    MemoryProofStore,
+    MemoryRefStore,
+)
+from tests.doubles.fetch import (
+    FakeAuthorizer,
+    FakeProber,
+    FakeTransfers,
+    ManualRenewer,
+    OpenDoors,
+    caller_of,
+    handle,
+    layer_of,
+)
 from tests.doubles.stores import FakeClock, eventually
 
 LAYER = layer_of(b"the layer's blob")
@@ -42,7 +59,7 @@ class DeafFlights(MemoryFlightStore):
 class Process:
     """One process of the cluster."""
 
-    def __init__(self, cluster, name, *, deadline_s=30.0, poll_s=0.5, max_transfers=4):
+    def __init__(self, cluster, name, *, deadline_s=30.0, poll_s=0.5, max_transfers=4, access=None):
         self.name = name
         self.cluster = cluster
         self.flights = DeafFlights(cluster.memory)
@@ -57,6 +74,7 @@ class Process:
             renewer=self.renewer,
             progress=cluster.progress,
             transfers=self.transfers,
+            access=access or OpenDoors(),
             new_token=lambda: f"{name}-{next(tokens)}",
             ttl_s=TTL_S,
             poll_s=poll_s,
@@ -126,6 +144,39 @@ async def failure(task, error_type):
     with pytest.raises(error_type) as caught:
         await asyncio.wait_for(task, 5.0)
     return caught.value
+
+
+# -- access ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("join", ["this process", "another process", "afterwards"])
+async def test_who_only_named_a_blob_gets_none_of_anothers_bytes(cluster, join):
+    """Mallory's own registry named it before anybody had it: she joins Alice's flight and ends with an error."""
+    app, evil = handle("app"), handle("bait", "evil.example")
+    prober = FakeProber()
+    prober.add(app, LAYER.digest, readers={"alice"})
+    access = AccessControl(MemoryProofStore(cluster.memory), prober, proof_ttl_s=100.0)
+    await access.record_named(FakeAuthorizer("mallory"), evil, [LAYER.digest])
+    await access.record_named(FakeAuthorizer("alice"), app, [LAYER.digest])
+    owner = cluster.process("a", access=access)
+    other = owner if join == "this process" else cluster.process("b", access=access)
+    alice = await owner.call("l1", providers={LAYER.digest: [app]})
+    fetch = await owner.transfers.arrival()
+    fetch.came_from = app.source
+    if join == "afterwards":
+        fetch.proceed.set()
+        await alice
+    mallory = await other.call("l2", name="mallory", providers={LAYER.digest: [evil]})
+    if join == "another process":
+        await other.is_waiting()
+    elif join == "this process":
+        await eventually(lambda: owner.unlazier._flights.statistics().callers == 2)
+    fetch.proceed.set()
+    await failure(mallory, NeedsRemoteProvidersError)
+    await alice
+    assert not await cluster.pinned("l2")
+    assert cluster.end_of("l2") is LayerPhase.FAILED
+    assert prober.asked == [(evil.source, LAYER.digest)]
 
 
 # -- sharing ---------------------------------------------------------------------------------------------

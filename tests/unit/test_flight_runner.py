@@ -609,53 +609,6 @@ async def test_work_sees_the_callers_that_wait_now(flights):
     assert flights.callers(K) == ()
 
 
-async def test_work_can_wait_for_another_caller(flights):
-    """Work that can't use its caller's session is woken by the next one's coming, or by one's going."""
-    seen = []
-
-    async def work(context):
-        seen.append(callers := context.callers)
-        while "good" not in callers:
-            callers = await context.wait_callers_changed(callers)
-            seen.append(callers)
-        return "done"
-
-    dead = await start(flights, work, caller="dead")
-    await asyncio.sleep(0)
-    good = await start(flights, work, caller="good")
-    assert (await good).value == "done"
-    await dead
-    assert seen == [("dead",), ("dead", "good")]
-
-
-async def test_a_change_of_callers_before_the_wait_is_not_lost(flights):
-    """Work that read the callers and was busy while they changed finds out at once."""
-    work = Work()
-    first = await start(flights, work, caller="session-1")
-    await work.arrived.wait()
-    read = work.context.callers
-    second = await start(flights, work, caller="session-2")
-    async with asyncio.timeout(5):
-        assert await work.context.wait_callers_changed(read) == ("session-1", "session-2")
-    work.proceed.set()
-    await asyncio.gather(first, second)
-
-
-async def test_callers_that_are_equal_are_still_two(flights):
-    """Two sessions are told apart by identity."""
-    work = Work()
-    first = await start(flights, work, caller=["x"])
-    await work.arrived.wait()
-    read = work.context.callers
-    second = await start(flights, work, caller=["x"])
-    first.cancel()
-    await ended(first)
-    async with asyncio.timeout(5):
-        assert (await work.context.wait_callers_changed(read))[0] is not read[0]
-    work.proceed.set()
-    await second
-
-
 # -- the end of the process --------------------------------------------------------------------------------------
 
 

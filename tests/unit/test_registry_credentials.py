@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from cluster.errors import ConfigError, CredentialHelperError
+from cluster.errors import CredentialFileError, CredentialHelperError
 from storage.registry.credentials import Credential, CredentialSource, hostname
 
 SECRET = "open-sesame"
@@ -169,7 +169,7 @@ def test_a_helper_that_is_none_is_an_error(write, name):
 @pytest.mark.parametrize("text", [f"{{{SECRET}", "[]", json.dumps({"auths": {"r.example": {"auth": SECRET}}})])
 def test_a_broken_file_is_named_and_not_quoted(write, text):
     """The error names the file; its contents stay where they are."""
-    with pytest.raises(ConfigError, match=r"config\.json") as caught:
+    with pytest.raises(CredentialFileError, match=r"config\.json") as caught:
         write(text).lookup("r.example")
     assert SECRET not in f"{caught.value!r} {caught.value.__cause__!r}"
 

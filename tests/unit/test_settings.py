@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import Config
+from cluster.config import CacheConfig, Config, FetchConfig, NodeConfig, RegistryConfig
 from cluster.config_check import keys
 from cluster.errors import ConfigError
-from lazyfarm.settings import Running, default_state_dir, load_running, load_settings
+from cluster.settings import Running
+from lazyfarm.settings import default_state_dir, load_running, load_settings, load_wanted
 from storage.farm_file import farm_file, forget_running, read_running, write_running
 
 
@@ -186,7 +187,19 @@ def test_variables_of_others_are_left_alone(state):
 
 def test_what_runs_survives_writing_and_reading(state):
     """Any text a path can hold comes back as it was."""
-    written = running(config_file=Path('/odd "path"\\with\ttab/ü.toml'), s3_bucket="b")
+    config = Config(
+        fetch=FetchConfig(attempts=7),
+        cache=CacheConfig(keep_s=100.5),
+        node=NodeConfig(root='/a "b"'),
+        registries={
+            "r.internal:5000": RegistryConfig(mirrors=("m:1", "n"), plain_http=True, max_requests_per_s=0.00001),
+            "plain": RegistryConfig(),
+        },
+    )
+    overrides = {"fetch": {"attempts": 7}, "registries": {"r.internal:5000": {"mirrors": ["m:1", "n"]}}}
+    written = running(
+        config_file=Path('/odd "path"\\with\ttab/ü.toml'), s3_bucket="b", config=config, overrides=overrides
+    )
     write_running(state, written)
     assert read_running(state) == written
     forget_running(state)
@@ -204,13 +217,73 @@ def test_what_runs_is_filled_in_but_what_was_wanted_stays_known(state):
     assert settings.config.ray.address == "127.0.0.1:7003"
 
 
-def test_the_file_that_up_was_given_holds_for_later_commands(state, write_config):
-    """Without naming it again."""
+def bring_up(state, file, environ):
+    """Record what an `up` with that file and environment would."""
+    wanted = load_wanted(state, file, environ)
+    write_running(state, running(config_file=wanted.config_file, config=wanted.wanted, overrides=wanted.overrides))
+    return wanted.wanted
+
+
+def test_what_up_was_given_holds_for_later_commands(state, write_config):
+    """File and environment together, without naming either again, and whatever becomes of the file."""
     file = write_config("[cache]\nkeep_s = 100\n")
-    write_running(state, running(config_file=file))
-    settings = load_settings(state, None, {})
-    assert settings.config.cache.keep_s == 100.0
-    assert settings.config_file == file
+    bring_up(state, file, {"LAZYFARM__FETCH__ATTEMPTS": "9"})
+    for change in (lambda: None, lambda: file.write_text("[cache]\nkeep_s = 200\n"), file.unlink):
+        change()
+        config = load_settings(state, None, {}).config
+        assert (config.cache.keep_s, config.fetch.attempts) == (100.0, 9)
+
+
+def test_up_reads_the_file_again_and_remembers_what_the_environment_overrode(state, write_config):
+    """An edit takes effect; an override stays until a file is named anew or another override replaces it."""
+    file = write_config("[fetch]\nattempts = 7\nranges_per_layer = 5\n[cache]\nshards = 3\n")
+    bring_up(state, file, {"LAZYFARM__FETCH__ATTEMPTS": "9"})
+    file.write_text("[fetch]\nattempts = 8\nranges_per_layer = 6\n")
+
+    def figures(config):
+        return config.fetch.attempts, config.fetch.ranges_per_layer, config.cache.shards
+
+    assert figures(bring_up(state, None, {})) == (9, 6, 2)
+    assert figures(bring_up(state, None, {"LAZYFARM__FETCH__ATTEMPTS": "4"})) == (4, 6, 2)
+    assert figures(bring_up(state, None, {})) == (4, 6, 2)
+    assert figures(bring_up(state, file, {})) == (8, 6, 2)
+
+
+def test_up_goes_on_with_what_is_recorded_where_the_file_is_gone(state, write_config):
+    """Nothing changes by that; when the file is back, it is read again."""
+    file = write_config("[fetch]\nattempts = 7\n")
+    before = bring_up(state, file, {"LAZYFARM__CACHE__KEEP_S": "100"})
+    file.unlink()
+    assert bring_up(state, None, {}) == before
+    write_config("[fetch]\nattempts = 8\n")
+    after = bring_up(state, None, {})
+    assert (after.fetch.attempts, after.cache.keep_s) == (8, 100.0)
+
+
+def test_a_file_that_is_named_must_be_there(state, tmp_path):
+    """What was recorded is no answer to a name that the user gave just now."""
+    bring_up(state, None, {})
+    with pytest.raises(ConfigError, match="doesn't exist"):
+        load_wanted(state, tmp_path / "gone.toml", {})
+
+
+def test_a_command_s_own_environment_holds_for_it_alone_but_never_splits_the_farm(state):
+    """Addresses and the ring's size are everybody's; the rest is that process's own."""
+    bring_up(state, None, {"LAZYFARM__CACHE__SHARDS": "4"})
+    environ = {"LAZYFARM__CACHE__SHARDS": "2", "LAZYFARM__CACHE__KEEP_S": "100"}
+    config = load_settings(state, None, environ).config
+    assert (config.cache.shards, config.cache.keep_s) == (4, 100.0)
+    assert load_settings(state, None, {}).config.cache.keep_s == Config().cache.keep_s
+
+
+def test_faults_are_counted_and_told_where_they_came_from(state, write_config):
+    """In words that read as a sentence."""
+    environ = {"LAZYFARM__FETCH__ATTEMPTS": "0", "LAZYFARM__FLIGHT__POLL_S": "soon"}
+    with pytest.raises(ConfigError, match=r"^configuration from the environment has 2 faults: "):
+        load_settings(state, None, environ)
+    file = write_config("[fetch]\nattempts = 0\n")
+    with pytest.raises(ConfigError, match=rf"^configuration from {file} has 1 fault: "):
+        load_settings(state, file, {})
 
 
 def test_what_runs_wins_over_an_edited_address(state):
