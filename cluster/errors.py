@@ -39,6 +39,11 @@ class ClusterError(Exception):
         """Return what the user can do next, as one sentence; empty where there is nothing."""
         return self._hint
 
+    @property
+    def needed_opts(self) -> tuple[str, ...]:
+        """Return the cache opts with which the same call may succeed, as a vertex may have published them."""
+        return ()
+
 
 # -- configuration ---------------------------------------------------------------------------
 
@@ -558,6 +563,11 @@ class NeedsRemoteProvidersError(RefError):
     def __init__(self, digests: tuple[str, ...]) -> None:
         super().__init__(tuple(digests))
         self.digests = tuple(digests)
+
+    @property
+    def needed_opts(self) -> tuple[str, ...]:
+        """Return the names of the desc handlers of these digests."""
+        return tuple(f"desc-handler:{digest}" for digest in self.digests)
 
     def __str__(self) -> str:
         return f"no usable provider for {len(self.digests)} lazy blob(s): {', '.join(self.digests)}"

@@ -1,4 +1,4 @@
-r"""Patterns that choose files of a tree, by the rules of ``.dockerignore``.
+r"""Patterns that choose files of a tree: those of ``.dockerignore``, and wildcards in names as in ``COPY``.
 
 The rules are those of moby's ``patternmatcher``, which Docker and BuildKit use:
 
@@ -6,6 +6,8 @@ The rules are those of moby's ``patternmatcher``, which Docker and BuildKit use:
   ``\`` are as in Go's ``filepath.Match``;
 - a pattern is of the whole path from the root, and matches all that is below what it matches;
 - of several patterns the last one that matches decides; one that begins with ``!`` takes the match back.
+
+Names that are no UTF-8 have surrogate escapes, as :func:`os.fsdecode` gives them.
 """
 
 from __future__ import annotations
@@ -127,13 +129,32 @@ def _parse(text: str) -> _Pattern | None:
     )
 
 
-def _translate(text: str, pattern: str) -> str:
+def has_wildcards(name: str) -> bool:
+    """Tell whether *name*, a component of a path, has a wildcard that isn't escaped."""
+    return re.search(r"[*?\[]", re.sub(r"\\.", "", name, flags=re.DOTALL)) is not None
+
+
+def unescaped(name: str) -> str:
+    """Return the one name that a pattern without wildcards matches."""
+    return re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL)
+
+
+def name_pattern(name: str) -> re.Pattern[str]:
+    """Return what matches whole names as *name*, a component of a path, does by Go's ``filepath.Match``.
+
+    Raises:
+        InvalidPatternError: it is malformed.
+    """
+    return re.compile(_translate(name, name, has_double_stars=False) + r"\Z", re.DOTALL)
+
+
+def _translate(text: str, pattern: str, *, has_double_stars: bool = True) -> str:
     """Return the regular expression of a cleaned pattern."""
     regex, at = "", 0
     while at < len(pattern):
         char = pattern[at]
         at += 1
-        if pattern.startswith("**", at - 1):
+        if has_double_stars and pattern.startswith("**", at - 1):
             at += 1
             is_whole = pattern.startswith("/", at)
             at += is_whole

@@ -13,8 +13,6 @@ class Kind(Enum):
     SUPERVISOR = "supervisor"
     CACHE_SHARD = "cache-shard"
     FETCH_WORKER = "fetch-worker"
-    OP_WORKER = "op-worker"
-    SCHEDULER = "scheduler"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,25 +53,13 @@ class Retire:
 Step = Spawn | Retire
 
 
-#: Kinds of which each node has one.
-_ONE_A_NODE = (Kind.FETCH_WORKER, Kind.OP_WORKER)
 #: How the names of actors begin that have a place.
-_PLACED = tuple(f"{kind.value}-" for kind in (*_ONE_A_NODE, Kind.CACHE_SHARD, Kind.SCHEDULER))
+_PLACED = (f"{Kind.FETCH_WORKER.value}-", f"{Kind.CACHE_SHARD.value}-")
 
 
 def worker_name(node: str, version: str) -> str:
     """Name the fetch worker of a node; the version is in the name, as an old process keeps its old code."""
     return f"{Kind.FETCH_WORKER.value}-{node}@{version}"
-
-
-def op_worker_name(node: str, version: str) -> str:
-    """Name the op worker of a node."""
-    return f"{Kind.OP_WORKER.value}-{node}@{version}"
-
-
-def scheduler_name(index: int, version: str) -> str:
-    """Name a scheduler."""
-    return f"{Kind.SCHEDULER.value}-{index}@{version}"
 
 
 def shard_name(index: int, version: str) -> str:
@@ -87,7 +73,7 @@ def supervisor_name(version: str) -> str:
 
 
 def reconcile(nodes: Sequence[NodeView], actors: Collection[ActorView], *, shards: int, version: str) -> list[Step]:
-    """Return what must be done so that each live node has its workers, and each shard and the scheduler a place.
+    """Return what must be done so that there is one fetch worker a live node and each shard somewhere.
 
     Idempotent: once its steps are performed it returns nothing. An actor of this version whose node is
     gone is retired first, and spawned anew in the next round, when its name is free; so is a worker that
@@ -96,20 +82,18 @@ def reconcile(nodes: Sequence[NodeView], actors: Collection[ActorView], *, shard
     """
     live = {n.ray_id for n in nodes}
     known = {a.name: a for a in actors}
-    by_name = sorted(nodes, key=lambda n: n.name)
     wanted: list[Spawn] = [
-        Spawn(kind=kind, name=f"{kind.value}-{n.name}@{version}", node=n, index=0)
-        for kind in _ONE_A_NODE
-        for n in by_name
+        Spawn(kind=Kind.FETCH_WORKER, name=worker_name(n.name, version), node=n, index=0)
+        for n in sorted(nodes, key=lambda n: n.name)
     ]
+    by_name = sorted(nodes, key=lambda n: n.name)
     if by_name:
         wanted += [
             Spawn(kind=Kind.CACHE_SHARD, name=shard_name(i, version), node=by_name[i % len(by_name)], index=i)
             for i in range(shards)
         ]
-        wanted.append(Spawn(kind=Kind.SCHEDULER, name=scheduler_name(0, version), node=by_name[0], index=0))
     # Where each may be; nowhere for what is not wanted.
-    places = {s.name: {s.node.ray_id} if s.kind in _ONE_A_NODE else live for s in wanted}
+    places = {s.name: {s.node.ray_id} if s.kind is Kind.FETCH_WORKER else live for s in wanted}
     steps: list[Step] = [
         Retire(name=a.name)
         for a in sorted(known.values(), key=lambda a: a.name)

@@ -12,11 +12,11 @@ from typing import Final, assert_never
 
 from cluster.errors import InternalError
 from cluster.graph import CopyAction, FileAction, FileOp, MakeDirectory, MakeFile
+from cluster.patterns import PatternMatcher
 from storage.containers.users import find_owner
 from storage.file_ops.copy import CopyOptions, clear, copy, new_directory
 from storage.file_ops.faults import naming
 from storage.file_ops.paths import Target, components, find
-from storage.file_ops.patterns import IgnoreList
 from storage.file_ops.selection import Source, sources_of
 from storage.file_ops.unpack import try_unpack
 from storage.snapshots.attributes import Attributes, Ledger
@@ -92,7 +92,7 @@ def _copy(action: CopyAction, target: Target, tree: Tree, checkpoint: Callable[[
         owner=find_owner(target.tree, action.owner),
         mode=action.mode,
         contents_only=action.contents_only,
-        left_out=IgnoreList(action.exclude),
+        left_out=PatternMatcher(action.exclude),
         checkpoint=checkpoint,
     )
     sources = sources_of(action, tree)

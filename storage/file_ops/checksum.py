@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Final
 
 from cluster.digest import Digest
 from cluster.graph import CopyAction, FileOp
+from cluster.patterns import PatternMatcher
 from storage.file_ops.faults import naming
 from storage.file_ops.paths import open_file
-from storage.file_ops.patterns import IgnoreList
 from storage.file_ops.selection import Source, sources_of, walk
 from storage.snapshots.tree import Node, Tree
 
@@ -50,14 +50,14 @@ def content_digest(op: FileOp, index: int, tree: Tree, *, checkpoint: Callable[[
             continue
         _add(total, b"action", b"%d" % position)
         with naming("copy", " ".join(action.sources)):
-            left_out = IgnoreList(action.exclude)
+            left_out = PatternMatcher(action.exclude)
             for source in sources_of(action, tree):
                 _add_source(total, source, left_out, contents_only=action.contents_only, checkpoint=checkpoint)
     return Digest(f"sha256:{total.hexdigest()}")
 
 
 def _add_source(
-    total: _Hash, source: Source, left_out: IgnoreList, *, contents_only: bool, checkpoint: Callable[[], None]
+    total: _Hash, source: Source, left_out: PatternMatcher, *, contents_only: bool, checkpoint: Callable[[], None]
 ) -> None:
     _add(total, b"source", source.path)
     links: dict[tuple[int, int], bytes] = {}

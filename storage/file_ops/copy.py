@@ -21,9 +21,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final
 
+from cluster.patterns import PatternMatcher
 from storage.containers.users import Owner
 from storage.file_ops.paths import Target, find, inside, open_file
-from storage.file_ops.patterns import IgnoreList
 from storage.file_ops.selection import Source, walk
 from storage.snapshots.attributes import Attributes
 from storage.snapshots.copy import copy_content, make_special
@@ -42,7 +42,7 @@ class CopyOptions:
     #: Permission bits instead of the source's; None keeps those.
     mode: int | None = None
     contents_only: bool = True
-    left_out: IgnoreList = IgnoreList(())  # noqa: RUF009  # without patterns it has no state
+    left_out: PatternMatcher = PatternMatcher(())  # noqa: RUF009  # without patterns it has no state
     #: Called before each file; raises to stop.
     checkpoint: Callable[[], None] = lambda: None
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from cluster.errors import FileActionError, NodeDiskError
-from storage.file_ops.patterns import BadPatternError
+from cluster.errors import FileActionError, InvalidPatternError, NodeDiskError
 from storage.snapshots.names import shown
 
 #: What another node's disk may well do.
@@ -35,7 +34,9 @@ def naming(action: str, path: str, *, root: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (BadPatternError, BadArchiveError) as exc:
+    except InvalidPatternError as exc:
+        raise FileActionError(action, path, f"malformed pattern {exc.pattern!r}: {exc.reason}") from exc
+    except BadArchiveError as exc:
         raise FileActionError(action, path, str(exc)) from exc
     except OSError as exc:
         reason = exc.strerror or str(exc)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.graph import CopyAction
+from cluster.patterns import ROOT, PatternMatcher, has_wildcards, name_pattern, unescaped
 from storage.file_ops.paths import components, find
-from storage.file_ops.patterns import IgnoreList, has_wildcards, name_pattern, unescaped
 from storage.snapshots.names import join
 from storage.snapshots.tree import Node, Tree
 
@@ -36,7 +37,7 @@ def sources_of(action: CopyAction, tree: Tree) -> list[Source]:
     Raises:
         FileNotFoundError: a source means nothing, unless *action* allows that.
         OSError: a source's path can't be followed.
-        BadPatternError: a pattern is malformed.
+        InvalidPatternError: a pattern is malformed.
     """
     found: list[Source] = []
     for written in action.sources:
@@ -48,7 +49,7 @@ def sources_of(action: CopyAction, tree: Tree) -> list[Source]:
 
 
 def _matches(action: CopyAction, tree: Tree, written: str) -> list[Source]:
-    parts = [part.decode("utf-8", "surrogateescape") for part in components(written)]
+    parts = [os.fsdecode(part) for part in components(written)]
     if not action.wildcards or not any(map(has_wildcards, parts)):
         path = b"/".join(components("/".join(map(unescaped, parts)) if action.wildcards else written))
         node = find(tree, path, follow_last=action.follow_symlinks).node
@@ -60,11 +61,11 @@ def _matches(action: CopyAction, tree: Tree, written: str) -> list[Source]:
     for part in parts[fixed:]:
         pattern = name_pattern(part)
         matches = [
-            Source(join(match.path, child.relative.rpartition(b"/")[2]), child)
+            Source(join(match.path, _name(child)), child)
             for match in matches
             if match.node.is_dir
             for child in match.node.children()
-            if pattern.match(child.relative.rpartition(b"/")[2])
+            if pattern.match(os.fsdecode(_name(child)))
         ]
     if action.follow_symlinks:
         # A match may itself be a link, found under the name that it has.
@@ -73,20 +74,21 @@ def _matches(action: CopyAction, tree: Tree, written: str) -> list[Source]:
     return matches
 
 
-def walk(source: Node, left_out: IgnoreList) -> Iterator[tuple[bytes, Node]]:
+def walk(source: Node, left_out: PatternMatcher) -> Iterator[tuple[bytes, Node]]:
     """Yield *source* and what is in it, by path from it; a directory before what is in it, names in order.
 
     A directory that is left out comes only if an exception brings back something in it.
     """
-    pending = [(b"", source)]
+    pending = [(b"", source, ROOT)]
     #: Directories above that are left out, and not brought back yet.
     withheld: list[tuple[bytes, Node]] = []
     while pending:
-        path, node = pending.pop()
+        path, node, above = pending.pop()
         while withheld and not path.startswith(withheld[-1][0] + b"/"):
             withheld.pop()
-        if path and left_out.leaves_out(path):
-            if not node.is_dir or not left_out.may_keep_below(path):
+        match = ROOT if not path else left_out.step(os.fsdecode(path), above)
+        if match.is_match:
+            if not node.is_dir or not left_out.may_differ_below(os.fsdecode(path), match):
                 continue
             withheld.append((path, node))
         else:
@@ -95,4 +97,8 @@ def walk(source: Node, left_out: IgnoreList) -> Iterator[tuple[bytes, Node]]:
             yield path, node
         if node.is_dir:
             children = node.children()
-            pending += [(join(path, child.relative.rpartition(b"/")[2]), child) for child in reversed(children)]
+            pending += [(join(path, _name(child)), child, match) for child in reversed(children)]
+
+
+def _name(node: Node) -> bytes:
+    return node.relative.rpartition(b"/")[2]

@@ -14,13 +14,13 @@ import tarfile
 import pytest
 import zstandard
 
-from cluster.errors import FileActionError, InternalError, UnknownUserError
+from cluster.errors import FileActionError, InternalError, InvalidPatternError, UnknownUserError
 from cluster.graph import CopyAction, FileOp, MakeDirectory, MakeFile
+from cluster.patterns import PatternMatcher, name_pattern
 from storage.containers.users import Owner, ProcessUser, find_owner, find_user
 from storage.file_ops.actions import perform
 from storage.file_ops.checksum import content_digest
 from storage.file_ops.paths import directory_tree, find
-from storage.file_ops.patterns import BadPatternError, IgnoreList, name_pattern
 from storage.snapshots.attributes import Ledger
 from storage.snapshots.tree import Tree
 from tests.doubles.layers import facts, sketch
@@ -266,13 +266,13 @@ def test_left_out_as_in_dockerignore(root, source, patterns, left):
     assert set(sketch(root)) == left
 
 
-@pytest.mark.parametrize("pattern", ["[", "[]", "[a", "[a-]", "a\\", "[-a]", "[é]"])
+@pytest.mark.parametrize("pattern", ["[", "[]", "[a", "[a-]", "a\\", "[-a]"])
 def test_malformed_patterns_are_refused(pattern):
     """None is taken for something else than was meant."""
-    with pytest.raises(BadPatternError):
+    with pytest.raises(InvalidPatternError):
         name_pattern(pattern)
-    with pytest.raises(BadPatternError):
-        IgnoreList([pattern])
+    with pytest.raises(InvalidPatternError):
+        PatternMatcher([pattern])
 
 
 # -- what copies keep --------------------------------------------------------------------------------
