@@ -1,0 +1,141 @@
+"""The solver on a real event loop, over ports in memory."""
+
+import asyncio
+
+import pytest
+
+from cluster.errors import NeedsRemoteProvidersError, UnavailableError
+from cluster.job import VertexState
+from cluster.solver.runner import Solver
+from cluster.solver.values import JobDone, JobFailed, JobStopped
+from tests.doubles.solver import FakeEvents, FakeKeys, FakeOps, Graph
+
+NEEDS = NeedsRemoteProvidersError(("sha256:aa", "sha256:bb"))
+
+
+@pytest.fixture
+def ops():
+    return FakeOps(FakeKeys())
+
+
+@pytest.fixture
+def events():
+    return FakeEvents()
+
+
+@pytest.fixture
+async def solver(ops, events):
+    solver = Solver(ops, ops.keys, events)
+    yield solver
+    await solver.aclose(5)
+    assert ops.held == ops.released
+    assert solver.statistics().tasks == 0
+
+
+def names(ops, call):
+    return [name for what, name, _ in ops.calls if what == call]
+
+
+async def test_a_graph_is_run_and_then_found(solver, ops, events):
+    """The second build of a graph runs nothing; its events are all there when it ends."""
+    graph = Graph()
+    top = graph.add("b", graph.add("a"))
+    assert isinstance(await solver.solve("one", graph.definition(top)), JobDone)
+    assert isinstance(await solver.solve("two", graph.definition(top)), JobDone)
+    assert names(ops, "run") == ["a", "b"]
+    assert set(events.told["two"]) == {("a", VertexState.CACHED), ("b", VertexState.CACHED)}
+    assert ops.kept == [("one", "b"), ("two", "b")]
+
+
+@pytest.mark.parametrize("call", ["run", "load", "keep"])
+async def test_missing_opts_are_collected_and_the_call_repeated_once(solver, ops, call):
+    """Any call that needs providers gets those that the vertex's ancestors published."""
+    graph = Graph()
+    definition = graph.definition(graph.add("top", graph.add("image")))
+    ops.opts["image"] = dict.fromkeys(NEEDS.needed_opts, b"handler")
+    if call == "load":
+        await solver.solve("first", definition)
+    ops.needs[call, "top"] = NEEDS
+    ops.calls.clear()
+    assert isinstance(await solver.solve("job", definition), JobDone)
+    assert [opts for what, name, opts in ops.calls if (what, name) == (call, "top")] == [{}, ops.opts["image"]]
+
+
+async def test_opts_that_are_still_missing_are_a_miss_in_a_load(solver, ops):
+    """A lazy record without handlers in this build is run anew."""
+    graph = Graph()
+    definition = graph.definition(graph.add("a"))
+    await solver.solve("one", definition)
+    ops.needs["load", "a"] = NEEDS
+    assert isinstance(await solver.solve("two", definition), JobDone)
+    assert names(ops, "run") == ["a", "a"]
+
+
+async def test_opts_that_are_still_missing_are_the_error_of_a_run(solver, ops):
+    """Nobody published them: the error names them."""
+    graph = Graph()
+    ops.needs["run", "a"] = NEEDS
+    outcome = await solver.solve("job", graph.definition(graph.add("a")))
+    assert isinstance(outcome, JobFailed)
+    assert outcome.error is NEEDS
+
+
+async def test_what_an_op_breaks_with_is_an_error_of_its_job(solver, ops):
+    """A bug in an op ends its jobs, and nothing else."""
+    graph = Graph()
+    ops.errors["run", "a"] = ValueError("bug")
+    outcome = await solver.solve("job", graph.definition(graph.add("a")))
+    assert isinstance(outcome, JobFailed)
+    assert "ValueError: bug" in str(outcome.error)
+
+
+async def test_cancel_of_one_job_leaves_the_other_its_run(solver, ops):
+    """The run that the first began goes on for the second."""
+    graph = Graph()
+    definition = graph.definition(graph.add("a"))
+    ops.gates["a"] = asyncio.Event()
+    solver.submit("one", definition)
+    solver.submit("two", definition)
+    one, two = asyncio.create_task(solver.wait("one")), asyncio.create_task(solver.wait("two"))
+    await ops.arrived["a"].wait()
+    solver.cancel("one")
+    assert await one == JobStopped()
+    ops.gates["a"].set()
+    assert isinstance(await two, JobDone)
+    assert names(ops, "run") == ["a"]
+
+
+async def test_cancel_of_the_last_job_cancels_the_run(solver, ops):
+    """Nobody wants it: it is cancelled, and the job ends at once."""
+    graph = Graph()
+    ops.gates["a"] = asyncio.Event()
+    solver.submit("job", graph.definition(graph.add("a")))
+    waiting = asyncio.create_task(solver.wait("job"))
+    await ops.arrived["a"].wait()
+    solver.cancel("job")
+    assert await waiting == JobStopped()
+
+
+async def test_closing_ends_every_wait(ops, events):
+    """Who waits for a job gets an error; the job is not told of as ended."""
+    solver = Solver(ops, ops.keys, events)
+    graph = Graph()
+    ops.gates["a"] = asyncio.Event()
+    solver.submit("job", graph.definition(graph.add("a")))
+    waiting = asyncio.create_task(solver.wait("job"))
+    await ops.arrived["a"].wait()
+    await solver.aclose(5)
+    with pytest.raises(UnavailableError):
+        await waiting
+    assert ("a", VertexState.CANCELLED) not in events.told["job"]
+
+
+async def test_events_that_cannot_be_told_do_not_fail_the_job(solver, ops, events):
+    """The job is worth more than what is seen of it."""
+
+    async def refuse(job, told):
+        raise UnavailableError("redis", "gone")
+
+    events.publish = refuse
+    graph = Graph()
+    assert isinstance(await solver.solve("job", graph.definition(graph.add("a"))), JobDone)
