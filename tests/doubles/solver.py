@@ -142,7 +142,8 @@ class World:
             case ComputeContentKey(task, _, vertex, _, index, source):
                 return ContentKeyed(task, self.contents.get((name_of(vertex), index), digest_of(source.ref.encode())))
             case Run(task, _, vertex, _, inputs, keys, _):
-                result = Result(ref=f"{name_of(vertex)}({','.join(i.ref if i else '-' for i in inputs)})#{task}")
+                assert len(inputs) == len(vertex.inputs)
+                result = Result(ref=f"{name_of(vertex)}#{task}")
                 self.publish(keys, result)
                 return Ran(task, result)
             case Keep(task):
