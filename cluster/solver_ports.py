@@ -7,39 +7,18 @@ Every call ends by the store's own deadline; following has one of its own.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.digest import Digest
 from cluster.job import ClaimedJob, ClaimState, JobClaim, JobEvent, JobId, JobRecord, JobSpec, JobState
+from cluster.solver.values import CacheRecord, Result
 
 #: Seconds for which the driver of an attached job is taken to be there without saying so.
 ATTENDED_S = 30.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What a vertex came to; opaque to the solver."""
-
-    #: ID of the top ref of a chain of layers; None: an empty filesystem.
-    ref: str | None
-    #: OCI image config of an image, JSON, for who asked for it; None elsewhere.
-    config: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheRecord:
-    """A result that is kept under cache keys. Equal results are one record."""
-
-    #: Names the result.
-    id: str
-    result: Result
-    #: When it was last published.
-    created_wall_s: float
-
-
 class KeyStore(Protocol):
-    """Cache keys and the results known for them."""
+    """Cache keys and the results known for them: more than :class:`cluster.solver.ports.KeyStore` asks for."""
 
     async def lookup(self, keys: Sequence[Digest]) -> list[CacheRecord]:
         """Return the records under any of *keys*, each once, most recently published first, in one step.

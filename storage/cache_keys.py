@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cluster.digest import Digest, digest_of
-from cluster.solver_ports import CacheRecord, Result
+from cluster.solver.values import CacheRecord, Result
 from storage.codec import Codec
 from storage.keys import Keys
 from storage.link import RedisLink

@@ -30,7 +30,8 @@ from cluster.job import (
     VertexLogDropped,
     encode_event,
 )
-from cluster.solver_ports import ATTENDED_S, CacheRecord, Result
+from cluster.solver.values import CacheRecord, Result
+from cluster.solver_ports import ATTENDED_S
 from storage.cache_keys import RECORDS, name_result
 from storage.job_events import LOG_BYTES, STEPS
 

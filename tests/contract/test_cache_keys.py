@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from cluster.digest import digest_of
-from cluster.solver_ports import Result
+from cluster.solver.values import Result
 from tests.doubles.solver_stores import redis_solver_stores
 
 K, L, M = (digest_of(name) for name in (b"k", b"l", b"m"))
