@@ -35,7 +35,9 @@ def escaped(text):
 def quoted(draw):
     """Return a text and a way to write it, each part in a style of its own."""
     parts = draw(st.lists(st.tuples(TEXT, st.sampled_from([single_quoted, double_quoted, escaped])), min_size=1))
-    return "".join(text for text, _ in parts), "".join(style(text) for text, style in parts)
+    text, source = "".join(text for text, _ in parts), "".join(style(text) for text, style in parts)
+    # At a line's end a backslash before white space is none that escapes it: it continues the line.
+    return text, source + "''" if source.endswith(" ") else source
 
 
 @given(quoted(), ENVIRONMENT)
