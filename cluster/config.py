@@ -131,6 +131,24 @@ class NodeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BuildConfig:
+    """Builds: schedulers and ops."""
+
+    #: Solver schedulers; each runs many jobs.
+    schedulers: int = 1
+    #: Ops that run on one node at once.
+    ops_per_node: int = 4
+    #: Seconds that one op may take.
+    op_timeout_s: float = 6 * 3600.0
+    #: Seconds that a scheduler holds its jobs without renewing.
+    claim_ttl_s: float = 10.0
+    #: How new layers are compressed.
+    compression: Literal["gzip", "zstd", "none"] = "gzip"
+    #: Docker's ``config.json`` with the registry credentials of detached jobs, on every node; "" for none.
+    credentials_file: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RegistryConfig:
     """One registry host; the entry named ``default`` holds for all others."""
 
@@ -172,6 +190,7 @@ class Config:
     flight: FlightConfig = field(default_factory=FlightConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     node: NodeConfig = field(default_factory=NodeConfig)
+    build: BuildConfig = field(default_factory=BuildConfig)
     log: LogConfig = field(default_factory=LogConfig)
     #: By registry host; ``default`` for the rest.
     registries: dict[str, RegistryConfig] = field(default_factory=dict)

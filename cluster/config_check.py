@@ -233,6 +233,10 @@ RANGES: dict[str, Range] = {
     "fetch.attempts": Range(1, 100),
     "fetch.retry_budget_s": Range(0, _DAY_S),
     "node.cache_bytes": Range(5 * _MIB, 1024 * _TIB),
+    "build.schedulers": Range(1, 64),
+    "build.ops_per_node": Range(1, 1024),
+    "build.op_timeout_s": Range(1, 7 * _DAY_S),
+    "build.claim_ttl_s": Range(1, _HOUR_S),
     "registries.*.max_concurrency": Range(1, 10_000),
     "registries.*.max_requests_per_s": Range(0, 10_000),
     "registries.*.timeout_s": Range(0.1, _HOUR_S),
@@ -318,7 +322,14 @@ def _absolute(text: str) -> str:
 
 
 #: Keys that name files with something to read, "" for none.
-FILES = ("redis.password_file", "s3.credentials_file", "s3.ca_file", "ray.token_file", "registries.*.ca_file")
+FILES = (
+    "redis.password_file",
+    "s3.credentials_file",
+    "s3.ca_file",
+    "ray.token_file",
+    "build.credentials_file",
+    "registries.*.ca_file",
+)
 
 RULES: dict[str, Callable[[Any], str]] = {
     "farm.name": _matches(_NAME, "1 to 32 of a-z, 0-9 and -"),
@@ -329,6 +340,7 @@ RULES: dict[str, Callable[[Any], str]] = {
     "ray.address": _ray_address,
     "node.root": _absolute,
     "node.snapshotter": _one_of("auto", "overlay", "copying"),
+    "build.compression": _one_of("gzip", "zstd", "none"),
     "log.level": _one_of("debug", "info", "warning", "error"),
     "registries.*.mirrors": _mirrors,
     "registries.*.plain_http": lambda _: "",

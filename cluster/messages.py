@@ -84,6 +84,49 @@ class RefsResult:
     layers: tuple[RefState, ...]
 
 
+# -- images of builds ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolveRequest:
+    """Read an image's manifest and config, and keep these; no ref is made."""
+
+    session: SessionInfo
+    image: str
+    platform: str | None
+    plain_http: bool
+    #: Holds manifest and config.
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolveResult:
+    """A resolved image, without a record of it: its *ref* is None."""
+
+    image: ImageRecord
+    #: As stored.
+    config: bytes
+    #: One for each way to get each layer.
+    handlers: tuple[DescHandler, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssembleRequest:
+    """Make an image of a chain of layers and a config, under a name; no layer moves."""
+
+    session: SessionInfo
+    #: Normalised reference that the image is recorded under.
+    name: str
+    #: Top of the chain; None for an image without layers.
+    ref_id: RefId | None
+    #: Image config (JSON); its rootfs and times are filled in.
+    config: bytes
+    handlers: tuple[DescHandler, ...]
+    lease_id: LeaseId
+    #: Seconds since 1970 that everything in it is said to be made at; None: when its top layer was.
+    created_s: int | None = None
+
+
 # -- unlazy, extract, push ---------------------------------------------------------------------------------
 
 
@@ -127,6 +170,8 @@ class ExtractRequest:
     ref_id: RefId
     handlers: tuple[DescHandler, ...]
     lease_id: LeaseId
+    #: False: it is only unpacked, for who mounts it himself.
+    mount: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +180,7 @@ class ExtractResult:
 
     ref_id: RefId
     node: str
+    #: "" where it was not to be mounted.
     path: str
     seconds: float
     layers: tuple[LayerFetch, ...]
@@ -187,6 +233,8 @@ class SessionQuestion:
     scopes: tuple[str, ...]
     challenge: str | None
     was_refused: bool
+    #: ID of a secret that is asked for, instead of all the above; "" for none.
+    secret: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +243,8 @@ class SessionAnswer:
 
     question_id: str
     header: str | None = field(default=None, repr=False)
+    #: A secret's value; None where the driver gives none.
+    secret: bytes | None = field(default=None, repr=False)
     expires_in_s: float | None = None
     #: Wire form of an error instead of an answer.
     error: bytes | None = None

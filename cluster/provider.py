@@ -14,7 +14,7 @@ class ProviderHandle:
     A handle only says where; the caller's session says as whom, when it is used.
     """
 
-    #: ``registry`` (OCI distribution), or ``urls`` (a foreign layer's own addresses).
+    #: ``registry`` (OCI distribution), ``urls`` (a foreign layer's own addresses), or ``farm`` (:data:`FARM`).
     kind: str = "registry"
     #: Host and, unless it is the scheme's own, port: ``registry-1.docker.io``, ``127.0.0.1:5000``.
     registry: str
@@ -29,6 +29,12 @@ class ProviderHandle:
     def source(self) -> str:
         """Return ``registry/repository``, the form used in messages and records."""
         return f"{self.registry}/{self.repository}"
+
+
+#: Of a layer that a build of this farm made: it came from nowhere else, so there is nowhere to fetch it from once it
+#: is lost, and its chain is open to whoever may use what it was built upon. Recorded by the farm's own workers; where
+#: a caller passes it, it counts for nothing. No image reference has a host of that name.
+FARM = ProviderHandle(kind="farm", registry="farm", repository="built")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,7 +60,7 @@ class FarmSettings:
     def config(self) -> Config:
         """Return what holds: *wanted*, with what all of a farm's parts must agree on as it is recorded.
 
-        Addresses and the number of shards: what runs wins over the file and the environment, so that an
+        Addresses and the numbers of shards and schedulers: what runs wins over the file and the environment, so that an
         edited ``redis.url`` takes effect with the next ``up``, not by splitting the farm in two.
         """
         running = self.running
@@ -80,4 +80,5 @@ class FarmSettings:
             ),
             ray=replace(wanted.ray, address=running.ray_address, token_file=running.ray_token_file),
             cache=replace(wanted.cache, shards=running.config.cache.shards),
+            build=replace(wanted.build, schedulers=running.config.build.schedulers),
         )
