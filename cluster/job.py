@@ -119,8 +119,9 @@ class ClaimedJob:
 class VertexState(Enum):
     """Where a vertex stands for one job. Every vertex of a job reaches one of the last four."""
 
-    #: Wanted; its inputs are not there yet.
+    #: Wanted; its inputs are not there yet, or not where it is to run.
     WAITING = "waiting"
+    #: The op itself goes on. Where that comes to nothing and is begun anew it waits again before.
     RUNNING = "running"
     CACHED = "cached"
     COMPLETED = "completed"

@@ -43,6 +43,13 @@ class VertexUse(Protocol):
         """Return the jobs that this is done for now: any one's session will do. Empty once it is to stop."""
         ...
 
+    def began(self) -> None:
+        """Say that a run has its inputs where it runs, and has begun: until then its vertex is shown as waiting.
+
+        May be repeated, and come too late. A run that says nothing ends all the same.
+        """
+        ...
+
 
 class OpRunner(Protocol):
     """Carries ops out.
@@ -79,7 +86,7 @@ class OpRunner(Protocol):
         """Carry an op out, hold its result and publish it under *keys* before returning.
 
         Args:
-            use: What for.
+            use: What for; is told when the op itself begins (:meth:`VertexUse.began`).
             inputs: In the op's order, held; None: an empty filesystem.
             keys: Where another has published a result under one of them meanwhile, that will do.
             opts: See above.

@@ -20,6 +20,7 @@ from cluster.solver.ports import JobEvents, KeyStore, OpRunner
 from cluster.solver.state import SolverState, SolverStatistics
 from cluster.solver.values import (
     Answer,
+    Began,
     ComputeContentKey,
     ContentKeyed,
     EndJob,
@@ -65,6 +66,7 @@ class _Use:
     job: JobId
     hold: HoldId
     beneficiaries: Callable[[], tuple[JobId, ...]]
+    began: Callable[[], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -291,7 +293,13 @@ class Solver:
         return NotLoadable(ask.task) if result is None else Loaded(ask.task, result)
 
     def _use(self, ask: Load | ComputeContentKey | Run) -> _Use:
-        return _Use(ask.vertex, ask.job, ask.hold, partial(self._state.beneficiaries, ask.task))
+        return _Use(
+            ask.vertex,
+            ask.job,
+            ask.hold,
+            beneficiaries=partial(self._state.beneficiaries, ask.task),
+            began=lambda: self._feed(Began(ask.task)),
+        )
 
     async def _with_opts(self, job: JobId, vertex: Vertex, call: Callable[[Mapping[str, bytes]], Awaitable[T]]) -> T:
         """Call, and once more with the cache opts that the first call lacked, where any are found."""

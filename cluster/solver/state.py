@@ -29,6 +29,7 @@ from cluster.solver.keys import fast_keys, slow_keys
 from cluster.solver.values import (
     SCRATCH_KEY,
     Answer,
+    Began,
     CacheMap,
     CacheRecord,
     ComputeContentKey,
@@ -94,6 +95,8 @@ class EdgePhase(Enum):
     AWAITING_INPUTS = "awaiting-inputs"
     #: To be run as soon as it is its turn.
     READY = "ready"
+    #: It is being run, but its inputs are not yet where that is.
+    STARTING = "starting"
     RUNNING = "running"
     #: Its result is there, and stays for as long as the edge does.
     DONE = "done"
@@ -110,6 +113,8 @@ _ONWARD = frozenset(
     }
 )
 
+_AFTER_RUN = frozenset({EdgePhase.DONE, EdgePhase.READY, EdgePhase.LOOKING, EdgePhase.KNOWN})
+
 #: Every legal move. What is not listed can't happen; an edge without jobs is forgotten in any phase.
 MOVES: Mapping[EdgePhase, frozenset[EdgePhase]] = MappingProxyType(
     {
@@ -119,8 +124,9 @@ MOVES: Mapping[EdgePhase, frozenset[EdgePhase]] = MappingProxyType(
         EdgePhase.AWAITING_CONTENT: frozenset({EdgePhase.LOOKING, EdgePhase.DIGESTING, EdgePhase.KNOWN}),
         EdgePhase.DIGESTING: _ONWARD - {EdgePhase.AWAITING_CONTENT},
         EdgePhase.AWAITING_INPUTS: frozenset({EdgePhase.LOOKING, EdgePhase.READY, EdgePhase.KNOWN}),
-        EdgePhase.READY: frozenset({EdgePhase.RUNNING}),
-        EdgePhase.RUNNING: frozenset({EdgePhase.DONE, EdgePhase.READY, EdgePhase.LOOKING, EdgePhase.KNOWN}),
+        EdgePhase.READY: frozenset({EdgePhase.STARTING}),
+        EdgePhase.STARTING: _AFTER_RUN | {EdgePhase.RUNNING},
+        EdgePhase.RUNNING: _AFTER_RUN,
         EdgePhase.DONE: frozenset(),
     }
 )
@@ -240,6 +246,7 @@ class SolverState:
     - a record that can't be loaded is a miss, and the next one is tried;
     - what depends on a vertex that runs afresh is not looked up under keys that it had before, unless
       the content that is used of it is what it was;
+    - a vertex is told of as running only once its inputs are where it runs; until then it is waiting;
     - jobs take turns at running, the vertex with the longest way to a target first;
     - nothing is remembered of a job that has ended.
 
@@ -278,6 +285,8 @@ class SolverState:
             case JobCancelled():
                 if (job := self._jobs.get(event.job)) is not None:
                     self._end(job, JobStopped())
+            case Began(task):
+                self._began(task)
             case _:
                 self._answer(event)
         self._settle()
@@ -387,6 +396,14 @@ class SolverState:
             case _:
                 raise InvalidTransitionError(f"task {answer.task}", "a job's", type(answer).__name__)
 
+    def _began(self, task_id: TaskId) -> None:
+        task = self._tasks.get(task_id)
+        if task is None or task.edge is None or not task.is_run or task.edge.phase is not EdgePhase.STARTING:
+            return
+        self._move(task.edge, EdgePhase.RUNNING)
+        for job in task.edge.wanted.values():
+            self._tell(job, task.edge, VertexState.RUNNING)
+
     def _step(self, edge: _Edge, task: _Task, answer: Answer) -> None:
         """Apply what a task has come to that was done for an edge."""
         match answer:
@@ -476,6 +493,8 @@ class SolverState:
                 self._wants += [(below, job) for below in edge.awaited]
             case EdgePhase.READY:
                 self._offer(job, edge)
+            case EdgePhase.STARTING:
+                self._tell(job, edge, VertexState.WAITING)
             case EdgePhase.RUNNING:
                 self._tell(job, edge, VertexState.RUNNING)
             case EdgePhase.DONE:
@@ -618,12 +637,12 @@ class SolverState:
         self._take_turns(job)
 
     def _run(self, job: _Job, edge: _Edge) -> None:
-        self._move(edge, EdgePhase.RUNNING)
+        self._move(edge, EdgePhase.STARTING)
         edge.supersedes = edge.is_fresh or any(below is not None and below.supersedes for below in edge.inputs)
         self._running += 1
         job.running += 1
         for other in edge.wanted.values():
-            self._tell(other, edge, VertexState.RUNNING)
+            self._tell(other, edge, VertexState.WAITING)
         inputs = tuple(None if below is None else _result(below) for below in edge.inputs)
         task = self._begin(job, edge, is_run=True)
         hold = self._hold(edge)
@@ -739,6 +758,9 @@ class SolverState:
                 _require(below.phase is EdgePhase.DONE or edge in below.waiters, f"{name} is not among the waiters")
                 _require(edge.wanted.keys() <= below.wanted.keys(), f"what {name} awaits is not wanted")
             _require((edge.result is not None) == (edge.phase is EdgePhase.DONE), f"{name} has a result, or none")
+            told = _TOLD.get(edge.phase)
+            is_told = told is None or all(job.open.get(edge) is told for job in edge.wanted.values())
+            _require(is_told, f"{name} is told of as something else")
             if edge.phase is EdgePhase.READY:
                 for job in edge.wanted.values():
                     _require(any(entry[2] is edge for entry in job.ready), f"{name} is offered to no turn")
@@ -759,7 +781,10 @@ class SolverState:
 
 
 #: Phases in which something is under way for the edge.
-_WORKING = frozenset({EdgePhase.LOOKING, EdgePhase.LOADING, EdgePhase.DIGESTING, EdgePhase.RUNNING})
+_WORKING = frozenset({EdgePhase.LOOKING, EdgePhase.LOADING, EdgePhase.DIGESTING, EdgePhase.STARTING, EdgePhase.RUNNING})
+
+#: What those that want an edge were told last, where that follows from its phase.
+_TOLD = {EdgePhase.STARTING: VertexState.WAITING, EdgePhase.RUNNING: VertexState.RUNNING}
 
 
 def _first(jobs: Mapping[JobId, _Job]) -> _Job:

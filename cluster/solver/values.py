@@ -160,6 +160,16 @@ class ContentKeyed:
 
 
 @dataclass(frozen=True, slots=True)
+class Began:
+    """A :class:`Run` has its inputs where it runs, and has begun. No answer: that one comes still.
+
+    Changes nothing where the run had begun before, is over, or was told to stop.
+    """
+
+    task: TaskId
+
+
+@dataclass(frozen=True, slots=True)
 class Ran:
     """Answers :class:`Run`: the result is there, held, and published under its keys."""
 
@@ -192,7 +202,7 @@ class Stopped:
 
 
 Answer = Mapped | Found | Loaded | NotLoadable | ContentKeyed | Ran | Kept | Failed | Stopped
-Event = JobSubmitted | JobCancelled | Answer
+Event = JobSubmitted | JobCancelled | Began | Answer
 
 
 # -- instructions: what to do ---------------------------------------------------------------------------------

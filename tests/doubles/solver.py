@@ -8,6 +8,7 @@ from cluster.graph import BindMount, Definition, RunOp, Vertex
 from cluster.solver.ports import OpResult
 from cluster.solver.state import SolverState
 from cluster.solver.values import (
+    Began,
     CacheMap,
     CacheRecord,
     ComputeContentKey,
@@ -161,6 +162,11 @@ class World:
         """Return the runs under way, by vertex name."""
         return {name_of(i.vertex): i for i in self.pending.values() if isinstance(i, Run)}
 
+    def begin(self, *names):
+        """Let runs have their inputs where they run."""
+        for name in names:
+            self.feed(Began(self.runs()[name].task))
+
     def finish(self, *names):
         """Let runs succeed, in this order."""
         for name in names:
@@ -264,6 +270,7 @@ class FakeOps:
         name = name_of(use.vertex)
         self.held.add(use.hold)
         self._check("run", name, opts)
+        use.began()
         self.arrived[name].set()
         if name in self.gates:
             await self.gates[name].wait()

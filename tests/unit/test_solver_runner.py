@@ -47,6 +47,14 @@ async def test_a_graph_is_run_and_then_found(solver, ops, events):
     assert ops.kept == [("one", "b"), ("two", "b")]
 
 
+async def test_a_vertex_runs_from_when_its_op_says_so(solver, ops, events):
+    """A run is told of as waiting until the op has begun."""
+    graph = Graph()
+    await solver.solve("one", graph.definition(graph.add("a")))
+    told = [("a", state) for state in (VertexState.WAITING, VertexState.RUNNING, VertexState.COMPLETED)]
+    assert events.told["one"] == told
+
+
 @pytest.mark.parametrize("call", ["run", "load", "keep"])
 async def test_missing_opts_are_collected_and_the_call_repeated_once(solver, ops, call):
     """Any call that needs providers gets those that the vertex's ancestors published."""

@@ -5,6 +5,7 @@ import pytest
 from cluster.errors import InvalidTransitionError, UnavailableError
 from cluster.job import VertexState
 from cluster.solver.values import (
+    Began,
     ComputeContentKey,
     Failed,
     GetCacheMap,
@@ -16,6 +17,7 @@ from cluster.solver.values import (
     LookUp,
     Ran,
     Run,
+    Stop,
 )
 from tests.doubles.solver import Graph, World, digest_of, name_of
 
@@ -86,14 +88,76 @@ def test_a_vertex_of_two_ways_runs_once():
 
 
 def test_vertices_wait_until_their_inputs_are_there_and_then_run():
-    """Waiting and running are told apart."""
+    """Waiting and running are told apart: what is dispatched still waits until its inputs are where it runs."""
     graph, vertices = chain("a", "b")
     world = World(graph)
     world.submit("job", vertices[-1])
-    assert world.reports["job", "a"] == [VertexState.RUNNING]
+    assert world.reports["job", "a"] == world.reports["job", "b"] == [VertexState.WAITING]
+    world.begin("a")
+    assert world.reports["job", "a"] == [VertexState.WAITING, VertexState.RUNNING]
+    world.finish("a")
     assert world.reports["job", "b"] == [VertexState.WAITING]
-    world.finish_all()
+    world.begin("b")
+    world.finish("b")
     assert world.reports["job", "b"] == [VertexState.WAITING, VertexState.RUNNING, VertexState.COMPLETED]
+
+
+def test_a_run_that_never_began_may_end():
+    """Another's result that is found instead of running needs no beginning."""
+    graph, vertices = chain("a")
+    world = World(graph)
+    world.submit("job", *vertices)
+    world.finish("a")
+    assert world.reports["job", "a"] == [VertexState.WAITING, VertexState.COMPLETED]
+
+
+def test_who_comes_to_want_a_run_is_told_where_it_stands():
+    """Waiting before the run has begun, running after."""
+    graph, vertices = chain("a")
+    world = World(graph)
+    world.submit("one", *vertices)
+    world.submit("two", *vertices)
+    assert world.reports["two", "a"] == [VertexState.WAITING]
+    world.begin("a")
+    world.submit("three", *vertices)
+    assert world.reports["two", "a"] == [VertexState.WAITING, VertexState.RUNNING]
+    assert world.reports["three", "a"] == [VertexState.RUNNING]
+    world.finish("a")
+
+
+def test_a_beginning_that_changes_nothing_is_no_error():
+    """Of what has begun, is over, was stopped, or is no run."""
+    graph, vertices = chain("a", "b")
+    world = World(graph, by_hand=(Run, LookUp))
+    world.submit("one", *vertices)
+    (lookup, *_) = world.pending.values()
+    assert world.state.handle(Began(lookup.task)) == []
+    while not world.runs():
+        world.feed(world.answer(next(iter(world.pending.values()))))
+    first = world.runs()["a"].task
+    world.begin("a")
+    assert world.state.handle(Began(first)) == []
+    world.finish("a")
+    assert world.state.handle(Began(first)) == []
+    second = world.runs()["b"].task
+    assert any(i == Stop(second) for i in world.state.handle(JobCancelled("one")))
+    assert world.state.handle(Began(second)) == []
+    world.state.validate()
+
+
+def test_a_run_that_is_begun_anew_waits_again():
+    """Where its job has gone it may be done once more, elsewhere: its inputs must come there first."""
+    graph, vertices = chain("a")
+    world = World(graph)
+    world.submit("one", *vertices)
+    world.submit("two", *vertices)
+    world.begin("a")
+    world.feed(JobCancelled("one"))
+    world.fail("a", BROKEN)
+    world.begin("a")
+    world.finish("a")
+    waiting, running = VertexState.WAITING, VertexState.RUNNING
+    assert world.reports["two", "a"] == [waiting, running, waiting, running, VertexState.COMPLETED]
 
 
 # -- records that are of no use ---------------------------------------------------------------------------------
@@ -154,7 +218,7 @@ def test_jobs_share_a_run():
     world.finish_all()
     assert world.ran() == ["a", "b"]
     assert world.outcomes["one"] == world.outcomes["two"]
-    assert world.reports["two", "a"] == [VertexState.RUNNING, VertexState.COMPLETED]
+    assert world.reports["two", "a"] == [VertexState.WAITING, VertexState.COMPLETED]
 
 
 @pytest.mark.parametrize("cancelled", ["one", "two"])
