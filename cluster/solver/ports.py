@@ -9,7 +9,7 @@ from typing import Protocol
 from cluster.digest import Digest
 from cluster.graph import Vertex
 from cluster.job import JobId, VertexEvent
-from cluster.solver.values import CacheMap, CacheRecord, HoldId, Result
+from cluster.solver.values import CacheMap, CacheRecord, Exportable, HoldId, Result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,17 @@ class OpRunner(Protocol):
 
     async def keep(self, job: JobId, vertex: Vertex, result: Result, opts: Mapping[str, bytes]) -> None:
         """Hold a target's result for the job itself, for as long as the job's lease says. May be repeated."""
+        ...
+
+    async def finish(self, job: JobId, exportables: Sequence[Exportable]) -> None:
+        """Do what is to be done once a job's results are there and kept, before it ends: exports of its cache.
+
+        Called once a job, and not again with opts. What is in *exportables* stays held until it returns.
+
+        Args:
+            job: Its cache opts can still be had.
+            exportables: All its vertices, each after its inputs.
+        """
         ...
 
     async def release(self, hold: HoldId) -> None:

@@ -25,6 +25,7 @@ from cluster.solver.values import (
     ContentKeyed,
     EndJob,
     Event,
+    Exportable,
     Failed,
     Found,
     GetCacheMap,
@@ -161,6 +162,10 @@ class Solver:
         """Return what is found of the opts *wanted*, from *vertex* down; nothing once the job has ended."""
         return self._state.cache_opts(job, vertex, wanted)
 
+    def exportable(self, job: JobId) -> tuple[Exportable, ...]:
+        """Return what an export of the job's cache may say, while its results are being kept; else nothing."""
+        return self._state.exportable(job)
+
     def statistics(self) -> SolverStatistics:
         """Return a snapshot."""
         return self._state.statistics()
@@ -279,6 +284,7 @@ class Solver:
             case Keep(task, job, results):
                 for vertex, result in results:
                     await self._with_opts(job, vertex, partial(self._ops.keep, job, vertex, result))
+                await self._ops.finish(job, self.exportable(job))
                 return Kept(task)
             case _:
                 assert_never(ask)

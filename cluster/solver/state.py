@@ -36,6 +36,7 @@ from cluster.solver.values import (
     ContentKeyed,
     EndJob,
     Event,
+    Exportable,
     Failed,
     Found,
     GetCacheMap,
@@ -319,6 +320,15 @@ class SolverState:
         """Return what the job's vertices published of *wanted*, from *vertex* down; see :func:`collect_opts`."""
         known = self._jobs.get(job)
         return {} if known is None else collect_opts(known.definition.vertices, vertex, wanted, known.opts.get)
+
+    def exportable(self, job: JobId) -> tuple[Exportable, ...]:
+        """Return the vertices of a job that is KEEPING, each after its inputs; nothing in any other phase."""
+        known = self._jobs.get(job)
+        if known is None or known.phase is not JobPhase.KEEPING:
+            return ()
+        return tuple(
+            Exportable(vertex=digest, keys=edge.keys, result=edge.result) for digest, edge in known.edges.items()
+        )
 
     def phase(self, job: JobId, vertex: Digest) -> EdgePhase:
         """Return where a vertex of a live job stands."""

@@ -55,6 +55,17 @@ class CacheMap:
     slow_inputs: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exportable:
+    """What an export of a job's cache may say of one of its vertices."""
+
+    vertex: Digest
+    #: Keys under which others would find its result; not empty.
+    keys: tuple[Digest, ...]
+    #: None where nothing needed it: what is above it was cached.
+    result: Result | None
+
+
 # -- cache keys -----------------------------------------------------------------------------------------------
 
 

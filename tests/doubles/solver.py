@@ -243,6 +243,7 @@ class FakeOps:
         self.arrived = defaultdict(asyncio.Event)
         self.calls = []
         self.held, self.released, self.kept = set(), set(), []
+        self.finished = {}  # job -> exportables
 
     def _check(self, call, name, opts):
         self.calls.append((call, name, dict(opts)))
@@ -281,6 +282,11 @@ class FakeOps:
     async def keep(self, job, vertex, result, opts):
         self._check("keep", name_of(vertex), opts)
         self.kept.append((job, result.ref))
+
+    async def finish(self, job, exportables):
+        assert job not in self.finished
+        self._check("finish", job, {})
+        self.finished[job] = exportables
 
     async def release(self, hold):
         self.released.add(hold)

@@ -69,6 +69,27 @@ async def test_missing_opts_are_collected_and_the_call_repeated_once(solver, ops
     assert [opts for what, name, opts in ops.calls if (what, name) == (call, "top")] == [{}, ops.opts["image"]]
 
 
+async def test_a_job_is_finished_once_its_results_are_kept(solver, ops):
+    """All its vertices are there to be exported then, with their results and keys."""
+    graph = Graph()
+    a = graph.add("a")
+    b = graph.add("b", a)
+    await solver.solve("job", graph.definition(b))
+    assert [call for call, *_ in ops.calls][-2:] == ["keep", "finish"]
+    assert [(e.vertex, e.result.ref) for e in ops.finished["job"]] == [(a.digest, "a"), (b.digest, "b")]
+    for exportable in ops.finished["job"]:
+        assert [record.result for record in await ops.keys.lookup(exportable.keys)] == [exportable.result]
+    assert solver.exportable("job") == ()
+
+
+async def test_a_job_whose_finish_fails_has_failed(solver, ops):
+    """What was to be done for it was not."""
+    ops.errors["finish", "job"] = UnavailableError("export", "gone")
+    graph = Graph()
+    outcome = await solver.solve("job", graph.definition(graph.add("a")))
+    assert outcome == JobFailed(ops.errors["finish", "job"], None)
+
+
 async def test_opts_that_are_still_missing_are_a_miss_in_a_load(solver, ops):
     """A lazy record without handlers in this build is run anew."""
     graph = Graph()

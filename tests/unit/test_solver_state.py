@@ -13,6 +13,7 @@ from cluster.solver.values import (
     JobDone,
     JobFailed,
     JobStopped,
+    Keep,
     Load,
     LookUp,
     Ran,
@@ -427,6 +428,30 @@ def test_parallel_builds_may_differ_in_what_they_run_afresh():
 
 
 # -- turns ------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_may_be_exported_while_it_is_kept():
+    """All vertices in order, with keys, and with results as far as they were needed; nothing before or after."""
+    graph, vertices = chain("a", "b", "c")
+    world = World(graph, by_hand=(Run, Keep))
+    world.submit("one", *vertices[:2])
+    world.finish("a")
+    assert world.state.exportable("one") == ()
+    world.finish("b")
+    one = world.state.exportable("one")
+    assert [e.vertex for e in one] == [v.digest for v in vertices[:2]]
+    assert [e.result.ref.partition("#")[0] for e in one] == ["a", "b"]
+    (keep,) = world.pending.values()
+    world.feed(world.answer(keep))
+    assert world.state.exportable("one") == ()
+
+    world.submit("two", vertices[-1])
+    world.finish("c")
+    two = world.state.exportable("two")
+    assert [e.vertex for e in two] == [v.digest for v in vertices]
+    assert [e.result is None for e in two] == [True, False, False]
+    assert [e.keys for e in two[:2]] == [e.keys for e in one]
+    assert all(e.keys for e in two)
 
 
 def test_jobs_take_turns():
