@@ -1,4 +1,4 @@
-"""Ports of the solver to where its state rests: cache keys, jobs, and what drivers see of these.
+"""Ports of the solver to where its state rests: cache keys, jobs, what drivers see of these, and what is where.
 
 All time is the store's. Every method may raise UnavailableError: no answer, the write may or may not have happened.
 Every call ends by the store's own deadline; following has one of its own.
@@ -7,6 +7,7 @@ Every call ends by the store's own deadline; following has one of its own.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.digest import Digest
@@ -15,6 +16,12 @@ from cluster.solver.values import CacheRecord, Result
 
 #: Seconds for which the driver of an attached job is taken to be there without saying so.
 ATTENDED_S = 30.0
+
+
+#: Seconds for which it is believed that a node has a snapshot, counted from when it was last noted.
+HERE_S = 7 * 24 * 3600.0
+#: Seconds for which it is believed that a snapshot is arriving: its node may have died, or given it up.
+ARRIVING_S = 900.0
 
 
 class KeyStore(Protocol):
@@ -149,4 +156,48 @@ class JobEvents(Protocol):
             JobNotFoundError: it is unknown.
             DeadlineExceededError: it has not ended after *deadline_s* seconds.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """What is known of some snapshots and nodes at one moment."""
+
+    #: Chain ID to the nodes that have its snapshot, of those asked for.
+    here: Mapping[Digest, frozenset[str]]
+    #: Likewise, to those that are getting it and do not have it.
+    arriving: Mapping[Digest, frozenset[str]]
+    #: Node to the ops that it runs.
+    running: Mapping[str, int]
+
+
+class Whereabouts(Protocol):
+    """Which nodes have, or are getting, which snapshots, and how many ops each runs: hints for placing ops.
+
+    Nothing rests on them but speed: they lapse by themselves, and are lost with the store's memory. Each method is one
+    round trip (but for notes of thousands of chains), and may be repeated.
+    """
+
+    async def note_arriving(self, node: str, chains: Sequence[Digest]) -> None:
+        """Say that the node is getting the snapshots of *chains*: believed for :data:`ARRIVING_S` seconds."""
+        ...
+
+    async def note_here(self, node: str, chains: Sequence[Digest]) -> None:
+        """Say that the node has the snapshots of *chains*, or has used them: believed for :data:`HERE_S` seconds."""
+        ...
+
+    async def forget_node(self, node: str) -> None:
+        """Forget all snapshots that the node has or is getting; what is noted later counts."""
+        ...
+
+    async def begin_op(self, node: str, run_id: str, *, ttl_s: float) -> None:
+        """Say that an op runs on the node, or waits there for its turn, for *ttl_s* > 0 seconds from now at most."""
+        ...
+
+    async def end_op(self, node: str, run_id: str) -> None:
+        """Say that an op runs there no more; does nothing where it has lapsed."""
+        ...
+
+    async def find(self, chains: Sequence[Digest], nodes: Sequence[str]) -> Located:
+        """Return what is known of *chains* and *nodes*, each of them, unknown ones too."""
         ...

@@ -46,6 +46,10 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``jobs:attended`` | zset | attached job that goes on → until when its driver is taken to be there, milliseconds |
 | ``job-events:JOB`` | stream, a week after its end | ``k`` an event's kind, ``p`` its payload |
 | ``job-told:JOB`` | hash, a week after its end | ``log_bytes steps``: how full the stream is; ``cut:VERTEX`` |
+| ``here:CHAIN`` | zset, a week unused | node that has the snapshot → when that was last noted, milliseconds |
+| ``arriving:CHAIN`` | zset, minutes | node that is getting the snapshot → when that was noted, milliseconds |
+| ``noted`` | zset | node → since when what is noted of its snapshots counts, milliseconds |
+| ``ops:NODE`` | zset | run of an op there → until when that is believed, milliseconds |
 | ``nodes`` | string | payload ``nodes``: the nodes as the supervisor last saw them |
 | ``actors`` | hash | actor name → payload ``actor`` |
 | ``actor:NAME`` | string, seconds | there while the actor says that it is |
@@ -146,6 +150,10 @@ class Keys:
     def job_events(self, job: JobId) -> str:
         """Name the stream of a job's events."""
         return f"{self.prefix}:job-events:{job}"
+
+    def ops(self, node: str) -> str:
+        """Name the set of ops that a node runs."""
+        return f"{self.prefix}:ops:{node}"
 
     @property
     def nodes(self) -> str:

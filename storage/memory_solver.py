@@ -31,7 +31,7 @@ from cluster.job import (
     encode_event,
 )
 from cluster.solver.values import CacheRecord, Result
-from cluster.solver_ports import ATTENDED_S
+from cluster.solver_ports import ARRIVING_S, ATTENDED_S, HERE_S, Located
 from storage.cache_keys import RECORDS, name_result
 from storage.job_events import LOG_BYTES, STEPS
 
@@ -67,6 +67,11 @@ class SolverMemory:
         #: Cache key to the records under it, least recently published first.
         self.keys: dict[Digest, list[str]] = {}
         self.records: dict[str, CacheRecord] = {}
+        #: Chain ID and node to when it was noted that the node has the snapshot, or is getting it.
+        self.here: dict[tuple[Digest, str], float] = {}
+        self.arriving: dict[tuple[Digest, str], float] = {}
+        #: Node to its runs of ops, each with the time until which it is believed.
+        self.ops: dict[str, dict[str, float]] = {}
         self._jobs: dict[JobId, _Job] = {}
         self.came = asyncio.Event()
 
@@ -299,3 +304,59 @@ class MemoryJobEvents:
                 return None
             job.steps += 1
         return event
+
+
+class MemoryWhereabouts:
+    """Fake of :class:`storage.whereabouts.RedisWhereabouts`."""
+
+    def __init__(self, memory: SolverMemory) -> None:
+        self._memory = memory
+
+    async def note_arriving(self, node: str, chains: Sequence[Digest]) -> None:
+        """Say that the node is getting snapshots."""
+        self._note(node, chains, self._memory.arriving, self._memory.here)
+
+    async def note_here(self, node: str, chains: Sequence[Digest]) -> None:
+        """Say that the node has snapshots."""
+        self._note(node, chains, self._memory.here, self._memory.arriving)
+
+    async def forget_node(self, node: str) -> None:
+        """Forget all snapshots of a node."""
+        for notes in (self._memory.here, self._memory.arriving):
+            for key in [key for key in notes if key[1] == node]:
+                del notes[key]
+
+    async def begin_op(self, node: str, run_id: str, *, ttl_s: float) -> None:
+        """Say that an op runs on the node."""
+        self._memory.ops.setdefault(node, {})[run_id] = self._memory.now_s() + ttl_s
+
+    async def end_op(self, node: str, run_id: str) -> None:
+        """Say that an op runs there no more."""
+        self._memory.ops.get(node, {}).pop(run_id, None)
+
+    async def find(self, chains: Sequence[Digest], nodes: Sequence[str]) -> Located:
+        """Return what is known."""
+        now_s = self._memory.now_s()
+
+        def believed(notes: dict[tuple[Digest, str], float], ttl_s: float) -> dict[Digest, frozenset[str]]:
+            never_s = now_s - ttl_s
+            return {c: frozenset(n for n in nodes if notes.get((c, n), never_s) > never_s) for c in chains}
+
+        return Located(
+            here=believed(self._memory.here, HERE_S),
+            arriving=believed(self._memory.arriving, ARRIVING_S),
+            running={
+                node: sum(until_s > now_s for until_s in self._memory.ops.get(node, {}).values()) for node in nodes
+            },
+        )
+
+    def _note(
+        self,
+        node: str,
+        chains: Sequence[Digest],
+        noted: dict[tuple[Digest, str], float],
+        other: dict[tuple[Digest, str], float],
+    ) -> None:
+        for chain in chains:
+            noted[chain, node] = self._memory.now_s()
+            other.pop((chain, node), None)

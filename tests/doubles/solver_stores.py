@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from cluster.solver_ports import JobEvents, JobStore, KeyStore
+from cluster.solver_ports import JobEvents, JobStore, KeyStore, Whereabouts
 from storage.cache_keys import RedisKeyStore
 from storage.job_events import RedisJobEvents
 from storage.jobs import RedisJobStore
-from storage.memory_solver import MemoryJobEvents, MemoryJobStore, MemoryKeyStore, SolverMemory
+from storage.memory_solver import MemoryJobEvents, MemoryJobStore, MemoryKeyStore, MemoryWhereabouts, SolverMemory
+from storage.whereabouts import RedisWhereabouts
 from tests.doubles.stores import FakeClock, RedisFarm
 
 #: What one job's stream keeps here.
@@ -26,6 +27,7 @@ class SolverStores:
     keys: KeyStore
     jobs: JobStore
     events: JobEvents
+    whereabouts: Whereabouts
     #: Lets seconds pass by the store's clock.
     pass_time: Callable[[float], None]
 
@@ -40,6 +42,7 @@ async def solver_stores(request, redis_servers) -> AsyncIterator[SolverStores]:
             keys=MemoryKeyStore(memory),
             jobs=MemoryJobStore(memory),
             events=MemoryJobEvents(memory, log_bytes=LOG_BYTES, steps=STEPS),
+            whereabouts=MemoryWhereabouts(memory),
             pass_time=clock.advance,
         )
         return
@@ -56,5 +59,6 @@ def redis_solver_stores(farm: RedisFarm) -> SolverStores:
         keys=RedisKeyStore(link, farm.keys),
         jobs=RedisJobStore(link, farm.keys),
         events=RedisJobEvents(link, farm.keys, log_bytes=LOG_BYTES, steps=STEPS),
+        whereabouts=RedisWhereabouts(link, farm.keys),
         pass_time=farm.pass_time,
     )
