@@ -38,6 +38,7 @@ from storage.progress import RedisProgressStore
 from storage.proofs import RedisProofStore
 from storage.refs import RedisRefStore
 from storage.registry.client import RegistryClient
+from storage.whereabouts import RedisWhereabouts
 
 log = structlog.get_logger()
 
@@ -74,6 +75,7 @@ class Stores:
     limiter: RedisHostLimiter
     progress: RedisProgressStore
     presence: Presence
+    whereabouts: RedisWhereabouts
     registry: RegistryClient
     access: AccessControl
     cache: CacheManager
@@ -102,6 +104,7 @@ def build_stores(config: Config) -> Stores:
         limiter=limiter,
         progress=RedisProgressStore(link, keys),
         presence=Presence(link, keys),
+        whereabouts=RedisWhereabouts(link, keys),
         registry=registry,
         access=access,
         cache=CacheManager(refs, access),

@@ -108,6 +108,8 @@ class FetchWorker(SessionServer):
         config = boot.config
         loop = asyncio.get_running_loop()
         stores = build_stores(config)
+        with contextlib.suppress(ClusterError):  # hints, here and below
+            await stores.whereabouts.forget_node(boot.node)
         threads = ThreadPoolExecutor(_BYTE_THREADS, thread_name_prefix="bytes")
         unpackers = ThreadPoolExecutor(_UNPACK_THREADS, thread_name_prefix="unpack")
         root = node_root(boot)
@@ -126,6 +128,9 @@ class FetchWorker(SessionServer):
         left = [*left, *await loop.run_in_executor(threads, snapshotter.recover)]
         if left:
             log.info("node.recovered", removed=len(left))
+        snapshots = await loop.run_in_executor(threads, lambda: list(snapshotter.snapshots()))
+        with contextlib.suppress(ClusterError):
+            await stores.whereabouts.note_here(boot.node, snapshots)
         blobs = NodeBlobs(cache, store, stores.refs, loop=loop, threads=threads, downloads=config.fetch.layers_per_node)
         renewer = RedisFlightRenewer(config.redis, Keys(config.farm.name))
         transfers = ThreadedTransfers(
@@ -179,6 +184,7 @@ class FetchWorker(SessionServer):
                 threads=unpackers,
                 deadline_s=config.flight.deadline_s,
                 clock=time.monotonic,
+                notes=stores.whereabouts,
             ),
             pusher=Pusher(
                 target=stores.registry,

@@ -62,6 +62,18 @@ class LocalBlobs(Protocol):
         ...
 
 
+class SnapshotNotes(Protocol):
+    """Is told which snapshots nodes have, or are getting; see :class:`cluster.solver_ports.Whereabouts`."""
+
+    async def note_arriving(self, node: str, chains: Sequence[Digest]) -> None:
+        """Say that the node is getting the snapshots of *chains*; may raise UnavailableError."""
+        ...
+
+    async def note_here(self, node: str, chains: Sequence[Digest]) -> None:
+        """Say that the node has the snapshots of *chains*; may raise UnavailableError."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extracted:
     """A mounted filesystem."""
@@ -71,7 +83,11 @@ class Extracted:
 
 
 class Extractor:
-    """Extracts chains on one node."""
+    """Extracts chains on one node.
+
+    *notes* is told once when an extraction begins, of what it lacks, and once when it has ended well, of all its chain.
+    Of one that fails nothing is told: what was noted lapses.
+    """
 
     def __init__(
         self,
@@ -85,6 +101,7 @@ class Extractor:
         threads: Executor,
         deadline_s: float,
         clock: Callable[[], float],
+        notes: SnapshotNotes | None = None,
     ) -> None:
         self._node = node
         self._unlazier = unlazier
@@ -95,6 +112,7 @@ class Extractor:
         self._threads = threads
         self._deadline_s = deadline_s
         self._clock = clock
+        self._notes = notes
         self._flights: Flights[None, Caller] = Flights("snapshots")
         #: Notified when a snapshot is published here, and when an unpacking is to stop.
         self._published = threading.Condition()
@@ -108,6 +126,8 @@ class Extractor:
         Raises:
             ClusterError: a layer can't be had or unpacked; what is complete stays for the next call.
         """
+        chains = [state.record.chain for state in chain]
+        await self._note_arriving(chains)
         try:
             async with asyncio.timeout(self._deadline_s), asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._layer(state, caller)) for state in chain]
@@ -115,10 +135,23 @@ class Extractor:
             raise DeadlineExceededError("extract", f"not done after {self._deadline_s:.0f} s") from exc
         except BaseExceptionGroup as errors:
             raise first_error(errors) from errors
+        await self._note_here(chains)
         top = chain[-1].record.chain if chain else EMPTY_CHAIN
         await ahit(FaultPoint.MOUNT_BEFORE)
         path = await self._in_thread(lambda: self._snapshotter.mount(top, hex_of(top)[:16]))
         return Extracted(path=path, layers=tuple(task.result() for task in tasks))
+
+    async def _note_arriving(self, chains: Sequence[Digest]) -> None:
+        if self._notes is None:
+            return
+        if lacking := await self._in_thread(lambda: [chain for chain in chains if not self._snapshotter.has(chain)]):
+            with contextlib.suppress(ClusterError):  # a hint
+                await self._notes.note_arriving(self._node, lacking)
+
+    async def _note_here(self, chains: Sequence[Digest]) -> None:
+        if self._notes is not None and chains:
+            with contextlib.suppress(ClusterError):
+                await self._notes.note_here(self._node, chains)
 
     async def _layer(self, state: RefState, caller: Caller) -> LayerFetch:
         record = state.record

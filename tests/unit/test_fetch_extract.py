@@ -14,6 +14,7 @@ from cluster.errors import (
     DigestMismatchError,
     LayerError,
     NeedsRemoteProvidersError,
+    UnavailableError,
 )
 from cluster.fetch import extract as extract_module
 from cluster.fetch.extract import Extractor
@@ -24,6 +25,7 @@ from cluster.ref import BlobRecord, RefRecord
 from storage.local_blobs import NodeBlobs
 from storage.memory import Memory, MemoryFlightStore, MemoryLeaseStore, MemoryProgressStore, MemoryRefStore
 from storage.memory_blobs import MemoryContentStore
+from storage.memory_solver import MemoryWhereabouts, SolverMemory
 from storage.node_cache import NodeCache
 from tests.doubles.fetch import (
     FakeLocalBlob,
@@ -53,6 +55,7 @@ class Node:
         self.transfers.holds = False
         self.blobs = FakeLocalBlobs()
         self.snapshotter = FakeSnapshotter()
+        self.whereabouts = MemoryWhereabouts(SolverMemory(FakeClock()))
         self.threads = ThreadPoolExecutor(threads)
         flights, progress = MemoryFlightStore(self.memory), MemoryProgressStore(self.memory)
         self.unlazier = Unlazier(
@@ -81,6 +84,7 @@ class Node:
             threads=self.threads,
             deadline_s=deadline_s,
             clock=time.monotonic,
+            notes=self.whereabouts,
         )
         for layer, data in zip(LAYERS, DATA, strict=True):
             self.blobs.put(layer.digest, FakeLocalBlob(data))
@@ -97,6 +101,11 @@ class Node:
         await self.leases.create(LeaseId(lease), ttl_s=None)
         caller = caller_of(lease, progress=(f"stream-{lease}",))
         return asyncio.create_task(self.extractor.extract(await self.chain(layers), caller))
+
+    async def located(self, chains):
+        """Return the chains whose snapshots are noted as here, and as arriving."""
+        located = await self.whereabouts.find(chains, ["n1"])
+        return [c for c in chains if located.here[c]], [c for c in chains if located.arriving[c]]
 
     def ends(self, lease):
         """Return the ends of the caller's extract items, one each."""
@@ -130,6 +139,39 @@ async def test_a_chain_is_unpacked_parents_first_and_mounted(node):
     assert [layer.digest for layer in extracted.layers] == [layer.digest for layer in LAYERS]
     assert len(node.transfers.fetches) == 3
     assert node.ends("l1") == ["done"] * 3
+
+
+async def test_what_arrives_and_is_there_is_noted(node):
+    """From its beginning an extraction's missing layers are noted as arriving, in its end all as here."""
+    names = await chains(node)
+    await (await node.call(layers=LAYERS[:1]))
+    assert await node.located(names) == (names[:1], [])
+    node.snapshotter.gates[names[-1]] = threading.Event()
+    call = await node.call("l2")
+    await eventually(lambda: names[-1] in node.snapshotter.begun)
+    assert await node.located(names) == (names[:1], names[1:])
+    node.snapshotter.gates[names[-1]].set()
+    await call
+    assert await node.located(names) == (names, [])
+
+
+async def test_what_fails_is_not_noted_as_there(node):
+    """A snapshot that was not published may be noted as arriving for a while, but not as here."""
+    node.blobs.put(LAYERS[1].digest, FakeLocalBlob(b"bad layer"))
+    with pytest.raises(LayerError):
+        await (await node.call())
+    assert (await node.located(await chains(node)))[0] == []
+
+
+async def test_what_cannot_be_noted_fails_nothing(node):
+    """Notes are hints: an extraction does without them."""
+
+    async def refuse(_node, _chains):
+        raise UnavailableError("redis", "gone")
+
+    node.whereabouts.note_arriving = node.whereabouts.note_here = refuse
+    await (await node.call())
+    assert node.snapshotter.published == await chains(node)
 
 
 async def test_no_layers_are_an_empty_filesystem(node):
@@ -267,10 +309,15 @@ async def test_a_file_that_was_damaged_on_this_node_is_fetched_again_from_the_co
 
 
 async def test_a_layer_that_can_t_be_fetched_ends_the_extract(node):
-    """The base fails: the layers above, which wait for it in their threads, end with it."""
-    node.transfers.plan = [BlobNotFoundError(LAYERS[0].digest, "r.example/app")]
+    """The base fails: the layers above, which are under way, end with it."""
+    node.transfers.plan = [BlobNotFoundError(LAYERS[0].digest, "r.example/app") for _ in LAYERS]
+    node.transfers.holds = True
+    call = await node.call()
+    await node.transfers.arrival(3)
+    (base,) = (fetch for fetch in node.transfers.fetches if fetch.descriptor.digest == LAYERS[0].digest)
+    base.proceed.set()
     with pytest.raises(BlobNotFoundError):
-        await asyncio.wait_for(await node.call(), 5)
+        await asyncio.wait_for(call, 5)
     assert len(node.ends("l1")) == 3
     assert node.extractor._flights.statistics().flying == 0
 
