@@ -25,6 +25,7 @@ from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import ClusterError, InternalError, LeaseLostError
 from cluster.fetch.extract import Extractor
+from cluster.fetch.keep import Keeper
 from cluster.fetch.pull import Puller
 from cluster.fetch.push import Pusher
 from cluster.fetch.runner import Caller, Unlazier
@@ -38,6 +39,8 @@ from cluster.messages import (
     PullResult,
     PushRequest,
     PushResult,
+    ResolveRequest,
+    ResolveResult,
     SessionInfo,
     UnlazyRequest,
     UnlazyResult,
@@ -45,7 +48,7 @@ from cluster.messages import (
 from cluster.ports import Authorizer, Snapshotter
 from cluster.provider import DescHandler, ProviderHandle
 from cluster.ref import RefId, RefRecord, RefState
-from cluster.reference import default_platform, parse_platform, parse_reference
+from cluster.reference import ImageReference, Platform, default_platform, parse_platform, parse_reference
 from cluster.wire import decode
 from storage.blobs import S3ContentStore
 from storage.fetching import StoredBlobs, ThreadedTransfers
@@ -84,6 +87,8 @@ class _Parts:
     unlazier: Unlazier
     extractor: Extractor
     pusher: Pusher
+    stored: StoredBlobs
+    keeper: Keeper
     metrics: WorkerMetrics
 
 
@@ -161,6 +166,7 @@ class FetchWorker(SessionServer):
             max_transfers=config.fetch.layers_per_node,
             clock=time.monotonic,
         )
+        stored = StoredBlobs(store)
         self._parts = _Parts(
             config=config,
             stores=stores,
@@ -184,14 +190,23 @@ class FetchWorker(SessionServer):
                 target=stores.registry,
                 unlazier=unlazier,
                 refs=stores.refs,
-                blobs=StoredBlobs(store),
+                blobs=stored,
                 progress=stores.progress,
                 access=stores.access,
                 spawn=self._starter.background.spawn,
             ),
+            stored=stored,
+            keeper=Keeper(
+                worker=boot.name,
+                leases=stores.leases,
+                flights=stores.flights,
+                renewer=renewer,
+                small=stored,
+                new_token=new_token,
+                flight_ttl_s=config.flight.lease_ttl_s,
+            ),
             metrics=WorkerMetrics(boot.node),
         )
-        self._store = store
         self._starter.background.spawn(self._settle_forever(snapshotter, threads))
         return stores.presence
 
@@ -232,27 +247,37 @@ class FetchWorker(SessionServer):
 
     # -- calls -----------------------------------------------------------------------------------------
 
+    def _puller(self, parts: _Parts, session: SessionInfo) -> Puller:
+        return Puller(
+            manifests=parts.stores.registry,
+            access=parts.stores.access,
+            refs=parts.stores.refs,
+            small=parts.stored,
+            keeper=parts.keeper,
+            get_by_blob=_ShardRefs(parts, session, farm=parts.config.farm.name),
+        )
+
+    @answers("resolve", ResolveRequest)
+    async def resolve_image(self, request: ResolveRequest) -> ResolveResult:
+        """Read an image's manifest and config; see :meth:`cluster.fetch.pull.Puller.resolve`."""
+        parts = await self._started()
+        reference, wanted = _asked(request)
+        async with self._serving("resolve", request.session, image=reference.name) as (authorizer, figures):
+            resolved = await self._puller(parts, request.session).resolve(
+                reference, wanted, authorizer, plain_http=request.plain_http, lease_id=request.lease_id
+            )
+            figures.update({"digest": resolved.image.manifest.digest, "layers": len(resolved.image.layers)})
+            return ResolveResult(
+                image=resolved.record(None), config=resolved.image.config_bytes, handlers=resolved.handlers
+            )
+
     @answers("pull", PullRequest)
     async def pull(self, request: PullRequest) -> PullResult:
-        """Resolve an image; see :class:`cluster.fetch.pull.Puller`."""
+        """Resolve an image and make refs of it; see :class:`cluster.fetch.pull.Puller`."""
         parts = await self._started()
-        reference = parse_reference(request.image)
-        wanted = parse_platform(request.platform) if request.platform else default_platform(platform.machine())
+        reference, wanted = _asked(request)
         async with self._serving("pull", request.session, image=reference.name) as (authorizer, figures):
-            puller = Puller(
-                worker=self._starter.boot.name,
-                manifests=parts.stores.registry,
-                access=parts.stores.access,
-                refs=parts.stores.refs,
-                leases=parts.stores.leases,
-                flights=parts.stores.flights,
-                renewer=parts.renewer,
-                small=StoredBlobs(self._store),
-                get_by_blob=_ShardRefs(parts, request.session, farm=parts.config.farm.name),
-                new_token=new_token,
-                flight_ttl_s=parts.config.flight.lease_ttl_s,
-            )
-            pulled = await puller.pull(
+            pulled = await self._puller(parts, request.session).pull(
                 reference, wanted, authorizer, plain_http=request.plain_http, lease_id=request.lease_id
             )
             figures.update(
@@ -375,6 +400,12 @@ class _ShardRefs:
             timeout_s=_SHARD_TIMEOUT_S,
         )
         return result.layers
+
+
+def _asked(request: PullRequest | ResolveRequest) -> tuple[ImageReference, Platform]:
+    """Return which image is asked for, and for which platform: this node's own where none is named."""
+    wanted = parse_platform(request.platform) if request.platform else default_platform(platform.machine())
+    return parse_reference(request.image), wanted
 
 
 def _top_of(descriptors: Sequence[Descriptor]) -> RefId:

@@ -25,6 +25,8 @@ from cluster.messages import (
     PushRequest,
     PushResult,
     RefsResult,
+    ResolveRequest,
+    ResolveResult,
     SessionAnswer,
     SessionQuestion,
     UnlazyRequest,
@@ -116,8 +118,13 @@ class FetchWorkerHandle(SessionServerHandle):
         """Return the handle of a node's worker."""
         return cls(worker_name(node, version), farm=farm)
 
+    async def resolve_image(self, request: ResolveRequest, *, timeout_s: float) -> ResolveResult:
+        """Read an image's manifest and config, without making refs of it."""
+        result: ResolveResult = await self.call("resolve_image", "resolve", request, ResolveResult, timeout_s)
+        return result
+
     async def pull(self, request: PullRequest, *, timeout_s: float) -> PullResult:
-        """Resolve an image."""
+        """Resolve an image and make refs of it."""
         result: PullResult = await self.call("pull", "pull", request, PullResult, timeout_s)
         return result
 

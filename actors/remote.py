@@ -84,6 +84,10 @@ class RemoteFetchWorker(_RemoteSessionServer):
         """Forward."""
         return await self._actor.ready()
 
+    async def resolve_image(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.resolve_image(payload)
+
     async def pull(self, payload: bytes) -> bytes:
         """Forward."""
         return await self._actor.pull(payload)
