@@ -1,4 +1,4 @@
-"""The fetch worker: a shell, one a node, around unlazy, extract, pull and push."""
+"""The fetch worker: a shell, one a node, around unlazy, extract, pull, assemble and push."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from cluster.config import Config
 from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import ClusterError, InternalError, LeaseLostError
+from cluster.fetch.assemble import Assembler
 from cluster.fetch.extract import Extractor
 from cluster.fetch.keep import Keeper
 from cluster.fetch.pull import Puller
@@ -31,6 +32,7 @@ from cluster.fetch.push import Pusher
 from cluster.fetch.runner import Caller, Unlazier
 from cluster.lease import LeaseId
 from cluster.messages import (
+    AssembleRequest,
     ExtractRequest,
     ExtractResult,
     GetByBlobRequest,
@@ -47,7 +49,7 @@ from cluster.messages import (
 )
 from cluster.ports import Authorizer, Snapshotter
 from cluster.provider import DescHandler, ProviderHandle
-from cluster.ref import RefId, RefRecord, RefState
+from cluster.ref import ImageRecord, RefId, RefRecord, RefState
 from cluster.reference import ImageReference, Platform, default_platform, parse_platform, parse_reference
 from cluster.wire import decode
 from storage.blobs import S3ContentStore
@@ -89,6 +91,7 @@ class _Parts:
     pusher: Pusher
     stored: StoredBlobs
     keeper: Keeper
+    assembler: Assembler
     metrics: WorkerMetrics
 
 
@@ -167,6 +170,15 @@ class FetchWorker(SessionServer):
             clock=time.monotonic,
         )
         stored = StoredBlobs(store)
+        keeper = Keeper(
+            worker=boot.name,
+            leases=stores.leases,
+            flights=stores.flights,
+            renewer=renewer,
+            small=stored,
+            new_token=new_token,
+            flight_ttl_s=config.flight.lease_ttl_s,
+        )
         self._parts = _Parts(
             config=config,
             stores=stores,
@@ -196,14 +208,13 @@ class FetchWorker(SessionServer):
                 spawn=self._starter.background.spawn,
             ),
             stored=stored,
-            keeper=Keeper(
-                worker=boot.name,
+            keeper=keeper,
+            assembler=Assembler(
+                refs=stores.refs,
                 leases=stores.leases,
-                flights=stores.flights,
-                renewer=renewer,
-                small=stored,
-                new_token=new_token,
-                flight_ttl_s=config.flight.lease_ttl_s,
+                access=stores.access,
+                keeper=keeper,
+                platform=default_platform(platform.machine()),
             ),
             metrics=WorkerMetrics(boot.node),
         )
@@ -288,6 +299,24 @@ class FetchWorker(SessionServer):
                 }
             )
             return pulled
+
+    @answers("assemble", AssembleRequest)
+    async def assemble(self, request: AssembleRequest) -> ImageRecord:
+        """Make an image of a chain; see :class:`cluster.fetch.assemble.Assembler`."""
+        parts = await self._started()
+        name = parse_reference(request.name)
+        async with self._serving("assemble", request.session, image=name.name) as (authorizer, figures):
+            image = await parts.assembler.assemble(
+                name,
+                request.ref_id,
+                request.config,
+                authorizer,
+                handlers=request.handlers,
+                lease_id=request.lease_id,
+                created_s=request.created_s,
+            )
+            figures.update({"digest": image.manifest.digest, "layers": len(image.layers)})
+            return image
 
     @answers("unlazy", UnlazyRequest)
     async def unlazy(self, request: UnlazyRequest) -> UnlazyResult:

@@ -16,6 +16,7 @@ from actors.options import namespace
 from actors.replies import unwrap
 from cluster.errors import ActorLostError, DeadlineExceededError, UnavailableError
 from cluster.messages import (
+    AssembleRequest,
     ExtractRequest,
     ExtractResult,
     GetByBlobRequest,
@@ -32,6 +33,7 @@ from cluster.messages import (
     UnlazyRequest,
     UnlazyResult,
 )
+from cluster.ref import ImageRecord
 from cluster.topology import shard_name, worker_name
 from cluster.wire import encode
 
@@ -126,6 +128,11 @@ class FetchWorkerHandle(SessionServerHandle):
     async def pull(self, request: PullRequest, *, timeout_s: float) -> PullResult:
         """Resolve an image and make refs of it."""
         result: PullResult = await self.call("pull", "pull", request, PullResult, timeout_s)
+        return result
+
+    async def assemble(self, request: AssembleRequest, *, timeout_s: float) -> ImageRecord:
+        """Make an image of a chain and a config."""
+        result: ImageRecord = await self.call("assemble", "assemble", request, ImageRecord, timeout_s)
         return result
 
     async def unlazy(self, request: UnlazyRequest, *, timeout_s: float) -> UnlazyResult:

@@ -92,6 +92,10 @@ class RemoteFetchWorker(_RemoteSessionServer):
         """Forward."""
         return await self._actor.pull(payload)
 
+    async def assemble(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.assemble(payload)
+
     async def unlazy(self, payload: bytes) -> bytes:
         """Forward."""
         return await self._actor.unlazy(payload)
