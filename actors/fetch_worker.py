@@ -1,4 +1,4 @@
-"""The fetch worker: a shell, one a node, around unlazy, extract, pull and push."""
+"""The fetch worker: a shell, one a node, around unlazy, extract, pull, assemble and push."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ from cluster.config import Config
 from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import ClusterError, InternalError, LeaseLostError
+from cluster.fetch.assemble import Assembler
 from cluster.fetch.extract import Extractor
+from cluster.fetch.keep import Keeper
 from cluster.fetch.pull import Puller
 from cluster.fetch.push import Pusher
 from cluster.fetch.runner import Caller, Unlazier
 from cluster.lease import LeaseId
 from cluster.messages import (
+    AssembleRequest,
     ExtractRequest,
     ExtractResult,
     GetByBlobRequest,
@@ -38,14 +41,16 @@ from cluster.messages import (
     PullResult,
     PushRequest,
     PushResult,
+    ResolveRequest,
+    ResolveResult,
     SessionInfo,
     UnlazyRequest,
     UnlazyResult,
 )
 from cluster.ports import Authorizer, Snapshotter
 from cluster.provider import DescHandler, ProviderHandle
-from cluster.ref import RefId, RefRecord, RefState
-from cluster.reference import default_platform, parse_platform, parse_reference
+from cluster.ref import ImageRecord, RefId, RefRecord, RefState
+from cluster.reference import ImageReference, Platform, default_platform, parse_platform, parse_reference
 from cluster.wire import decode
 from storage.blobs import S3ContentStore
 from storage.fetching import StoredBlobs, ThreadedTransfers
@@ -84,6 +89,9 @@ class _Parts:
     unlazier: Unlazier
     extractor: Extractor
     pusher: Pusher
+    stored: StoredBlobs
+    keeper: Keeper
+    assembler: Assembler
     metrics: WorkerMetrics
 
 
@@ -166,6 +174,16 @@ class FetchWorker(SessionServer):
             max_transfers=config.fetch.layers_per_node,
             clock=time.monotonic,
         )
+        stored = StoredBlobs(store)
+        keeper = Keeper(
+            worker=boot.name,
+            leases=stores.leases,
+            flights=stores.flights,
+            renewer=renewer,
+            small=stored,
+            new_token=new_token,
+            flight_ttl_s=config.flight.lease_ttl_s,
+        )
         self._parts = _Parts(
             config=config,
             stores=stores,
@@ -190,14 +208,22 @@ class FetchWorker(SessionServer):
                 target=stores.registry,
                 unlazier=unlazier,
                 refs=stores.refs,
-                blobs=StoredBlobs(store),
+                blobs=stored,
                 progress=stores.progress,
                 access=stores.access,
                 spawn=self._starter.background.spawn,
             ),
+            stored=stored,
+            keeper=keeper,
+            assembler=Assembler(
+                refs=stores.refs,
+                leases=stores.leases,
+                access=stores.access,
+                keeper=keeper,
+                platform=default_platform(platform.machine()),
+            ),
             metrics=WorkerMetrics(boot.node),
         )
-        self._store = store
         self._starter.background.spawn(self._settle_forever(snapshotter, threads))
         return stores.presence
 
@@ -238,27 +264,37 @@ class FetchWorker(SessionServer):
 
     # -- calls -----------------------------------------------------------------------------------------
 
+    def _puller(self, parts: _Parts, session: SessionInfo) -> Puller:
+        return Puller(
+            manifests=parts.stores.registry,
+            access=parts.stores.access,
+            refs=parts.stores.refs,
+            small=parts.stored,
+            keeper=parts.keeper,
+            get_by_blob=_ShardRefs(parts, session, farm=parts.config.farm.name),
+        )
+
+    @answers("resolve", ResolveRequest)
+    async def resolve_image(self, request: ResolveRequest) -> ResolveResult:
+        """Read an image's manifest and config; see :meth:`cluster.fetch.pull.Puller.resolve`."""
+        parts = await self._started()
+        reference, wanted = _asked(request)
+        async with self._serving("resolve", request.session, image=reference.name) as (authorizer, figures):
+            resolved = await self._puller(parts, request.session).resolve(
+                reference, wanted, authorizer, plain_http=request.plain_http, lease_id=request.lease_id
+            )
+            figures.update({"digest": resolved.image.manifest.digest, "layers": len(resolved.image.layers)})
+            return ResolveResult(
+                image=resolved.record(None), config=resolved.image.config_bytes, handlers=resolved.handlers
+            )
+
     @answers("pull", PullRequest)
     async def pull(self, request: PullRequest) -> PullResult:
-        """Resolve an image; see :class:`cluster.fetch.pull.Puller`."""
+        """Resolve an image and make refs of it; see :class:`cluster.fetch.pull.Puller`."""
         parts = await self._started()
-        reference = parse_reference(request.image)
-        wanted = parse_platform(request.platform) if request.platform else default_platform(platform.machine())
+        reference, wanted = _asked(request)
         async with self._serving("pull", request.session, image=reference.name) as (authorizer, figures):
-            puller = Puller(
-                worker=self._starter.boot.name,
-                manifests=parts.stores.registry,
-                access=parts.stores.access,
-                refs=parts.stores.refs,
-                leases=parts.stores.leases,
-                flights=parts.stores.flights,
-                renewer=parts.renewer,
-                small=StoredBlobs(self._store),
-                get_by_blob=_ShardRefs(parts, request.session, farm=parts.config.farm.name),
-                new_token=new_token,
-                flight_ttl_s=parts.config.flight.lease_ttl_s,
-            )
-            pulled = await puller.pull(
+            pulled = await self._puller(parts, request.session).pull(
                 reference, wanted, authorizer, plain_http=request.plain_http, lease_id=request.lease_id
             )
             figures.update(
@@ -269,6 +305,24 @@ class FetchWorker(SessionServer):
                 }
             )
             return pulled
+
+    @answers("assemble", AssembleRequest)
+    async def assemble(self, request: AssembleRequest) -> ImageRecord:
+        """Make an image of a chain; see :class:`cluster.fetch.assemble.Assembler`."""
+        parts = await self._started()
+        name = parse_reference(request.name)
+        async with self._serving("assemble", request.session, image=name.name) as (authorizer, figures):
+            image = await parts.assembler.assemble(
+                name,
+                request.ref_id,
+                request.config,
+                authorizer,
+                handlers=request.handlers,
+                lease_id=request.lease_id,
+                created_s=request.created_s,
+            )
+            figures.update({"digest": image.manifest.digest, "layers": len(image.layers)})
+            return image
 
     @answers("unlazy", UnlazyRequest)
     async def unlazy(self, request: UnlazyRequest) -> UnlazyResult:
@@ -381,6 +435,12 @@ class _ShardRefs:
             timeout_s=_SHARD_TIMEOUT_S,
         )
         return result.layers
+
+
+def _asked(request: PullRequest | ResolveRequest) -> tuple[ImageReference, Platform]:
+    """Return which image is asked for, and for which platform: this node's own where none is named."""
+    wanted = parse_platform(request.platform) if request.platform else default_platform(platform.machine())
+    return parse_reference(request.image), wanted
 
 
 def _top_of(descriptors: Sequence[Descriptor]) -> RefId:

@@ -16,6 +16,7 @@ from actors.options import namespace
 from actors.replies import unwrap
 from cluster.errors import ActorLostError, DeadlineExceededError, UnavailableError
 from cluster.messages import (
+    AssembleRequest,
     ExtractRequest,
     ExtractResult,
     GetByBlobRequest,
@@ -25,11 +26,14 @@ from cluster.messages import (
     PushRequest,
     PushResult,
     RefsResult,
+    ResolveRequest,
+    ResolveResult,
     SessionAnswer,
     SessionQuestion,
     UnlazyRequest,
     UnlazyResult,
 )
+from cluster.ref import ImageRecord
 from cluster.topology import shard_name, worker_name
 from cluster.wire import encode
 
@@ -116,9 +120,19 @@ class FetchWorkerHandle(SessionServerHandle):
         """Return the handle of a node's worker."""
         return cls(worker_name(node, version), farm=farm)
 
+    async def resolve_image(self, request: ResolveRequest, *, timeout_s: float) -> ResolveResult:
+        """Read an image's manifest and config, without making refs of it."""
+        result: ResolveResult = await self.call("resolve_image", "resolve", request, ResolveResult, timeout_s)
+        return result
+
     async def pull(self, request: PullRequest, *, timeout_s: float) -> PullResult:
-        """Resolve an image."""
+        """Resolve an image and make refs of it."""
         result: PullResult = await self.call("pull", "pull", request, PullResult, timeout_s)
+        return result
+
+    async def assemble(self, request: AssembleRequest, *, timeout_s: float) -> ImageRecord:
+        """Make an image of a chain and a config."""
+        result: ImageRecord = await self.call("assemble", "assemble", request, ImageRecord, timeout_s)
         return result
 
     async def unlazy(self, request: UnlazyRequest, *, timeout_s: float) -> UnlazyResult:

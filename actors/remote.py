@@ -84,9 +84,17 @@ class RemoteFetchWorker(_RemoteSessionServer):
         """Forward."""
         return await self._actor.ready()
 
+    async def resolve_image(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.resolve_image(payload)
+
     async def pull(self, payload: bytes) -> bytes:
         """Forward."""
         return await self._actor.pull(payload)
+
+    async def assemble(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.assemble(payload)
 
     async def unlazy(self, payload: bytes) -> bytes:
         """Forward."""

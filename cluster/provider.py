@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.digest import Digest
@@ -30,6 +31,11 @@ class ProviderHandle:
         """Return ``registry/repository``, the form used in messages and records."""
         return f"{self.registry}/{self.repository}"
 
+    @property
+    def is_farm(self) -> bool:
+        """Tell whether it is :data:`FARM`, or claims to be: then there is nobody to ask, and nothing to fetch from."""
+        return self.kind == "farm" or self.registry == "farm"
+
 
 #: Of a layer that a build of this farm made: it came from nowhere else, so there is nowhere to fetch it from once it
 #: is lost, and its chain is open to whoever may use what it was built upon. Recorded by the farm's own workers; where
@@ -45,3 +51,8 @@ class DescHandler:
     provider: ProviderHandle
     #: Opaque progress stream ID; None where nobody looks.
     progress: str | None = None
+
+
+def registries_of(handles: Iterable[ProviderHandle]) -> set[str]:
+    """Return the registries that *handles* lead to: where a caller has to be somebody."""
+    return {handle.registry for handle in handles if not handle.is_farm}

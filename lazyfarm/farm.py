@@ -46,7 +46,7 @@ from cluster.messages import (
     UnlazyResult,
 )
 from cluster.progress import LayerPhase, ProgressItem
-from cluster.provider import DescHandler
+from cluster.provider import DescHandler, registries_of
 from cluster.ref import ImageRecord, RefId, RefRecord, RefState
 from cluster.reference import parse_reference
 from lazyfarm.lease import FarmLease
@@ -331,7 +331,7 @@ class Farm:
         if ref_id is None:
             return Ref(self, (), image)
         chain = await self._refs.chain(ref_id)
-        registries = {h.registry for state in chain for h in state.providers}
+        registries = registries_of(h for state in chain for h in state.providers)
         request = GetRequest(
             session=await self._info(registries, None), ref_id=ref_id, handlers=(), lease_id=self._lease()
         )
@@ -356,13 +356,14 @@ class Farm:
             NeedsRemoteProvidersError: names every digest without a provider this driver may use.
         """
         self._raise_if_closed()
-        registries = {h.provider.registry for h in handlers}
+        registries = registries_of(h.provider for h in handlers)
         if lease is not None:
             lease.raise_if_lost()
         if parent is not None:
             parent.raise_if_released()
-            registries |= {h.registry for state in parent.layers for h in state.providers}
-        registries |= {h.registry for handles in await self._refs.providers([descriptor.digest]) for h in handles}
+            registries |= registries_of(h for state in parent.layers for h in state.providers)
+        (known,) = await self._refs.providers([descriptor.digest])
+        registries |= registries_of(known)
         passed = (*(parent.handlers if parent is not None else ()), *handlers)
         below = parent.layers if parent is not None else ()
         top = RefRecord.over(descriptor, below[-1].record if below else None)
@@ -416,7 +417,7 @@ class Farm:
         found.raise_if_released()
         if found.record is None:
             raise NotAnImageError(found.id)
-        registries = {h.registry for state in found.layers for h in state.providers} | {reference.host}
+        registries = registries_of(h for state in found.layers for h in state.providers) | {reference.host}
         request = PushRequest(
             session=await self._info(registries, stream),
             image=found.record,
@@ -555,5 +556,5 @@ class Farm:
 
 def _registries(ref: Ref) -> set[str]:
     """Return the registries that may be asked for a ref's blobs."""
-    stored = {h.registry for state in ref.layers for h in state.providers}
-    return stored | {h.provider.registry for h in ref.handlers}
+    stored = registries_of(h for state in ref.layers for h in state.providers)
+    return stored | registries_of(h.provider for h in ref.handlers)

@@ -11,7 +11,7 @@ from cluster.errors import LeaseRequiredError, NonAddressableParentError, RefNot
 from cluster.fetch.access import AccessControl, Wanted
 from cluster.lease import LeaseId
 from cluster.ports import Authorizer, RefStore
-from cluster.provider import DescHandler, ProviderHandle
+from cluster.provider import FARM, DescHandler, ProviderHandle
 from cluster.ref import RefId, RefRecord, RefState
 
 
@@ -35,7 +35,9 @@ class CacheManager:
         """Make or find the refs of *descriptors*, lowest first, on top of *parent*, lazily.
 
         Every blob concerned, each layer's and each lazy ancestor's, must have a provider that the caller
-        may use: a layer's digest says nothing of its parents, as A→B→C and A→D→C are two chains.
+        may use: a layer's digest says nothing of its parents, as A→B→C and A→D→C are two chains. A layer that a
+        build made is open by what the build put it on: in a chain that no build recorded it needs another provider,
+        and where it counts the present ancestors are proven too.
 
         Returns:
             One state a descriptor, in order.
@@ -58,17 +60,19 @@ class CacheManager:
         blobs = {record.blob.digest: record.blob for record in records}
         digests = list(blobs)
         stored, present = await asyncio.gather(self._refs.providers(digests), self._refs.blobs(digests))
-        wanted = [_wanted(state, passed) for state in below if state.is_lazy]
-        wanted += [
+        elsewhere = await self._built_elsewhere(records, dict(zip(digests, stored, strict=True)))
+        layers = [
             Wanted(
                 blob=blobs[digest],
                 passed=passed.get(digest, ()),
-                stored=known,
+                stored=tuple(h for h in known if not (h.is_farm and digest in elsewhere)),
                 came_from=None if blob is None else blob.source,
             )
             for digest, known, blob in zip(digests, stored, present, strict=True)
         ]
-        await self._access.prove(authorizer, wanted)
+        is_built = any(layer.is_built for layer in layers)
+        ancestors = [_wanted(state, passed) for state in below if state.is_lazy or is_built]
+        await self._access.prove(authorizer, [*ancestors, *layers])
         return await self._refs.get_or_create(
             records, {d: passed.get(d, ()) for d in digests if d in passed}, lease_id=lease_id
         )
@@ -94,6 +98,19 @@ class CacheManager:
         await usable_providers(self._access, authorizer, chain, handlers)
         await self._refs.use([state.record.id for state in chain], lease_id=lease_id)
         return chain
+
+    async def _built_elsewhere(
+        self, records: Sequence[RefRecord], stored: Mapping[Digest, tuple[ProviderHandle, ...]]
+    ) -> frozenset[Digest]:
+        """Return the blobs that a build made and that *records* would put into a chain that isn't recorded.
+
+        Whoever knows digest and diff ID could else put a built layer on nothing, and be asked for nothing.
+        """
+        built = [record for record in records if FARM in stored[record.blob.digest]]
+        if not built:
+            return frozenset()
+        known = await self._refs.get([record.id for record in built])
+        return frozenset(r.blob.digest for r, state in zip(built, known, strict=True) if state is None)
 
     async def _parent_chain(self, parent: RefId | None) -> list[RefState]:
         if parent is None:
@@ -122,7 +139,9 @@ def _wanted(state: RefState, passed: Mapping[Digest, tuple[ProviderHandle, ...]]
 
 
 def _by_digest(handlers: Sequence[DescHandler]) -> dict[Digest, tuple[ProviderHandle, ...]]:
+    """Return what a caller passed, without what only the farm itself may say: it would be kept for all."""
     found: dict[Digest, tuple[ProviderHandle, ...]] = {}
     for handler in handlers:
-        found[handler.digest] = (*found.get(handler.digest, ()), handler.provider)
+        if not handler.provider.is_farm:
+            found[handler.digest] = (*found.get(handler.digest, ()), handler.provider)
     return found

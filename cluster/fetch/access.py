@@ -1,4 +1,4 @@
-"""Access proofs: a cached private layer is never a way around its registry. Told in docs/decisions/0006."""
+"""Access proofs: a cached private layer is never a way around its registry. Told in docs/decisions/0006 and 0010."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.descriptor import Descriptor
 from cluster.digest import Digest
 from cluster.errors import BlobNotFoundError, ClusterError, NeedsRemoteProvidersError, RegistryError
 from cluster.ports import Authorizer, ProofStore
-from cluster.provider import ProviderHandle
+from cluster.provider import FARM, ProviderHandle
 
 _PROBES_AT_ONCE = 8
 
@@ -57,15 +57,23 @@ class Wanted:
     blob: Descriptor
     #: Where the caller says that it is.
     passed: tuple[ProviderHandle, ...] = ()
-    #: Where the farm knows that it is, or was told by others.
+    #: Where the farm knows that it is, or was told by others. :data:`cluster.provider.FARM`: a build made it.
     stored: tuple[ProviderHandle, ...] = ()
     #: ``registry/repository`` of the bytes that are here, empty where it isn't known; None: there are none.
     came_from: str | None = None
 
     @property
     def handles(self) -> tuple[ProviderHandle, ...]:
-        """Return all providers once each: what the caller passed is tried before what is stored."""
-        return tuple(dict.fromkeys((*self.passed, *self.stored)))
+        """Return all that can be asked, once each: what the caller passed is tried before what is stored."""
+        return tuple(dict.fromkeys(h for h in (*self.passed, *self.stored) if not h.is_farm))
+
+    @property
+    def is_built(self) -> bool:
+        """Tell whether a build of this farm made it, and its bytes are here.
+
+        Only what is stored says so: by passing that handle, a caller would open whatever is present.
+        """
+        return self.came_from is not None and FARM in self.stored
 
 
 class AccessControl:
@@ -97,8 +105,10 @@ class AccessControl:
         """Return the providers this caller may use, by digest; every digest of *wanted* has one.
 
         All of them where the blob is proven. Where it is only named, those of the repositories that name it,
-        if it is lazy and they are where it is known to be, or if its bytes came from one of them. Else each
-        repository is asked with the caller's own credentials, and must say the right size.
+        if it is lazy and they are where it is known to be, or if its bytes came from one of them. One that is
+        present and was built here is open to who may use the rest of *wanted*: ``FARM`` is what they use, before
+        what else they have proven or named. For all others each repository is asked with the caller's own
+        credentials, and must say the right size.
 
         Raises:
             NeedsRemoteProvidersError: names every digest for which no repository lets this caller in.
@@ -108,13 +118,11 @@ class AccessControl:
         usable: dict[Digest, tuple[ProviderHandle, ...]] = {}
         open_questions: list[Wanted] = []
         for one in wanted:
-            proofs = held[one.blob.digest]
-            if any(_proven(authorizer, h) in proofs for h in one.handles):
-                usable[one.blob.digest] = one.handles
-                continue
-            naming = tuple(h for h in one.handles if _named(authorizer, h) in proofs)
-            if _is_vouched_for(one, naming):
-                usable[one.blob.digest] = naming
+            known = self._known(authorizer, one, held[one.blob.digest])
+            if one.is_built:
+                usable[one.blob.digest] = (FARM, *known)
+            elif known:
+                usable[one.blob.digest] = known
             else:
                 open_questions.append(one)
         gate = asyncio.Semaphore(_PROBES_AT_ONCE)
@@ -135,10 +143,19 @@ class AccessControl:
     async def admit(
         self, authorizer: Authorizer, blob: Descriptor, providers: Sequence[ProviderHandle], came_from: str
     ) -> None:
-        """See :class:`Admission`. Asks nobody where the bytes came from one of *providers*."""
-        if any(handle.source == came_from for handle in providers):
+        """See :class:`Admission`. Asks nobody where the bytes came from one of *providers*, or from the farm."""
+        if FARM in providers or any(handle.source == came_from for handle in providers):
             return
         await self.prove(authorizer, [Wanted(blob=blob, passed=tuple(providers), came_from=came_from)])
+
+    def _known(
+        self, authorizer: Authorizer, wanted: Wanted, proofs: frozenset[tuple[str, str]]
+    ) -> tuple[ProviderHandle, ...]:
+        """Return what the caller may use by the proofs that are kept: all, what names the blob, or nothing."""
+        if any(_proven(authorizer, h) in proofs for h in wanted.handles):
+            return wanted.handles
+        naming = tuple(h for h in wanted.handles if _named(authorizer, h) in proofs)
+        return naming if _is_vouched_for(wanted, naming) else ()
 
     async def _held(
         self, authorizer: Authorizer, wanted: Sequence[Wanted]
@@ -177,7 +194,7 @@ def _is_vouched_for(wanted: Wanted, naming: Sequence[ProviderHandle]) -> bool:
     sources = {handle.source for handle in naming}
     if wanted.came_from is not None:
         return wanted.came_from in sources
-    known = {handle.source for handle in wanted.stored}
+    known = {handle.source for handle in wanted.stored if not handle.is_farm}
     # A blob that nobody has can only come from where it is named, and is hashed when it does.
     return bool(sources) and (not known or not known.isdisjoint(sources))
 

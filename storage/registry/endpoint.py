@@ -95,10 +95,14 @@ def origin(config: Config, handle: ProviderHandle) -> Endpoint:
 def endpoints(config: Config, handle: ProviderHandle) -> list[Endpoint]:
     """Return where to read from, in order: the mirrors, then the registry; or a foreign layer's addresses.
 
+    Nowhere, for what a build of the farm made: the content store has it, or nobody.
+
     Raises:
         InsecureRegistryError: a foreign layer's addresses are all plain HTTP to a host that isn't
             configured for it.
     """
+    if handle.is_farm:
+        return []
     if handle.kind == "urls":
         return _foreign(config, handle)
     mirrors = [

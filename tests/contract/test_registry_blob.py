@@ -22,7 +22,7 @@ from cluster.errors import (
     UnavailableError,
     UntrustedCertificateError,
 )
-from cluster.provider import ProviderHandle
+from cluster.provider import FARM, ProviderHandle
 from storage.registry.blob import BlobSource
 from storage.registry.endpoint import Endpoint
 from tests.doubles.registry import docker_registry, htpasswd_config, make_authority
@@ -318,6 +318,11 @@ def test_mirrors_come_before_the_registry(filled):
         ("https", "registry.example", False),
     ]
     assert {one.repository for one in found} == {"a/b"}
+
+
+def test_what_a_build_made_is_asked_for_nowhere():
+    """The content store has it, or nobody; a host of that name gets no request."""
+    assert BlobSource(Config()).endpoints(FARM) == []
 
 
 def test_a_foreign_layer_that_is_gone_is_told_with_its_address_and_no_secret(proxy, source):

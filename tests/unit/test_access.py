@@ -4,6 +4,7 @@ import pytest
 
 from cluster.errors import NeedsRemoteProvidersError, UnavailableError
 from cluster.fetch.access import AccessControl, Wanted
+from cluster.provider import FARM, ProviderHandle
 from storage.memory import Memory, MemoryProofStore
 from tests.doubles.fetch import FakeAuthorizer, FakeProber, handle, layer_of
 from tests.doubles.stores import FakeClock
@@ -197,4 +198,64 @@ async def test_bytes_from_elsewhere_are_handed_out_to_who_has_seen_the_blob(benc
     """A proof is a proof wherever the bytes came from."""
     await bench.access.record(ALICE, MIRROR, [A.digest])
     await bench.access.admit(ALICE, A, [MIRROR], APP.source)
+    assert bench.prober.asked == []
+
+
+# -- what builds made ----------------------------------------------------------------------------------------
+
+
+async def test_what_a_build_made_is_open_to_who_may_use_the_rest_of_the_chain(bench):
+    """The base is proven as ever; for the layer on top nobody is asked, whoever the caller is."""
+    bench.prober.add(APP, A.digest, readers={"alice"})
+    chain = [
+        Wanted(blob=A, stored=(APP,), came_from=APP.source),
+        Wanted(blob=B, stored=(FARM,), came_from=""),
+    ]
+    assert await bench.access.prove(ALICE, chain) == {A.digest: (APP,), B.digest: (FARM,)}
+    assert bench.prober.asked == [(APP.source, A.digest)]
+    with pytest.raises(NeedsRemoteProvidersError) as caught:
+        await bench.access.prove(MALLORY, chain)
+    assert caught.value.digests == (A.digest,)
+
+
+async def test_of_a_built_layers_repositories_a_caller_gets_those_that_are_proven(bench):
+    """It was pushed: only who has seen it there is told that it could be mounted from there. Nobody is asked."""
+    await bench.access.record(ALICE, APP, [A.digest])
+    assert await bench.prove(ALICE, A, stored=[APP, FARM], came_from="") == (FARM, APP)
+    assert await bench.prove(MALLORY, A, stored=[APP, FARM], came_from="") == (FARM,)
+    assert bench.prober.asked == []
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        FARM,
+        ProviderHandle(registry="farm", repository="built"),
+        ProviderHandle(kind="farm", registry="r", repository="x"),
+    ],
+)
+async def test_to_say_that_a_build_made_it_opens_nothing(bench, claim):
+    """What is passed is a claim: else any blob that is present could be had by it. Nobody of that name is asked."""
+    bench.prober.add(claim, A.digest)
+    await bench.access.record(MALLORY, claim, [A.digest])
+    with pytest.raises(NeedsRemoteProvidersError):
+        await bench.prove(MALLORY, A, claim, stored=[APP], came_from=APP.source)
+    assert bench.prober.asked == [(APP.source, A.digest)]
+
+
+async def test_a_built_layer_that_is_lost_is_had_from_where_it_was_pushed_or_not_at_all(bench):
+    """Lazy: the farm has no bytes of it, and where nobody else has any, it is named."""
+    with pytest.raises(NeedsRemoteProvidersError) as caught:
+        await bench.prove(ALICE, A, stored=[FARM])
+    assert caught.value.digests == (A.digest,)
+    bench.prober.add(APP, A.digest, readers={"alice"})
+    assert await bench.prove(ALICE, A, stored=[APP, FARM]) == (APP,)
+    with pytest.raises(NeedsRemoteProvidersError):
+        await bench.prove(MALLORY, A, stored=[APP, FARM])
+
+
+@pytest.mark.parametrize("came_from", ["", APP.source])
+async def test_a_built_layers_bytes_are_handed_out_unasked(bench, came_from):
+    """To who has been let into its chain: wherever the copy that is present came from."""
+    await bench.access.admit(ALICE, A, (FARM,), came_from)
     assert bench.prober.asked == []

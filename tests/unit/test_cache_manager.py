@@ -19,8 +19,8 @@ from cluster.errors import (
 )
 from cluster.fetch.access import AccessControl
 from cluster.lease import LeaseId, ref_resource
-from cluster.provider import DescHandler
-from cluster.ref import BlobRecord, ImageRecord, RefId
+from cluster.provider import FARM, DescHandler
+from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord
 from storage.memory import Memory, MemoryLeaseStore, MemoryProofStore, MemoryRefStore
 from tests.doubles.fetch import FakeAuthorizer, FakeProber, handle, layer_of
 from tests.doubles.stores import FakeClock
@@ -57,6 +57,15 @@ class Bench:
         self.memory.blobs[layer.digest] = BlobRecord(
             digest=layer.digest, key="k", size_bytes=layer.size_bytes, etag="e", fence=1
         )
+
+    async def build(self, *layers, on):
+        """Record *layers* on top of a ref as an op worker does, and make them present."""
+        records = []
+        for layer in layers:
+            records.append(RefRecord.over(layer, records[-1] if records else on))
+            self.make_present(layer)
+        known = {layer.digest: (FARM,) for layer in layers}
+        return await self.refs.get_or_create(records, known, lease_id=LEASE)
 
 
 @pytest.fixture
@@ -165,6 +174,47 @@ async def test_a_present_blob_is_no_way_around_its_registry(bench):
     with pytest.raises(NeedsRemoteProvidersError):
         await bench.get(state.record.id, who=MALLORY)
     assert not (await bench.get(state.record.id))[0].is_lazy
+
+
+async def test_a_built_chain_is_open_to_who_may_use_its_base(bench):
+    """By ID or by its descriptors, on the base or from the bottom; the base's registry decides."""
+    (base,) = await bench.make(A)
+    (top,) = await bench.build(B, on=base.record)
+    await bench.get(top.record.id)
+    assert (await bench.make(A, B, handled=[]))[-1].record.id == top.record.id
+    assert (await bench.make(B, parent=base.record.id, handled=[]))[0].record.id == top.record.id
+    bench.make_present(A)
+    for use in (
+        bench.get(top.record.id, who=MALLORY),
+        bench.make(A, B, handled=[], who=MALLORY),
+        bench.make(B, parent=base.record.id, handled=[], who=MALLORY),
+    ):
+        with pytest.raises(NeedsRemoteProvidersError) as caught:
+            await use
+        assert caught.value.digests == (A.digest,)
+
+
+async def test_a_built_layer_is_not_had_by_putting_it_on_something_else(bench):
+    """Its digest and diff ID are known: in a chain that no build made they open nothing."""
+    (base,) = await bench.make(A)
+    await bench.build(B, on=base.record)
+    bench.prober.blobs.pop((APP.source, B.digest))
+    bench.prober.add(OTHER, C.digest)
+    for layers in ([B], [C, B]):
+        handlers = [DescHandler(digest=C.digest, provider=OTHER)]
+        with pytest.raises(NeedsRemoteProvidersError) as caught:
+            await bench.manager.get_by_blob(layers, parent=None, handlers=handlers, authorizer=MALLORY, lease_id=LEASE)
+        assert caught.value.digests == (B.digest,)
+
+
+async def test_only_the_farm_says_that_a_build_made_a_layer(bench):
+    """A caller who says so is not believed, and it is not kept for the next."""
+    handlers = [DescHandler(digest=A.digest, provider=provider) for provider in (FARM, APP)]
+    bench.make_present(A)
+    (state,) = await bench.manager.get_by_blob([A], parent=None, handlers=handlers, authorizer=ALICE, lease_id=LEASE)
+    assert state.providers == (APP,)
+    with pytest.raises(NeedsRemoteProvidersError):
+        await bench.manager.get_by_blob([A], parent=None, handlers=handlers, authorizer=MALLORY, lease_id=LEASE)
 
 
 async def test_a_descriptor_without_a_diff_id_is_refused(bench):

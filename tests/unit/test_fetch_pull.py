@@ -10,6 +10,7 @@ from cluster.digest import digest_of
 from cluster.errors import BlobDamagedError, LeaseLostError, NeedsRemoteProvidersError, UnavailableError
 from cluster.faultpoints import FaultPlan, armed
 from cluster.fetch.access import AccessControl, Wanted
+from cluster.fetch.keep import Keeper
 from cluster.fetch.pull import Puller, providers_of
 from cluster.image import ResolvedImage
 from cluster.lease import LeaseId, blob_resource, image_resource, ref_resource
@@ -25,6 +26,7 @@ COPY_NAME = "elsewhere.example/copy:1"
 APP, COPY = handle("app"), handle("copy", "elsewhere.example")
 ALICE, MALLORY = FakeAuthorizer("alice"), FakeAuthorizer("mallory")
 LEASE = LeaseId("l1")
+AMD64 = Platform(os="linux", architecture="amd64")
 MANIFEST, CONFIG = b'{"the": "manifest"}', b'{"the": "config"}'
 A, B = layer_of(b"A"), layer_of(b"B")
 FOREIGN = layer_of(
@@ -103,18 +105,22 @@ class Bench:
                 image_ref=image_ref,
             )
 
-        return Puller(
+        keeper = Keeper(
             worker=worker,
-            manifests=self.manifests,
-            access=self.access,
-            refs=self.refs,
             leases=self.leases,
             flights=self.flights,
             renewer=ManualRenewer(self.flights),
             small=self.small,
-            get_by_blob=get_by_blob,
             new_token=lambda: f"t{next(self.tokens)}",
             flight_ttl_s=6.0,
+        )
+        return Puller(
+            manifests=self.manifests,
+            access=self.access,
+            refs=self.refs,
+            small=self.small,
+            keeper=keeper,
+            get_by_blob=get_by_blob,
         )
 
     def make_present(self, layer, source):
@@ -126,9 +132,7 @@ class Bench:
     async def pull(self, lease=LEASE, *, live=True, worker="w", who=ALICE, name=NAME):
         if live:
             await self.leases.create(lease, ttl_s=60.0)
-        return await self.puller(worker).pull(
-            parse_reference(name), Platform(os="linux", architecture="amd64"), who, plain_http=False, lease_id=lease
-        )
+        return await self.puller(worker).pull(parse_reference(name), AMD64, who, plain_http=False, lease_id=lease)
 
 
 async def test_a_pull_makes_lazy_refs_and_holds_them():
@@ -218,6 +222,46 @@ async def test_a_manifest_that_names_anothers_config_does_not_get_it_from_the_st
     assert bench.manifests.config_reads == 2
     await bench.pull(name=COPY_NAME)
     assert bench.manifests.config_reads == 2
+
+
+async def test_to_resolve_makes_no_ref_and_keeps_what_was_read():
+    """The caller's lease holds manifest and config, nothing is recorded, and the layers are open to the caller."""
+    bench = Bench(A, FOREIGN)
+    await bench.leases.create(LEASE, ttl_s=60.0)
+    resolved = await bench.puller().resolve(parse_reference(NAME), AMD64, ALICE, plain_http=False, lease_id=LEASE)
+    assert (bench.memory.records, await bench.refs.images()) == ({}, [])
+    assert [lease.id for lease in await bench.leases.leases() if lease.id.startswith("image:")] == []
+    assert set((await bench.leases.get(LEASE)).resources) == {
+        blob_resource(digest_of(MANIFEST)),
+        blob_resource(digest_of(CONFIG)),
+    }
+    own, repository = providers_of(FOREIGN, APP)
+    assert [(h.digest, h.provider) for h in resolved.handlers] == [
+        (A.digest, APP),
+        (FOREIGN.digest, own),
+        (FOREIGN.digest, repository),
+    ]
+    record = resolved.record(None)
+    assert (record.name, record.layers, record.ref) == (NAME, (A, FOREIGN), None)
+    await bench.access.prove(ALICE, [Wanted(blob=A, passed=(APP,))])
+    assert bench.prober.asked == []
+
+
+async def test_a_pull_after_a_resolve_reads_no_config_again():
+    """What was kept serves the pull."""
+    bench = Bench(A)
+    await bench.leases.create(LEASE, ttl_s=60.0)
+    await bench.puller().resolve(parse_reference(NAME), AMD64, ALICE, plain_http=False, lease_id=LEASE)
+    await bench.pull()
+    assert bench.manifests.config_reads == 1
+    assert len(bench.small.writes) == 2
+
+
+async def test_to_resolve_needs_a_live_lease():
+    """Else nothing would hold what was read."""
+    bench = Bench(A)
+    with pytest.raises(LeaseLostError):
+        await bench.puller().resolve(parse_reference(NAME), AMD64, ALICE, plain_http=False, lease_id=LEASE)
 
 
 async def test_an_image_without_layers_has_no_ref():

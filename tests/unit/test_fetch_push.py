@@ -11,6 +11,7 @@ from cluster.fetch.access import AccessControl, Wanted
 from cluster.fetch.push import Pusher
 from cluster.fetch.runner import Unlazier
 from cluster.lease import LeaseId
+from cluster.provider import FARM
 from cluster.ref import BlobRecord, ImageRecord
 from cluster.reference import parse_reference
 from storage.memory import (
@@ -201,6 +202,13 @@ async def test_another_registrys_layers_are_uploaded(bench):
     """A mount is within one registry only."""
     assert how(await bench.push(A, providers=(AFAR,))) == ["uploaded"]
     assert bench.target.mounts == []
+
+
+async def test_what_a_build_made_is_mounted_from_nowhere(bench):
+    """The farm is no repository: its layer is uploaded."""
+    bench.make_present(A.digest, A.size_bytes)
+    assert how(await bench.push(A, providers=(FARM,))) == ["uploaded"]
+    assert (bench.target.mounts, bench.transfers.fetches) == ([], [])
 
 
 async def test_foreign_layers_stay_where_they_are(bench):
