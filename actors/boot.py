@@ -26,15 +26,17 @@ from cluster.config_record import actor_digest
 from cluster.errors import ClusterError
 from cluster.fetch.access import AccessControl
 from cluster.messages import ActorRecord
+from cluster.ports import ProgressStore
 from storage.connect import connect
 from storage.faults import arm_from_environment
 from storage.flights import RedisFlightStore
+from storage.job_events import RedisJobEvents
 from storage.keys import Keys
 from storage.leases import RedisLeaseStore
 from storage.limits import RedisHostLimiter
 from storage.link import RedisLink
 from storage.presence import PRESENCE_TTL_S, Presence
-from storage.progress import RedisProgressStore
+from storage.progress import JobProgress, RedisProgressStore
 from storage.proofs import RedisProofStore
 from storage.refs import RedisRefStore
 from storage.registry.client import RegistryClient
@@ -73,7 +75,7 @@ class Stores:
     flights: RedisFlightStore
     proofs: RedisProofStore
     limiter: RedisHostLimiter
-    progress: RedisProgressStore
+    progress: ProgressStore
     presence: Presence
     whereabouts: RedisWhereabouts
     registry: RegistryClient
@@ -102,7 +104,7 @@ def build_stores(config: Config) -> Stores:
         flights=RedisFlightStore(link, keys),
         proofs=proofs,
         limiter=limiter,
-        progress=RedisProgressStore(link, keys),
+        progress=JobProgress(RedisProgressStore(link, keys), RedisJobEvents(link, keys)),
         presence=Presence(link, keys),
         whereabouts=RedisWhereabouts(link, keys),
         registry=registry,

@@ -29,7 +29,7 @@ from cluster.fetch.extract import Extractor
 from cluster.fetch.keep import Keeper
 from cluster.fetch.pull import Puller
 from cluster.fetch.push import Pusher
-from cluster.fetch.runner import Caller, Unlazier
+from cluster.fetch.runner import Caller, Unlazier, progress_of
 from cluster.lease import LeaseId
 from cluster.messages import (
     AssembleRequest,
@@ -385,7 +385,7 @@ class FetchWorker(SessionServer):
             raise LeaseLostError(request.lease_id)
         providers = await usable_providers(parts.stores.access, authorizer, chain, request.handlers)
         await parts.stores.refs.use([s.record.id for s in chain], lease_id=request.lease_id)
-        return chain, self._as_caller(authorizer, request.session, request.lease_id, providers)
+        return chain, self._as_caller(authorizer, request.session, request.lease_id, providers, request.handlers)
 
     def _as_caller(
         self,
@@ -393,12 +393,14 @@ class FetchWorker(SessionServer):
         session: SessionInfo,
         lease_id: LeaseId,
         providers: Mapping[Digest, Sequence[ProviderHandle]],
+        handlers: Sequence[DescHandler] = (),
     ) -> Caller:
         return Caller(
             authorizer=authorizer,
             lease_id=lease_id,
             providers=providers,
             progress=(session.progress,) if session.progress else (),
+            own_progress=progress_of(handlers),
             is_live=lambda: authorizer.is_live,
         )
 

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import NewType
 
 from cluster import wire
-from cluster.digest import Digest
+from cluster.digest import Digest, is_digest
 from cluster.errors import MalformedPayloadError
 from cluster.messages import SessionInfo
 from cluster.progress import ProgressItem
@@ -197,6 +197,23 @@ class JobEnded:
     error: bytes = b""
     #: As :attr:`VertexEvent.wall_s`.
     wall_s: float = 0.0
+
+
+_LAYER_STREAM = "job:"
+
+
+def layer_stream(job: JobId, vertex: Digest) -> str:
+    """Return the progress stream ID of a vertex's layers: what is published there is told to the job."""
+    return f"{_LAYER_STREAM}{job}:{vertex}"
+
+
+def parse_layer_stream(stream: str) -> tuple[JobId, Digest] | None:
+    """Return what :func:`layer_stream` made a stream ID of; None for any other stream."""
+    job, _, vertex = stream.removeprefix(_LAYER_STREAM).rpartition(":sha256:")
+    vertex = f"sha256:{vertex}"
+    if not stream.startswith(_LAYER_STREAM) or not job or not is_digest(vertex):
+        return None
+    return JobId(job), Digest(vertex)
 
 
 JobEvent = VertexEvent | VertexLog | VertexLogDropped | VertexLayers | JobEnded

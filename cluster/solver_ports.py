@@ -131,11 +131,16 @@ class JobEvents(Protocol):
     It is capped by leaving out what comes too late, not by forgetting the start: a vertex's states are always kept,
     of logs 16 MiB a job (then :class:`cluster.job.VertexLogDropped` tells it, once a vertex), of layers 20,000 steps
     and every end.
+
+    A layer of a vertex is told once, whatever the number of those who wait for it and tell of it: a step only where it
+    takes the layer on, and one end. Who gives up ends a layer too; if it is reached after all, for another, that is
+    told. A step after the end begins it anew.
     """
 
     async def publish(self, job: JobId, events: Sequence[JobEvent], *, fence: int | None = None) -> None:
-        """Append *events*, together and in order; after the job's end they are dropped, as nobody is to see them.
+        """Append *events*, together and in order, but for what says nothing new of a layer.
 
+        After the job's end they are dropped, as nobody is to see them.
         Where a connection drops they may be there twice. The event of a job's end comes from :meth:`JobStore.end`.
 
         Args:

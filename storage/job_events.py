@@ -19,6 +19,7 @@ from cluster.job import (
     decode_event,
     encode_event,
 )
+from cluster.progress import LayerPhase, ProgressItem
 from storage.keys import Keys
 from storage.link import RedisLink
 from storage.protocol import Argument
@@ -27,6 +28,8 @@ from storage.protocol import Argument
 LOG_BYTES = 16 << 20
 #: Steps of layers, but for their ends, that it keeps.
 STEPS = 20_000
+#: Ends of layers that say nothing of others who wait for the same one.
+GIVEN_UP = frozenset({LayerPhase.CANCELLED, LayerPhase.FAILED})
 #: Events read at once.
 _READ = 500
 #: Seconds that one blocking read lasts; far below the link's deadline.
@@ -88,14 +91,20 @@ def _arguments(event: JobEvent) -> tuple[Argument, ...]:
     """Return what the script wants to know of an event."""
     match event:
         case VertexLog():
-            counts_as = "log"
-        case VertexLayers(item=item) if not item.phase.is_end:
-            counts_as = "step"
-        case VertexEvent() | VertexLayers() | VertexLogDropped():
-            counts_as = "state"
+            about: tuple[str, str, str] = ("log", event.vertex, "")
+        case VertexLayers(item=item):
+            about = ("layer", f"{event.vertex} {item.item}", _standing(item))
+        case VertexEvent() | VertexLogDropped():
+            about = ("state", event.vertex, "")
         case JobEnded():
             raise InternalError("the end of a job is told by who ends it")
-    return (counts_as, event.vertex, *encode_event(event))
+    return (*about, *encode_event(event))
+
+
+def _standing(item: ProgressItem) -> str:
+    if not item.phase.is_end:
+        return f"step {item.phase.value} {item.current_bytes}"
+    return "given-up" if item.phase in GIVEN_UP else "reached"
 
 
 def _event(entry_id: bytes, fields: list[bytes]) -> JobEvent | None:

@@ -45,7 +45,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``jobs:held`` | zset | job that goes on → until when its owner holds it (since when nobody does), milliseconds |
 | ``jobs:attended`` | zset | attached job that goes on → until when its driver is taken to be there, milliseconds |
 | ``job-events:JOB`` | stream, a week after its end | ``k`` an event's kind, ``p`` its payload |
-| ``job-told:JOB`` | hash, a week after its end | ``log_bytes steps``: how full the stream is; ``cut:VERTEX`` |
+| ``job-told:JOB`` | hash, a week after its end | ``log_bytes steps cut:VERTEX``, ``layer:VERTEX ITEM`` |
 | ``here:CHAIN`` | zset, a week unused | node that has the snapshot → when that was last noted, milliseconds |
 | ``arriving:CHAIN`` | zset, minutes | node that is getting the snapshot → when that was noted, milliseconds |
 | ``noted`` | zset | node → since when what is noted of its snapshots counts, milliseconds |

@@ -30,10 +30,11 @@ from cluster.job import (
     VertexLogDropped,
     encode_event,
 )
+from cluster.progress import LayerPhase, ProgressItem
 from cluster.solver.values import CacheRecord, Result
 from cluster.solver_ports import ARRIVING_S, ATTENDED_S, HERE_S, Located
 from storage.cache_keys import RECORDS, name_result
-from storage.job_events import LOG_BYTES, STEPS
+from storage.job_events import GIVEN_UP, LOG_BYTES, STEPS
 
 #: What one publication is later than the one before at least: a Redis does one script at a time.
 _TICK_S = 1e-6
@@ -55,6 +56,8 @@ class _Job:
     log_bytes: int = 0
     steps: int = 0
     cut: set[Digest] = field(default_factory=set)
+    #: What was told last of each layer of each vertex.
+    layers: dict[tuple[Digest, str], ProgressItem] = field(default_factory=dict)
 
 
 class SolverMemory:
@@ -299,11 +302,30 @@ class MemoryJobEvents:
                 job.cut.add(event.vertex)
                 return VertexLogDropped(vertex=event.vertex)
             job.log_bytes += size
-        elif isinstance(event, VertexLayers) and not event.item.phase.is_end:
-            if job.steps >= self._steps:
+        elif isinstance(event, VertexLayers):
+            key = (event.vertex, event.item.item)
+            if not _takes_on(job.layers.get(key), event.item):
                 return None
-            job.steps += 1
+            if not event.item.phase.is_end:
+                if job.steps >= self._steps:
+                    return None
+                job.steps += 1
+            job.layers[key] = event.item
         return event
+
+
+def _takes_on(last: ProgressItem | None, now: ProgressItem) -> bool:
+    """Tell whether it is worth telling that a layer has come from *last* to *now*."""
+    if last is None:
+        return True
+    if now.phase.is_end:
+        is_open = not last.phase.is_end
+        return is_open or (last.phase in GIVEN_UP and now.phase not in GIVEN_UP)
+    if last.phase.is_end:
+        return True
+    if now.phase is not last.phase:
+        return now.phase is not LayerPhase.WAITING
+    return now.current_bytes > last.current_bytes
 
 
 class MemoryWhereabouts:

@@ -1,11 +1,15 @@
-"""Progress streams in Redis."""
+"""Progress streams in Redis, and those among them that are part of a job's events."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 from cluster.errors import ClusterError, WireError
+from cluster.job import JobId, VertexLayers, parse_layer_stream
+from cluster.ports import ProgressStore
 from cluster.progress import ProgressItem
+from cluster.solver_ports import JobEvents
 from storage.codec import Codec
 from storage.keys import Keys
 from storage.link import RedisLink
@@ -62,6 +66,41 @@ class RedisProgressStore:
                         yield item
         finally:
             await link.close()
+
+
+class JobProgress:
+    """Implements :class:`cluster.ports.ProgressStore` where some streams are jobs' (:func:`cluster.job.layer_stream`).
+
+    What is published there is told to the job, as layers of the vertex; whoever follows the job sees it.
+
+    Args:
+        streams: All other streams.
+        jobs: Those of jobs.
+    """
+
+    def __init__(self, streams: ProgressStore, jobs: JobEvents) -> None:
+        self._streams = streams
+        self._jobs = jobs
+
+    async def publish(self, streams: Sequence[str], item: ProgressItem) -> None:
+        """Append *item* to each of *streams*; best effort."""
+        others: list[str] = []
+        told: dict[JobId, list[VertexLayers]] = {}
+        for stream in streams:
+            if (owner := parse_layer_stream(stream)) is None:
+                others.append(stream)
+            else:
+                job, vertex = owner
+                told.setdefault(job, []).append(VertexLayers(vertex=vertex, item=item))
+        if others:
+            await self._streams.publish(others, item)
+        for job, events in told.items():
+            with contextlib.suppress(ClusterError):  # it is unknown by now, or Redis is away
+                await self._jobs.publish(job, events)
+
+    def follow(self, stream: str) -> AsyncIterator[ProgressItem]:
+        """Yield the items of a stream that is no job's."""
+        return self._streams.follow(stream)
 
 
 def _item(fields: list[bytes]) -> ProgressItem | None:

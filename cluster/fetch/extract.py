@@ -280,7 +280,7 @@ class Extractor:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def _tell(self, caller: Caller, record: RefRecord, phase: LayerPhase, detail: str = "") -> None:
-        if caller.progress:
+        if streams := caller.streams(record.blob.digest):
             size = record.blob.size_bytes
             item = ProgressItem(
                 item=f"extract:{self._node}:{record.chain}",
@@ -289,7 +289,7 @@ class Extractor:
                 total_bytes=size,
                 detail=detail,
             )
-            await self._progress.publish(caller.progress, item)
+            await self._progress.publish(streams, item)
 
 
 class _Stoppable:

@@ -231,7 +231,7 @@ class Pusher:
     async def _tell(
         self, caller: Caller, layer: Descriptor, phase: LayerPhase, detail: str, current_bytes: int | None = None
     ) -> None:
-        if caller.progress:
+        if streams := caller.streams(layer.digest):
             item = ProgressItem(
                 item=f"push:{layer.digest}",
                 phase=phase,
@@ -239,4 +239,4 @@ class Pusher:
                 total_bytes=layer.size_bytes,
                 detail=detail,
             )
-            await self._progress.publish(caller.progress, item)
+            await self._progress.publish(streams, item)

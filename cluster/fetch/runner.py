@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, assert_never
 
@@ -45,7 +45,7 @@ from cluster.lease import LeaseId, blob_resource
 from cluster.messages import LayerFetch
 from cluster.ports import Authorizer, FlightRenewer, FlightStore, LeaseStore, ProgressStore, RefStore
 from cluster.progress import LayerPhase, ProgressItem
-from cluster.provider import ProviderHandle
+from cluster.provider import DescHandler, ProviderHandle
 from cluster.ref import BlobRecord
 from cluster.wire import decode_error, encode_error
 
@@ -58,10 +58,25 @@ class Caller:
     lease_id: LeaseId
     #: Providers that this caller may use, by digest, as :class:`cluster.fetch.access.AccessControl` said.
     providers: Mapping[Digest, Sequence[ProviderHandle]]
-    #: Progress streams.
+    #: Progress streams of the call.
     progress: tuple[str, ...] = ()
+    #: Those of digests whose handlers name their own.
+    own_progress: Mapping[Digest, tuple[str, ...]] = field(default_factory=dict)
     #: False once the caller's session has gone.
     is_live: Callable[[], bool] = field(default=lambda: True)
+
+    def streams(self, digest: Digest) -> tuple[str, ...]:
+        """Return the progress streams of a blob: those that its handlers name, else those of the call."""
+        return self.own_progress.get(digest, self.progress)
+
+
+def progress_of(handlers: Iterable[DescHandler]) -> dict[Digest, tuple[str, ...]]:
+    """Return, for each digest, the progress streams that its handlers name, where there are any."""
+    found: dict[Digest, dict[str, None]] = {}
+    for handler in handlers:
+        if handler.progress is not None:
+            found.setdefault(handler.digest, {})[handler.progress] = None
+    return {digest: tuple(streams) for digest, streams in found.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +207,7 @@ class Unlazier:
         """
         digest = descriptor.digest
         started_s = self._clock()
-        item = _Item(self._progress, caller.progress, digest, descriptor.size_bytes, self._spawn)
+        item = _Item(self._progress, caller.streams(digest), digest, descriptor.size_bytes, self._spawn)
         try:
             async with asyncio.timeout(self._deadline_s):
                 (blob,) = await self._refs.blobs([digest])

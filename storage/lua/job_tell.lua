@@ -1,13 +1,18 @@
 -- Append events to a job's stream, within what a job may fill: its states always, its logs and the steps of its
 -- layers up to a limit each. What is over is left out at the end, so that the start can always be replayed.
 --
+-- Many may tell of one layer of a vertex, as each one that waits for it does. It is told once: a step only where it
+-- takes the layer on, an end only where the layer has not ended, or has ended for one that gave up while another went
+-- on. After its end a step begins it anew: it was lost.
+--
 -- KEYS[1] prefix of the farm's keys
 -- ARGV[1] job ID
 -- ARGV[2] fence that must be that of the job's last claim; '' for any
 -- ARGV[3] most bytes of log payloads
 -- ARGV[4] most steps of layers
 -- ARGV[5] version of payloads
--- ARGV[6…] for each event: what it counts as (state, log, step), its vertex, its kind, its payload
+-- ARGV[6…] for each event five: what it counts as (state, log, layer), its subject (the vertex, or for a layer the
+--         vertex and the item), for a layer 'step PHASE BYTES', 'reached' or 'given-up', its kind, its payload
 -- return  'ok' (also where the job has ended: nobody is to see what comes later), 'unknown' or 'stale'
 -- include: job
 local prefix, id = KEYS[1], ARGV[1]
@@ -35,20 +40,44 @@ local function has_room(field, size, most)
   return true
 end
 
-for i = 6, #ARGV, 4 do
-  local counts_as, vertex, kind, payload = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
+-- Tell whether it is worth telling that a layer is at *now*, where *last* (false for nothing) was told before.
+local function takes_on(last, now)
+  if not last then
+    return true
+  elseif now == 'reached' then
+    return last ~= 'reached'
+  elseif now == 'given-up' then
+    return last ~= 'reached' and last ~= 'given-up'
+  end
+  local last_phase, last_bytes = string.match(last, '^step (%S+) (%d+)$')
+  local phase, bytes = string.match(now, '^step (%S+) (%d+)$')
+  if not last_phase then
+    return true -- it had ended
+  elseif phase ~= last_phase then
+    return phase ~= 'waiting'
+  end
+  return tonumber(bytes) > tonumber(last_bytes)
+end
+
+for i = 6, #ARGV, 5 do
+  local counts_as, subject, at, kind, payload = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
   if counts_as == 'log' then
     -- A vertex whose lines were left out gets no more: a log has one gap, at its end.
-    if redis.call('HEXISTS', told, 'cut:' .. vertex) == 0 then
+    if redis.call('HEXISTS', told, 'cut:' .. subject) == 0 then
       if has_room('log_bytes', #payload, tonumber(ARGV[3])) then
         append(kind, payload)
       else
-        redis.call('HSET', told, 'cut:' .. vertex, 1)
-        append('vertex-log-dropped', cmsgpack.pack({tonumber(ARGV[5]), 'vertex-log-dropped', {vertex = vertex}}))
+        redis.call('HSET', told, 'cut:' .. subject, 1)
+        append('vertex-log-dropped', cmsgpack.pack({tonumber(ARGV[5]), 'vertex-log-dropped', {vertex = subject}}))
       end
     end
-  elseif counts_as == 'state' or has_room('steps', 1, tonumber(ARGV[4])) then
+  elseif counts_as == 'state' then
     append(kind, payload)
+  elseif takes_on(redis.call('HGET', told, 'layer:' .. subject), at) then
+    if string.sub(at, 1, 5) ~= 'step ' or has_room('steps', 1, tonumber(ARGV[4])) then
+      redis.call('HSET', told, 'layer:' .. subject, at)
+      append(kind, payload)
+    end
   end
 end
 return 'ok'

@@ -39,8 +39,8 @@ def log(text, vertex=V):
     return VertexLog(vertex=vertex, stream=LogStream.STDOUT, text=text)
 
 
-def layer(current, phase=LayerPhase.FETCHING):
-    return VertexLayers(vertex=V, item=ProgressItem(item="fetch:d", phase=phase, current_bytes=current))
+def layer(current, phase=LayerPhase.FETCHING, *, vertex=V, item="fetch:d"):
+    return VertexLayers(vertex=vertex, item=ProgressItem(item=item, phase=phase, current_bytes=current))
 
 
 @pytest.fixture
@@ -153,6 +153,73 @@ async def test_steps_of_layers_are_capped_and_ends_are_not(solver_stores, events
     await solver_stores.jobs.end(claim, JobState.DONE)
 
     assert await read(events) == [*steps[:STEPS], ended, state(VertexState.COMPLETED), DONE]
+
+
+async def test_a_layer_ends_once(solver_stores, events, claim):
+    """Those who come later for the same layer find it there: nobody is told of that again."""
+    told = [layer(0, LayerPhase.WAITING), layer(5), layer(9, LayerPhase.DONE)]
+    await events.publish(J, told)
+    for end in (LayerPhase.PRESENT, LayerPhase.JOINED, LayerPhase.DONE, LayerPhase.CANCELLED, LayerPhase.FAILED):
+        await events.publish(J, [layer(9, end)])
+    await solver_stores.jobs.end(claim, JobState.DONE)
+
+    assert await read(events) == [*told, DONE]
+
+
+async def test_a_layer_that_is_there_is_told_once(solver_stores, events, claim):
+    """Of each vertex and each item: what one has says nothing of another."""
+    told = [
+        layer(9, LayerPhase.PRESENT, vertex=vertex, item=item)
+        for vertex in (V, W)
+        for item in ("fetch:d", "fetch:e", "extract:n0:d")
+    ]
+    await events.publish(J, [*told, *told])
+    await events.publish(J, told)
+    await solver_stores.jobs.end(claim, JobState.DONE)
+
+    assert await read(events) == [*told, DONE]
+
+
+async def test_a_layer_never_goes_back_while_it_moves(solver_stores, events, claim):
+    """Each of those who wait tells of each step: only what takes the layer on is told."""
+    told = [layer(0, LayerPhase.WAITING), layer(0), layer(3)]
+    await events.publish(J, [told[0], told[0], told[1], told[1]])
+    await events.publish(J, [told[2], layer(1), told[2], layer(0, LayerPhase.WAITING)])
+    unpacking = layer(0, LayerPhase.EXTRACTING)
+    await events.publish(J, [unpacking, layer(9, LayerPhase.JOINED)])
+    await solver_stores.jobs.end(claim, JobState.DONE)
+
+    assert await read(events) == [*told, unpacking, layer(9, LayerPhase.JOINED), DONE]
+
+
+@pytest.mark.parametrize("again", [layer(0, LayerPhase.WAITING), layer(0), layer(0, LayerPhase.EXTRACTING)])
+async def test_a_layer_that_was_lost_begins_anew(solver_stores, events, claim, again):
+    """A step after an end is a fresh start, and has an end of its own."""
+    told = [layer(9), layer(9, LayerPhase.DONE), again, layer(9, LayerPhase.PRESENT)]
+    await events.publish(J, told)
+    await events.publish(J, [layer(9, LayerPhase.PRESENT)])
+    await solver_stores.jobs.end(claim, JobState.DONE)
+
+    assert await read(events) == [*told, DONE]
+
+
+async def test_who_gives_a_layer_up_does_not_hide_that_it_comes(solver_stores, events, claim):
+    """One who waited was cancelled: that is an end, until the layer comes for another."""
+    told = [layer(3), layer(0, LayerPhase.CANCELLED), layer(9, LayerPhase.JOINED)]
+    await events.publish(J, [*told[:2], layer(0, LayerPhase.FAILED), layer(0, LayerPhase.CANCELLED)])
+    await events.publish(J, [told[2], layer(0, LayerPhase.CANCELLED), layer(9, LayerPhase.DONE)])
+    await solver_stores.jobs.end(claim, JobState.DONE)
+
+    assert await read(events) == [*told, DONE]
+
+
+async def test_a_layer_that_could_not_begin_anew_does_not_end_anew(solver_stores, events, claim):
+    """Over the limit of steps what is told of each layer stays whole."""
+    steps = [layer(current) for current in range(STEPS)]
+    await events.publish(J, [*steps, layer(9, LayerPhase.DONE), layer(0), layer(9, LayerPhase.DONE)])
+    await solver_stores.jobs.end(claim, JobState.DONE)
+
+    assert await read(events) == [*steps, layer(9, LayerPhase.DONE), DONE]
 
 
 async def test_a_stale_owner_tells_nothing(solver_stores, events, claim):

@@ -317,6 +317,7 @@ def caller_of(
     name: str = "alice",
     providers: Mapping[Digest, Sequence[ProviderHandle]] | None = None,
     progress: tuple[str, ...] = (),
+    own_progress: Mapping[Digest, tuple[str, ...]] | None = None,
     is_live: Callable[[], bool] = lambda: True,
 ) -> Caller:
     return Caller(
@@ -324,6 +325,7 @@ def caller_of(
         lease_id=LeaseId(lease_id),
         providers=providers or {},
         progress=progress,
+        own_progress=own_progress or {},
         is_live=is_live,
     )
 

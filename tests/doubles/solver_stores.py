@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import pytest
 
+from cluster.ports import ProgressStore
 from cluster.solver_ports import JobEvents, JobStore, KeyStore, Whereabouts
 from storage.cache_keys import RedisKeyStore
 from storage.job_events import RedisJobEvents
 from storage.jobs import RedisJobStore
+from storage.memory import Memory, MemoryProgressStore
 from storage.memory_solver import MemoryJobEvents, MemoryJobStore, MemoryKeyStore, MemoryWhereabouts, SolverMemory
+from storage.progress import JobProgress, RedisProgressStore
 from storage.whereabouts import RedisWhereabouts
 from tests.doubles.stores import FakeClock, RedisFarm
 
@@ -28,6 +31,7 @@ class SolverStores:
     jobs: JobStore
     events: JobEvents
     whereabouts: Whereabouts
+    progress: ProgressStore
     #: Lets seconds pass by the store's clock.
     pass_time: Callable[[float], None]
 
@@ -38,11 +42,13 @@ async def solver_stores(request, redis_servers) -> AsyncIterator[SolverStores]:
     if request.param == "memory":
         clock = FakeClock()
         memory = SolverMemory(clock)
+        events = MemoryJobEvents(memory, log_bytes=LOG_BYTES, steps=STEPS)
         yield SolverStores(
             keys=MemoryKeyStore(memory),
             jobs=MemoryJobStore(memory),
-            events=MemoryJobEvents(memory, log_bytes=LOG_BYTES, steps=STEPS),
+            events=events,
             whereabouts=MemoryWhereabouts(memory),
+            progress=JobProgress(MemoryProgressStore(Memory(clock)), events),
             pass_time=clock.advance,
         )
         return
@@ -55,10 +61,12 @@ async def solver_stores(request, redis_servers) -> AsyncIterator[SolverStores]:
 def redis_solver_stores(farm: RedisFarm) -> SolverStores:
     """Return the adapters over the farm's first client."""
     link = farm.links[0]
+    events = RedisJobEvents(link, farm.keys, log_bytes=LOG_BYTES, steps=STEPS)
     return SolverStores(
         keys=RedisKeyStore(link, farm.keys),
         jobs=RedisJobStore(link, farm.keys),
-        events=RedisJobEvents(link, farm.keys, log_bytes=LOG_BYTES, steps=STEPS),
+        events=events,
         whereabouts=RedisWhereabouts(link, farm.keys),
+        progress=JobProgress(RedisProgressStore(link, farm.keys), events),
         pass_time=farm.pass_time,
     )

@@ -174,6 +174,17 @@ async def test_what_cannot_be_noted_fails_nothing(node):
     assert node.snapshotter.published == await chains(node)
 
 
+async def test_a_layer_shows_where_its_own_handlers_say(node):
+    """Its bytes and its unpacking, while the others show in the call's stream."""
+    await node.leases.create(LeaseId("l1"), ttl_s=None)
+    caller = caller_of("l1", progress=("call",), own_progress={LAYERS[0].digest: ("own",)})
+    names = await chains(node)
+    await node.extractor.extract(await node.chain(), caller)
+    own = {item.item for item in node.memory.streams["own"]}
+    assert own == {f"fetch:{LAYERS[0].digest}", f"extract:n1:{names[0]}"}
+    assert not own & {item.item for item in node.memory.streams["call"]}
+
+
 async def test_no_layers_are_an_empty_filesystem(node):
     """A chain of nothing mounts the empty snapshot."""
     await (await node.call(layers=[]))

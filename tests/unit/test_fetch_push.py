@@ -116,7 +116,7 @@ class Bench:
     def make_present(self, digest, size):
         self.memory.blobs[digest] = BlobRecord(digest=digest, key=f"k/{digest}", size_bytes=size, etag="e", fence=1)
 
-    async def push(self, *layers, providers=(SOURCE,), target="r.example/copy:2"):
+    async def push(self, *layers, providers=(SOURCE,), target="r.example/copy:2", own_progress=None):
         await self.leases.create(LeaseId("l1"), ttl_s=None)
         image = ImageRecord(
             name="r.example/app:1",
@@ -127,7 +127,7 @@ class Bench:
             ref=None,
         )
         known = {layer.digest: providers for layer in layers}
-        caller = caller_of("l1", providers=known, progress=("s",))
+        caller = caller_of("l1", providers=known, progress=("s",), own_progress=own_progress)
         return await self.pusher.push(image, parse_reference(target), caller, known, plain_http=False)
 
     def ends(self):
@@ -169,6 +169,14 @@ async def test_what_the_target_has_is_not_sent(bench):
     assert (bench.target.mounts, bench.target.uploads, bench.transfers.fetches) == ([], [], [])
     assert bench.target.manifests == {("r.example/copy", "2"): MANIFEST}
     assert result.digest == digest_of(MANIFEST)
+
+
+async def test_a_layer_shows_where_its_own_handlers_say(bench):
+    """The others show in the call's stream."""
+    await bench.push(A, B, own_progress={A.digest: ("own",)})
+    assert {item.item for item in bench.memory.streams["own"]} == {f"push:{A.digest}"}
+    assert f"push:{A.digest}" not in bench.ends()
+    assert f"push:{B.digest}" in bench.ends()
 
 
 async def test_what_the_registry_has_elsewhere_is_mounted(bench):

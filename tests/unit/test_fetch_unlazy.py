@@ -5,6 +5,7 @@ from itertools import count
 
 import pytest
 
+from cluster.digest import digest_of
 from cluster.errors import (
     AccessDeniedError,
     BlobNotFoundError,
@@ -17,10 +18,11 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.fetch.access import AccessControl
-from cluster.fetch.runner import Unlazier
+from cluster.fetch.runner import Unlazier, progress_of
 from cluster.flight.values import Owned, UploadState
 from cluster.lease import LeaseId, blob_resource
 from cluster.progress import LayerPhase
+from cluster.provider import DescHandler
 from storage.memory import (
     Memory,
     MemoryFlightStore,
@@ -30,6 +32,7 @@ from storage.memory import (
     MemoryRefStore,
 )
 from tests.doubles.fetch import (
+    HANDLE,
     FakeAuthorizer,
     FakeProber,
     FakeTransfers,
@@ -242,6 +245,26 @@ async def test_progress_crosses_processes(cluster):
     await eventually(lambda: LayerPhase.FETCHING in cluster.phases("l3"))
     fetch.proceed.set()
     await asyncio.gather(first, second, third)
+
+
+async def test_a_blob_shows_where_its_own_handlers_say(cluster):
+    """Its streams take the place of the call's; a blob whose handlers name none shows in the call's."""
+    process = cluster.process("a")
+    process.transfers.holds = False
+    await (await process.call("l1", own_progress={LAYER.digest: ("mine", "its")}))
+    for stream in ("mine", "its"):
+        assert cluster.memory.streams[stream][-1].phase is LayerPhase.DONE
+    assert "stream-l1" not in cluster.memory.streams
+    await (await process.call("l2", own_progress={digest_of(b"other"): ("mine",)}))
+    assert cluster.memory.streams["stream-l2"][-1].phase is LayerPhase.PRESENT
+
+
+def test_handlers_say_where_their_digests_show():
+    """Each stream once, in order; a digest without any is not there."""
+    one, two = LAYER.digest, digest_of(b"two")
+    named = [(one, "a"), (two, None), (one, None), (one, "b"), (one, "a")]
+    handlers = [DescHandler(digest=digest, provider=HANDLE, progress=stream) for digest, stream in named]
+    assert progress_of(handlers) == {one: ("a", "b")}
 
 
 async def test_a_lost_message_is_found_by_the_slow_poll(cluster):

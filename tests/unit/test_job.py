@@ -21,6 +21,8 @@ from cluster.job import (
     VertexState,
     decode_event,
     encode_event,
+    layer_stream,
+    parse_layer_stream,
 )
 from cluster.messages import SessionInfo
 from cluster.progress import LayerPhase, ProgressItem
@@ -57,6 +59,20 @@ def test_a_job_record_gets_across():
     record = JobRecord(spec=spec, state=JobState.DONE, created_wall_s=1.5, ended_wall_s=2.0, results={V: b"\x00"})
 
     assert wire.decode("job-record", JobRecord, wire.encode("job-record", record)) == record
+
+
+@pytest.mark.parametrize("job", ["j", "job:1", "a:sha256:b", V])
+def test_a_stream_of_layers_says_whose_they_are(job):
+    """Job and vertex are found again in the stream's ID, whatever the job is called."""
+    assert parse_layer_stream(layer_stream(JobId(job), V)) == (job, V)
+
+
+@pytest.mark.parametrize(
+    "stream", ["", "s", "job:", f"job:{V}", f"job::{V}", "job:j:sha256:ab", f"other:j:{V}", f"j:{V}"]
+)
+def test_other_streams_are_no_jobs(stream):
+    """A stream that is not told to a job is not mistaken for one."""
+    assert parse_layer_stream(stream) is None
 
 
 def test_what_ends():
