@@ -947,6 +947,19 @@ class UnusableSecretError(OpError):
         return f"secret {self.secret_id!r}: {self.reason}"
 
 
+class SourceDateError(OpError):
+    """A command's ``SOURCE_DATE_EPOCH`` is no time."""
+
+    _hint = "give it seconds since 1970, as in `git log -1 --format=%ct`"
+
+    def __init__(self, value: str) -> None:
+        super().__init__(value)
+        self.value = value
+
+    def __str__(self) -> str:
+        return f"SOURCE_DATE_EPOCH is {self.value!r}, not a whole number of seconds"
+
+
 class ProcessNotStartedError(OpError):
     """A command can't be started in its container: not found, not executable."""
 

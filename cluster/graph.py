@@ -265,6 +265,27 @@ def _tagged(op: Op) -> tuple[str, int, object]:
     return *_TAGS[type(op)], op
 
 
+def op_digest(op: Op) -> Digest:
+    """Return the digest of an op by itself, whatever it is over. No vertex has the same one."""
+    return digest_of(_encoder.encode(_tagged(op)))
+
+
+def content_inputs(op: Op) -> tuple[int, ...]:
+    """Return the inputs, by rising index, of which an op sees only files that can be told before it is carried out.
+
+    For these, a digest of those files does as well in a cache key as the input's own keys: what file ops copy
+    from, and what a command has mounted read-only. Never input 0, which becomes a part of the result.
+    """
+    match op:
+        case FileOp(actions=actions):
+            return tuple(sorted({action.input for action in actions if isinstance(action, CopyAction)}))
+        case RunOp(binds=binds):
+            writable = {bind.input for bind in binds if not bind.is_read_only}
+            return tuple(sorted({bind.input for bind in binds} - writable))
+        case _:
+            return ()
+
+
 # -- definitions --------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,7 @@ from cluster.faultpoints import FaultPoint, ahit, hit
 from cluster.flight.values import Owned, Present
 from cluster.lease import blob_resource
 from cluster.ports import ContentStore, FlightRenewer, FlightStore, ObjectInfo, Part
+from cluster.provider import FARM
 from cluster.ref import BlobRecord
 from storage.transfer import BufferPool, TransferStoppedError
 
@@ -411,6 +412,7 @@ class LayerStore:
                 size_bytes=uploaded.size_bytes,
                 etag=uploaded.etag,
                 fence=outcome.fence.number,
+                source=FARM.source,
             )
             if await self._commit_owned(outcome, blob):
                 return blob

@@ -15,11 +15,11 @@ import shutil
 import subprocess
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Final, TypeVar
+from typing import IO, Any, Final
 
 from cluster.errors import (
     ContainerError,
@@ -47,6 +47,7 @@ from storage.file_ops.faults import naming
 from storage.file_ops.paths import Target, components, directory_tree, find
 from storage.snapshots.names import shown
 from storage.snapshots.tree import Node
+from storage.to_the_end import to_the_end
 
 #: Where Debian keeps runc, and an ordinary user's PATH doesn't look.
 _PATHS: Final = ("/usr/local/sbin", "/usr/sbin", "/sbin")
@@ -60,8 +61,6 @@ _LAST_LINES: Final = 20
 _LAST_LINE_CHARACTERS: Final = 1000
 #: What runc says where the fault is the command's and not the node's.
 _NOT_STARTED: Final = re.compile(r"container (?:process|init): ((?:exec|chdir).*)", re.DOTALL)
-
-T = TypeVar("T")
 
 
 class Runc:
@@ -111,7 +110,7 @@ class Runc:
             DeadlineExceededError: *timeout_s* have passed; the container is gone.
             ContainerError: the node failed.
         """
-        runtime, cgroups = await _to_the_end(asyncio.to_thread(self._prepare))
+        runtime, cgroups = await to_the_end(asyncio.to_thread(self._prepare))
         cgroups.check(op.limits)
         used = op_secrets.given(op, secrets)
         env = dict(op.env) | op_secrets.environment(used)
@@ -259,17 +258,17 @@ class _Container:
     ) -> None:
         """Run it to its end."""
         try:
-            await _to_the_end(asyncio.to_thread(self._set_up, env, secrets, caches))
+            await to_the_end(asyncio.to_thread(self._set_up, env, secrets, caches))
             exit_code = await self._execute([value for _, value in secrets], log)
-            outcome = await _to_the_end(asyncio.to_thread(self._read_outcome, exit_code))
+            outcome = await to_the_end(asyncio.to_thread(self._read_outcome, exit_code))
         except BaseException as exc:
             # What went wrong first is what is told; what can't be removed now, `recover` finds.
             with suppress(ContainerError):
-                await _to_the_end(asyncio.to_thread(self._clean_up))
+                await to_the_end(asyncio.to_thread(self._clean_up))
             if isinstance(exc, OSError) and not isinstance(exc, TimeoutError):
                 raise ContainerError("running a container", str(exc)) from exc
             raise
-        await _to_the_end(asyncio.to_thread(self._clean_up))
+        await to_the_end(asyncio.to_thread(self._clean_up))
         self._judge(outcome)
 
     def _clean_up(self) -> None:
@@ -379,7 +378,7 @@ class _Container:
         except BaseExceptionGroup as errors:
             raise first_error(errors) from errors
         finally:
-            await _to_the_end(self._stop(exited))
+            await to_the_end(self._stop(exited))
         return process.returncode
 
     async def _stop(self, exited: _Exit) -> None:
@@ -480,22 +479,6 @@ class _Exit:
         self.process.wait()
         if not self._over.done():
             self._over.set_result(None)
-
-
-async def _to_the_end(work: Awaitable[T]) -> T:
-    """Await *work* to its end, whoever cancels meanwhile; only then is the cancellation passed on."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as exc:
-            cancelled = exc
-    if cancelled is not None:
-        if not task.cancelled():
-            task.exception()  # seen: the cancellation goes first
-        raise cancelled
-    return task.result()
 
 
 def _absolute(path: str, base: str = "/") -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, assert_never
@@ -16,7 +15,7 @@ from cluster.patterns import PatternMatcher
 from storage.containers.users import find_owner
 from storage.file_ops.copy import CopyOptions, clear, copy, new_directory
 from storage.file_ops.faults import naming
-from storage.file_ops.paths import Target, components, find
+from storage.file_ops.paths import MADE_NS, Target, components, find
 from storage.file_ops.selection import Source, sources_of
 from storage.file_ops.unpack import try_unpack
 from storage.snapshots.attributes import Attributes, Ledger
@@ -36,6 +35,9 @@ def perform(
 ) -> None:
     """Carry *op* out on *root*. Blocks; what fails midway leaves *root* as far as it got.
 
+    What is copied keeps its time; what else is made or changed gets :data:`storage.file_ops.paths.MADE_NS`. So
+    the outcome depends on *op*, *root* and *inputs* alone.
+
     Args:
         op: What to do.
         root: A writable directory that nobody else uses.
@@ -52,6 +54,11 @@ def perform(
     for action in op.actions:
         with naming(_doing(action), _subject(action), root=str(root)):
             _perform(action, target, inputs, checkpoint)
+
+
+def describe(action: FileAction) -> str:
+    """Say in a few words what *action* does, and to what."""
+    return f"{_doing(action)} {_subject(action)}"
 
 
 def _doing(action: FileAction) -> str:
@@ -118,15 +125,14 @@ def _make_file(action: MakeFile, target: Target) -> None:
     name = found.relative.rpartition(b"/")[2]
     if not components(action.path) or not name or action.path.endswith("/"):
         raise IsADirectoryError(errno.EISDIR, "is a directory", action.path)
-    now_ns = time.time_ns()
     attributes = Attributes(
         mode=stat.S_IFREG | (action.mode & 0o7777),
         uid=owner.uid if owner else 0,
         gid=owner.gid if owner else 0,
-        mtime_ns=now_ns,
-        atime_ns=now_ns,
+        mtime_ns=MADE_NS,
+        atime_ns=MADE_NS,
     )
-    with target.directory(parent_of(found.relative)) as fd:
+    with target.changing(parent_of(found.relative)) as fd:
         # A new one, not the old one emptied: that may be a FIFO, or have other names.
         clear(target, found.relative, fd, name)
         out = os.open(name, _NEW_FILE, 0o600, dir_fd=fd)

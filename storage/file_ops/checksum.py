@@ -1,4 +1,4 @@
-"""Digests of what a copy would read: equal where a copy would come to the same files, whatever their times.
+"""Digests of what a copy or a mount shows of an input: equal where that is the same files, whatever their times.
 
 After BuildKit's ``contenthash``: names, kinds, modes, owners, link targets, bytes, xattrs, devices and which
 files are hard links of one another; no times. Sources are read exactly as copies read them.
@@ -16,10 +16,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from cluster.digest import Digest
-from cluster.graph import CopyAction, FileOp
+from cluster.graph import CopyAction, FileOp, RunOp
 from cluster.patterns import PatternMatcher
 from storage.file_ops.faults import naming
-from storage.file_ops.paths import open_file
+from storage.file_ops.paths import find, open_file
 from storage.file_ops.selection import Source, sources_of, walk
 from storage.snapshots.tree import Node, Tree
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 #: Changes whenever equal trees would have other digests than before.
 _VERSION: Final = b"lazyfarm file selection 1"
+_MOUNT_VERSION: Final = b"lazyfarm mount 1"
 _BUFFER_BYTES: Final = 1 << 20
 
 
@@ -53,6 +54,32 @@ def content_digest(op: FileOp, index: int, tree: Tree, *, checkpoint: Callable[[
             left_out = PatternMatcher(action.exclude)
             for source in sources_of(action, tree):
                 _add_source(total, source, left_out, contents_only=action.contents_only, checkpoint=checkpoint)
+    return Digest(f"sha256:{total.hexdigest()}")
+
+
+def mount_digest(op: RunOp, index: int, tree: Tree, *, checkpoint: Callable[[], None] = lambda: None) -> Digest:
+    """Return the digest of all that *op*'s bind mounts show of the input *index*, whose files are *tree*.
+
+    Args:
+        op: The op; its own fields are not in the digest.
+        index: Which of its inputs.
+        tree: The input's files.
+        checkpoint: Called before each file; raises to stop.
+
+    Raises:
+        FileActionError: a mount's source is missing or can't be read; the command couldn't be started either.
+    """
+    total = hashlib.sha256()
+    _add(total, _MOUNT_VERSION)
+    everything = PatternMatcher(())
+    for position, mount in enumerate(op.binds):
+        if mount.input != index:
+            continue
+        _add(total, b"mount", b"%d" % position)
+        with naming("bind", mount.source):
+            # What the path is called, and which links lead to it, is not to be seen in the mount.
+            source = Source(b"", find(tree, mount.source).require())
+            _add_source(total, source, everything, contents_only=False, checkpoint=checkpoint)
     return Digest(f"sha256:{total.hexdigest()}")
 
 

@@ -5,6 +5,8 @@
 - A directory that is there keeps its attributes if it is the destination itself, and takes the source's below that.
 - Directories made on the way to the destination have mode 755 and the copy's owner.
 - Hard links among the files of one source are kept, so are holes, xattrs, devices and times. Sockets are left out.
+
+Unlike there, what is made on the way, and directories that something is put into, have one fixed time.
 """
 
 # Names of files are bytes here, which pathlib can't hold.
@@ -15,7 +17,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from typing import Final
 
 from cluster.patterns import PatternMatcher
 from storage.containers.users import Owner
-from storage.file_ops.paths import Target, find, inside, open_file
+from storage.file_ops.paths import MADE_NS, Target, find, inside, open_file
 from storage.file_ops.selection import Source, walk
 from storage.snapshots.attributes import Attributes
 from storage.snapshots.copy import copy_content, make_special
@@ -48,10 +49,9 @@ class CopyOptions:
 
 
 def new_directory(owner: Owner | None, mode: int = 0o755) -> Attributes:
-    """Return the attributes of a directory made just now."""
-    now_ns = time.time_ns()
+    """Return the attributes of a directory that an op makes."""
     who = owner or Owner()
-    return Attributes(mode=stat.S_IFDIR | (mode & 0o7777), uid=who.uid, gid=who.gid, mtime_ns=now_ns, atime_ns=now_ns)
+    return Attributes(mode=stat.S_IFDIR | (mode & 0o7777), uid=who.uid, gid=who.gid, mtime_ns=MADE_NS, atime_ns=MADE_NS)
 
 
 def copy(source: Source, target: Target, destination: str, options: CopyOptions, *, into_directory: bool) -> None:
@@ -108,7 +108,7 @@ class _Copier:
                 if held != parent_of(at):
                     stack.close()
                     held = parent_of(at)
-                    fd = stack.enter_context(self._target.directory(held))
+                    fd = stack.enter_context(self._target.changing(held))
                 name = at.rpartition(b"/")[2]
                 if node.is_dir:
                     self._directory(node, at, fd, name, is_top=not path)

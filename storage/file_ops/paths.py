@@ -21,12 +21,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from cluster.tree import MTIME_S
 from storage.snapshots.attributes import Attributes, AttributeWriter, Ledger
 from storage.snapshots.names import MAX_PATH_BYTES, join, shown, split
 from storage.snapshots.tree import Node, Tree
 
 #: Symlinks that are followed on the way to one path, as in Linux.
 _MAX_LINKS: Final = 40
+#: When everything that an op on files makes itself was last changed, directories that it puts something into as well:
+#: the same op over the same files comes to the same files, whenever and wherever.
+MADE_NS: Final = MTIME_S * 1_000_000_000
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -153,6 +157,25 @@ class Target:
         self.writer = AttributeWriter(ledger)
 
     @contextmanager
+    def changing(self, relative: bytes) -> Iterator[int]:
+        """Open a directory, as :meth:`directory` does, to put files into it or take them out.
+
+        Where that changes its time, it gets :data:`MADE_NS` and not the time at which it happened to be done.
+        """
+        with self.directory(relative) as fd:
+            before, recorded = os.fstat(fd), self._devices_in(relative)
+            try:
+                yield fd
+            finally:
+                # A device that can only be recorded would have changed it, too.
+                if os.fstat(fd).st_mtime_ns != before.st_mtime_ns or self._devices_in(relative) != recorded:
+                    os.utime(fd, ns=(MADE_NS, MADE_NS))
+
+    def _devices_in(self, relative: bytes) -> dict[bytes, Attributes | None]:
+        ledger = self.writer.ledger
+        return {} if ledger is None else {path: ledger.get(path) for path in ledger.absent_in(relative)}
+
+    @contextmanager
     def directory(self, relative: bytes) -> Iterator[int]:
         """Open a directory without following any link.
 
@@ -183,7 +206,7 @@ class Target:
         made: list[bytes] = []
         path = b""
         for name in found.relative.split(b"/"):
-            with self.directory(path) as fd:
+            with self.changing(path) as fd:
                 path = join(path, name)
                 try:
                     os.mkdir(name, 0o700, dir_fd=fd)

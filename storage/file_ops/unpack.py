@@ -220,7 +220,7 @@ class _Unpacker:
         above = self._directory(parts[:-1])
         name = parts[-1]
         at = join(above, name)
-        with self._target.directory(above) as fd:
+        with self._target.changing(above) as fd:
             is_there = self._make_way(entry, at, fd, name)
             if entry.kind == tar.DIRECTORY:
                 if not is_there:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, assert_never
 
-from cluster.ports import Snapshotter
+from storage.snapshots.base import LayeredSnapshotter
 from storage.snapshots.copying import CopyingSnapshotter
 from storage.snapshots.overlay import OverlaySnapshotter, can_mount
 
-__all__ = ["CopyingSnapshotter", "OverlaySnapshotter", "choose"]
+__all__ = ["CopyingSnapshotter", "LayeredSnapshotter", "OverlaySnapshotter", "choose"]
 
 
-def choose(root: Path, kind: Literal["auto", "overlay", "copying"]) -> Snapshotter:
+def choose(root: Path, kind: Literal["auto", "overlay", "copying"]) -> LayeredSnapshotter:
     """Return the snapshotter for *root*; ``auto`` is overlay where a mount there works, else copying.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import DiffIdMismatchError, LayerError, SnapshotError
 from cluster.faultpoints import FaultPoint, hit
-from cluster.ports import AppliedLayer, ByteStream, Workspace
+from cluster.ports import AppliedLayer, ByteStream
 from storage.snapshots.attributes import AttributeWriter, Ledger
 from storage.snapshots.diff import Changes, compare, write_layer
 from storage.snapshots.inflate import DamagedStreamError, LayerStream
@@ -19,7 +20,8 @@ from storage.snapshots.names import shown
 from storage.snapshots.store import Store
 from storage.snapshots.tar import TarError, TarReader
 from storage.snapshots.tree import Tree
-from storage.snapshots.unpack import Unpacker
+from storage.snapshots.unpack import DEFAULT_DIRECTORY, Unpacker
+from storage.snapshots.workspace import StagedWorkspace
 
 
 class LayeredSnapshotter(ABC):
@@ -34,6 +36,9 @@ class LayeredSnapshotter(ABC):
     def __init__(self, root: Path) -> None:
         try:
             self._store = Store(root / self.name)
+            self._empty = self._store.root / "empty"
+            self._empty.mkdir(exist_ok=True, mode=0o755)
+            AttributeWriter(_implied_owner()).write(bytes(self._empty), b"", DEFAULT_DIRECTORY)
         except OSError as exc:
             raise SnapshotError(str(root), "opening", str(exc)) from exc
 
@@ -59,8 +64,24 @@ class LayeredSnapshotter(ABC):
         """Return what *chain* changes of *parent* where that can be read off; None where trees must be compared."""
 
     @abstractmethod
-    def workspace(self, parent: Digest | None, name: str) -> Workspace:
+    def workspace(self, parent: Digest | None, name: str) -> StagedWorkspace:
         """Open a writable tree on top of the snapshot *parent*; see the port."""
+
+    @abstractmethod
+    def mount(self, chain: Digest, name: str) -> Path:
+        """Mount the snapshot *chain* read-only under *name*; see the port."""
+
+    @abstractmethod
+    def unmount(self, name: str) -> None:
+        """Undo :meth:`mount`; does nothing where there is no such mount."""
+
+    @abstractmethod
+    def mounts(self) -> dict[str, Path]:
+        """Return the live mounts by name."""
+
+    @abstractmethod
+    def recover(self) -> list[str]:
+        """Remove what a killed process left; see the port."""
 
     # -- the port --
 
@@ -112,6 +133,18 @@ class LayeredSnapshotter(ABC):
         except OSError as exc:
             raise SnapshotError(chain, "unpacking", str(exc)) from exc
 
+    def tree(self, chain: Digest) -> Tree:
+        """Return the tree of a published snapshot, or of the empty chain, to be read without mounting it.
+
+        It shows the owners and devices that could only be recorded, too. The caller keeps it from being removed.
+
+        Raises:
+            SnapshotError: it is not published here.
+        """
+        if chain == EMPTY_CHAIN:
+            return Tree([bytes(self._empty)], _implied_owner())
+        return self._tree(chain, "reading")
+
     def snapshots(self) -> Iterable[Digest]:
         """List the published snapshots."""
         return self._store.snapshots()
@@ -146,6 +179,11 @@ class LayeredSnapshotter(ABC):
             return self._store.settle()
         except OSError as exc:
             raise SnapshotError(str(self._store.root), "settling", str(exc)) from exc
+
+
+def _implied_owner() -> Ledger | None:
+    """Return a ledger by which all belongs to root, for a tree that is ours without root; None where we are root."""
+    return Ledger(owner_is_root=True) if os.geteuid() else None
 
 
 def _unpack(unpacker: Unpacker, layer: Descriptor, stream: ByteStream) -> tuple[Digest, int]:

@@ -36,10 +36,8 @@ class CopyingSnapshotter(LayeredSnapshotter):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self._links = self._store.root / "mnt"
-        self._empty = self._store.root / "empty"
         try:
-            for directory in (self._links, self._empty):
-                directory.mkdir(exist_ok=True, mode=0o755)
+            self._links.mkdir(exist_ok=True, mode=0o755)
         except OSError as exc:
             raise SnapshotError(str(root), "opening", str(exc)) from exc
 

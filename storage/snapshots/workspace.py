@@ -49,6 +49,8 @@ class StagedWorkspace(ABC):
 
     #: The tree, to be changed at will until it is committed.
     path: Path
+    #: Where whoever changes it records what can't be made without root; None where everything must be made.
+    ledger: Ledger | None = None
 
     def __init__(self, store: Store, parent: Digest | None, lower: Tree | None, name: str) -> None:
         self._store = store
@@ -214,15 +216,15 @@ class CopyingWorkspace(StagedWorkspace):
     """
 
     def _prepare(self) -> Path:
-        self._ledger = Ledger(owner_is_root=os.geteuid() != 0)
+        self.ledger = self._ledger = Ledger(owner_is_root=os.geteuid() != 0)
         writer = AttributeWriter(self._ledger)
         root = bytes(self._files)
         if self._lower is None:
             writer.write(root, b"", DEFAULT_DIRECTORY)
         else:
             copy_tree(self._lower, root, writer)
-        #: What is on disk of the recorded files: tells later whether these are still the same.
-        self._recorded = {path: _lstat(root + b"/" + path) for path in self._ledger}
+        #: What is recorded and what is on disk of files: tells later whether these are still the same.
+        self._recorded = {path: (self._ledger.get(path), _lstat(root + b"/" + path)) for path in self._ledger}
         return self._files
 
     def _freeze(self) -> Changes:
@@ -233,10 +235,10 @@ class CopyingWorkspace(StagedWorkspace):
 
     def _update_ledger(self, root: bytes) -> None:
         """Forget what is recorded of files that were replaced or removed, and note the modes that were changed."""
-        for path, before in self._recorded.items():
+        for path, (known, before) in self._recorded.items():
             recorded = self._ledger.get(path)
-            if recorded is None:
-                continue
+            if recorded is None or recorded is not known:
+                continue  # whoever replaced it has recorded that
             now = _lstat(root + b"/" + path)
             if is_device(recorded.mode):
                 if now is not None or _lstat(os.path.dirname(root + b"/" + path)) is None:  # noqa: PTH120

@@ -20,7 +20,7 @@ from cluster.patterns import PatternMatcher, name_pattern
 from storage.containers.users import Owner, ProcessUser, find_owner, find_user
 from storage.file_ops.actions import perform
 from storage.file_ops.checksum import content_digest
-from storage.file_ops.paths import directory_tree, find
+from storage.file_ops.paths import MADE_NS, directory_tree, find
 from storage.snapshots.attributes import Ledger
 from storage.snapshots.tree import Tree
 from tests.doubles.layers import facts, sketch
@@ -394,6 +394,38 @@ def test_make_directory_and_file(root, source):
     for name in ("a", "a/b"):
         assert (found[name].mode, found[name].uid, found[name].gid) == (0o1777, 7, 8)
     assert (found["a/f"].mode, found["a/f"].uid, found["a/f"].gid, found["a/f"].what) == (0o4755, 9, 9, b"\0data")
+
+
+def test_what_is_made_or_changed_has_one_time(root, source):
+    """Directories that something is put into or taken out of too; what is copied or unpacked has its own."""
+    write(source, {"d/f": b"f", "d/sub/g": b"g", "d/there/h": b"h", "f": b"f"})
+    write(root, {"into/old": b"o", "kept/there/x": b"x", "untouched/y": b"y", "untouched/sub": None})
+    (source / "a.tar").write_bytes(
+        archive(
+            ("implied/f", tarfile.REGTYPE, b"f"), ("into", tarfile.DIRTYPE, None), ("into/new", tarfile.REGTYPE, b"n")
+        )
+    )
+    for tree in (root, source):
+        for path in [*tree.rglob("*"), tree]:
+            os.utime(path, ns=(OLD_NS, OLD_NS))
+
+    do(
+        root,
+        source,
+        copy("d", to="/kept/"),
+        copy("d", to="/untouched", exclude=("f", "there", "sub/g")),
+        copy("d", to="/made/way/", contents_only=False),
+        copy("a.tar", to="/", unpack=True),
+        MakeFile(path="/kept/made", data=b""),
+        MakeDirectory(path="/untouched/y/..", mode=0o700),
+    )
+
+    found = {name: fact.mtime_ns for name, fact in facts(root).items()}
+    fixed = {name for name, mtime_ns in found.items() if mtime_ns == MADE_NS}
+    assert fixed == {".", "kept", "made", "made/way", "implied", "kept/made"}
+    assert {found[name] for name in ("into", "into/new", "implied/f")} == {1_000_000_000 * 10**9}
+    rest = found.keys() - fixed - {"into", "into/new", "implied/f"}
+    assert {name: found[name] for name in rest} == dict.fromkeys(rest, OLD_NS)
 
 
 def test_a_file_that_is_made_replaces_but_never_writes_through(root, source):

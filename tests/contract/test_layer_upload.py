@@ -19,6 +19,7 @@ from cluster.digest import chain_id, digest_of
 from cluster.errors import DeadlineExceededError, LayerTooLargeError, SnapshotError, UnavailableError
 from cluster.flight.values import Owned, UploadState
 from cluster.lease import blob_resource
+from cluster.provider import FARM
 from cluster.ref import BlobRecord
 from storage.blobs import S3ContentStore
 from storage.layer_upload import KEY_PREFIX, LayerStore, LayerUpload, UploadedLayer, new_key, upload_layer
@@ -345,7 +346,7 @@ def put(layers, tar: bytes, compression=Compression.GZIP, deadline_s: float = DE
 
 
 async def test_a_new_layer_becomes_present(stores):
-    """Its record names the object; its flight's lease holds it for as long as a caller needs to attach it."""
+    """Its record names object and maker; its flight's lease holds it for as long as a caller needs to attach it."""
     objects = MemoryContentStore()
     with layers_of(stores, objects) as layers:
         stored = await put(layers, noise(3 * MIB))
@@ -354,6 +355,7 @@ async def test_a_new_layer_becomes_present(stores):
     assert await stores.refs.blobs([digest]) == [stored.blob]
     assert digest_of(content(objects, stored.blob.key)) == digest
     assert stored.blob.key.startswith(KEY_PREFIX)
+    assert stored.blob.source == FARM.source
     assert len(await stores.leases.holders(blob_resource(digest))) == 1
     assert await stores.flights.state(blob_resource(digest)) is None
 

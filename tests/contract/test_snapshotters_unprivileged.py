@@ -19,6 +19,8 @@ import pytest
 
 from cluster.digest import chain_id
 from cluster.errors import LayerError, SnapshotError, UnprivilegedEntryError
+from cluster.graph import CopyAction, FileOp, MakeDirectory, MakeFile
+from storage.file_ops.actions import perform
 from storage.snapshots import CopyingSnapshotter, choose
 from tests.doubles.layers import (
     MTIME,
@@ -193,6 +195,51 @@ def test_a_workspace_keeps_what_could_not_be_made_of_what_is_still_there(unprivi
     changed = {".", "su", "capable", "dev", "dev/zero"}
     kept = {name: fact for name, fact in before.items() if name not in changed and not name.startswith("home")}
     assert {name: after.get(name) for name in kept} == kept
+
+
+SOURCE = layer(
+    directory("./"),
+    directory("d", 0o2750, uid=4),
+    file("d/f", b"f", mode=0o4755, uid=7, gid=8, xattrs={"trusted.x": b"2"}),
+    character("d/random", 1, 8),
+)
+FILE_OP = FileOp(
+    actions=(
+        CopyAction(input=1, sources=("d",), destination="/home/"),
+        CopyAction(input=1, sources=("d/f",), destination="/etc/shadow"),
+        CopyAction(input=1, sources=("d/f",), destination="/capable"),
+        CopyAction(input=1, sources=("d/random",), destination="/dev/zero", owner="5"),
+        MakeFile(path="/trusted", data=b"new"),
+        MakeDirectory(path="/made", owner="9"),
+    )
+)
+
+
+def file_op_tar(snapshotter) -> bytes:
+    """Return the layer of a file op that is carried out in a workspace, published and read back."""
+    parent, source = apply_all(snapshotter, BELOW), apply_all(snapshotter, SOURCE)
+    with snapshotter.workspace(parent, "op") as workspace:
+        perform(FILE_OP, workspace.path, {1: snapshotter.tree(source)}, ledger=workspace.ledger)
+        out = io.BytesIO()
+        chain = chain_id(parent, workspace.commit(out, source_date_epoch=None))
+        workspace.publish(chain)
+    again = io.BytesIO()
+    snapshotter.diff(chain, parent, again)
+    assert again.getvalue() == out.getvalue()
+    return out.getvalue()
+
+
+def body_file_op(scratch: Path) -> None:
+    (scratch / "op.tar").write_bytes(file_op_tar(CopyingSnapshotter(scratch / "node")))
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="compares with what root makes")
+def test_a_file_op_makes_the_layer_that_root_makes(unprivileged, tmp_path):
+    """Owners, setuid bits, xattrs and devices that can't be made are in the layer, and not those that are replaced."""
+    made = (unprivileged("file_op") / "op.tar").read_bytes()
+
+    assert made == file_op_tar(CopyingSnapshotter(tmp_path / "node"))
 
 
 def body_handover(scratch: Path) -> None:

@@ -46,8 +46,10 @@ from cluster.graph import (
     Sharing,
     TmpfsMount,
     Vertex,
+    content_inputs,
     decode_definition,
     encode_definition,
+    op_digest,
 )
 from lazyfarm.graph import bind, cache, image, local, merge, resolve, scratch, secret, tmpfs
 
@@ -483,3 +485,39 @@ def test_references_and_patterns_are_checked_where_they_are_written():
         image("https://debian")
     with pytest.raises(InvalidPatternError):
         local(".", include=["["])
+
+
+# -- keys ---------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_of_an_op_is_of_the_op_alone():
+    """Equal whatever it is over, another for every other op, and no vertex's."""
+    ops = [MAKE, replace(MAKE, cwd="/src"), MergeOp(), DiffOp(), ImageOp(reference="x"), LocalOp(tree=OTHER)]
+    ops += [FileOp(actions=(copying(1),)), FileOp(actions=(MakeFile(path="/f", data=b""),))]
+
+    assert len({op_digest(op) for op in ops}) == len(ops)
+    assert op_digest(replace(MAKE)) == op_digest(MAKE)
+    assert op_digest(DiffOp()) != Vertex(DiffOp()).digest
+
+
+def mounting(index, *, is_read_only=True):
+    return BindMount(target=f"/{index}", input=index, is_read_only=is_read_only)
+
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        (FileOp(actions=(copying(2), MakeDirectory(path="/d"), copying(1), copying(2))), (1, 2)),
+        (FileOp(actions=(MakeDirectory(path="/d"),)), ()),
+        (RunOp(args=("x",), binds=(mounting(3), mounting(1), mounting(2, is_read_only=False))), (1, 3)),
+        (RunOp(args=("x",), binds=(mounting(1), mounting(1, is_read_only=False))), ()),
+        (MAKE, ()),
+        (MergeOp(), ()),
+        (DiffOp(), ()),
+        (LocalOp(tree=OTHER), ()),
+        (ImageOp(reference="x"), ()),
+    ],
+)
+def test_content_counts_where_it_is_only_read(op, expected):
+    """Of what is copied or mounted read-only everywhere, and never of what the result is built upon."""
+    assert content_inputs(op) == expected
