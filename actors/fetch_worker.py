@@ -342,13 +342,13 @@ class FetchWorker(SessionServer):
         started_s = time.monotonic()
         async with self._serving("extract", request.session, ref=request.ref_id) as (authorizer, figures):
             chain, caller = await self._caller(parts, authorizer, request)
-            extracted = await parts.extractor.extract(chain, caller)
+            extracted = await parts.extractor.extract(chain, caller, mount=request.mount)
             parts.metrics.unlazied(extracted.layers)
             figures.update(_figures(extracted.layers))
             return ExtractResult(
                 ref_id=request.ref_id,
                 node=self._starter.boot.node,
-                path=str(extracted.path),
+                path=str(extracted.path or ""),
                 seconds=time.monotonic() - started_s,
                 layers=extracted.layers,
             )

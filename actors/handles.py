@@ -33,8 +33,9 @@ from cluster.messages import (
     UnlazyRequest,
     UnlazyResult,
 )
+from cluster.op_messages import ContentKeyRequest, ContentKeyResult, RunOpRequest, RunOpResult, WatchOpRequest
 from cluster.ref import ImageRecord
-from cluster.topology import shard_name, worker_name
+from cluster.topology import op_worker_name, scheduler_name, shard_name, worker_name
 from cluster.wire import encode
 
 
@@ -168,3 +169,40 @@ class CacheShardHandle(SessionServerHandle):
         """Look a ref up."""
         result: RefsResult = await self.call("get", "get", request, RefsResult, timeout_s)
         return result
+
+
+class OpWorkerHandle(SessionServerHandle):
+    """The op worker of one node."""
+
+    @classmethod
+    def of_node(cls, node: str, *, farm: str, version: str) -> OpWorkerHandle:
+        """Return the handle of a node's op worker."""
+        return cls(op_worker_name(node, version), farm=farm)
+
+    async def run_op(self, request: RunOpRequest, *, timeout_s: float) -> RunOpResult:
+        """Carry an op out."""
+        result: RunOpResult = await self.call("run_op", "run-op", request, RunOpResult, timeout_s)
+        return result
+
+    async def watch_op(self, request: WatchOpRequest, *, timeout_s: float) -> bool:
+        """Tell a further job what an op says."""
+        result: bool = await self.call("watch_op", "watch-op", request, bool, timeout_s)
+        return result
+
+    async def content_key(self, request: ContentKeyRequest, *, timeout_s: float) -> ContentKeyResult:
+        """Digest what an op uses of an input."""
+        result: ContentKeyResult = await self.call("content_key", "content-key", request, ContentKeyResult, timeout_s)
+        return result
+
+
+class SchedulerHandle(SessionServerHandle):
+    """One solver scheduler."""
+
+    @classmethod
+    def of_index(cls, index: int, *, farm: str, version: str) -> SchedulerHandle:
+        """Return the handle of a scheduler by number."""
+        return cls(scheduler_name(index, version), farm=farm)
+
+    async def look_for_jobs(self, *, timeout_s: float) -> None:
+        """Have it look now for jobs that nobody has; it does so by itself every second."""
+        await self.call_raw("look_for_jobs", timeout_s=timeout_s)

@@ -26,7 +26,7 @@ from cluster.config_record import actor_digest, differing_keys
 from cluster.errors import FarmNotRunningError, StartError
 from cluster.messages import ActorRecord, NodeRecord
 from cluster.settings import FarmSettings, Running
-from cluster.topology import Kind, NodeView, supervisor_name
+from cluster.topology import NUMBERED, ON_EACH_NODE, Kind, NodeView, numbers, supervisor_name
 from cluster.wire import encode
 from storage.blobs import S3ContentStore
 from storage.connect import check_policy_sync, connect, connect_sync
@@ -320,10 +320,11 @@ async def _forget(config: Config, names: Sequence[str]) -> None:
 async def _wait_ready(config: Config, expected: frozenset[str] | None) -> set[str]:
     """Wait until what is told of the farm is so, and as it is wanted; return the names of all ready actors.
 
-    Each node has its worker, every shard is there, all with this configuration, and nobody is told of a node or
-    an actor that has gone. *expected* names the nodes; None: those of a cluster that somebody else runs.
+    Each node has its workers, every shard and scheduler is there, all with this configuration, and nobody is told
+    of a node or an actor that has gone. *expected* names the nodes; None: those of a cluster that somebody else runs.
     """
     digest = actor_digest(config)
+    wanted = numbers(config)
     give_up_s = time.monotonic() + _READY_S
     while True:
         nodes, actors = await _presence(config)
@@ -333,19 +334,25 @@ async def _wait_ready(config: Config, expected: frozenset[str] | None) -> set[st
         places = {ray_id for _, ray_id in told}
         current = [actor for actor in actors if actor.version == VERSION]
         ready = [a for a in current if a.state == "ready" and a.config == digest and a.ray_id in places]
-        workers = {a.node for a in ready if a.kind == Kind.FETCH_WORKER.value}
-        shards = [a for a in ready if a.kind == Kind.CACHE_SHARD.value]
+        on_nodes = {kind: {a.node for a in ready if a.kind == kind.value} for kind in ON_EACH_NODE}
+        counted = {kind: sum(a.kind == kind.value for a in ready) for kind in NUMBERED}
         # A name twice: Ray has not noticed yet that the node was killed.
         are_nodes_right = told == seen and len(told) == len(names) > 0 and names == (expected or names)
-        if are_nodes_right and workers == names and len(shards) == config.cache.shards and len(ready) == len(current):
+        are_workers_right = all(there == names for there in on_nodes.values())
+        if are_nodes_right and are_workers_right and counted == wanted and len(ready) == len(current):
             return _ready_names(actors)
         if time.monotonic() > give_up_s:
             raise StartError(
                 "actors",
                 f"after {_READY_S:.0f} s nodes {sorted(names)} are told of as alive, Ray has {sorted(seen)}, "
-                f"wanted are {sorted(expected or names)}; workers are missing on {sorted(names - workers) or 'none'}, "
-                f"{len(shards)} of {config.cache.shards} shards are ready, "
-                f"{len(current) - len(ready)} actors are lost or outdated",
+                f"wanted are {sorted(expected or names)}; "
+                + "".join(
+                    f"{kind.value}s are missing on {sorted(names - there)}, "
+                    for kind, there in on_nodes.items()
+                    if names - there
+                )
+                + "".join(f"{counted[kind]} of {number} {kind.value}s are ready, " for kind, number in wanted.items())
+                + f"{len(current) - len(ready)} actors are lost or outdated",
                 "",
             )
         await asyncio.sleep(_POLL_S)

@@ -13,6 +13,8 @@ from cluster.topology import Kind
 if TYPE_CHECKING:
     from actors.cache_shard import CacheShard
     from actors.fetch_worker import FetchWorker
+    from actors.op_worker import OpWorker
+    from actors.scheduler import SolverScheduler
     from actors.session_host import SessionServer
 
 
@@ -22,7 +24,15 @@ class RemoteSupervisor:
     def __init__(self, boot: bytes) -> None:
         from actors.supervisor import Supervisor  # noqa: PLC0415  # see above
 
-        self._actor = Supervisor(boot, {Kind.CACHE_SHARD: RemoteCacheShard, Kind.FETCH_WORKER: RemoteFetchWorker})
+        self._actor = Supervisor(
+            boot,
+            {
+                Kind.CACHE_SHARD: RemoteCacheShard,
+                Kind.FETCH_WORKER: RemoteFetchWorker,
+                Kind.OP_WORKER: RemoteOpWorker,
+                Kind.SCHEDULER: RemoteScheduler,
+            },
+        )
 
     async def config_digest(self) -> str:
         """Forward."""
@@ -107,3 +117,49 @@ class RemoteFetchWorker(_RemoteSessionServer):
     async def push(self, payload: bytes) -> bytes:
         """Forward."""
         return await self._actor.push(payload)
+
+
+class RemoteOpWorker(_RemoteSessionServer):
+    """See :class:`actors.op_worker.OpWorker`."""
+
+    _actor: OpWorker
+
+    def __init__(self, boot: bytes) -> None:
+        from actors.op_worker import OpWorker  # noqa: PLC0415  # see above
+
+        self._actor = OpWorker(boot)
+
+    async def ready(self) -> bool:
+        """Forward."""
+        return await self._actor.ready()
+
+    async def run_op(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.run_op(payload)
+
+    async def watch_op(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.watch_op(payload)
+
+    async def content_key(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.content_key(payload)
+
+
+class RemoteScheduler(_RemoteSessionServer):
+    """See :class:`actors.scheduler.SolverScheduler`."""
+
+    _actor: SolverScheduler
+
+    def __init__(self, boot: bytes) -> None:
+        from actors.scheduler import SolverScheduler  # noqa: PLC0415  # see above
+
+        self._actor = SolverScheduler(boot)
+
+    async def ready(self) -> bool:
+        """Forward."""
+        return await self._actor.ready()
+
+    async def look_for_jobs(self) -> None:
+        """Forward."""
+        await self._actor.look_for_jobs()

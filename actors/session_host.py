@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 
 from actors.replies import RESULT
 from cluster.errors import SessionGoneError
@@ -164,23 +164,51 @@ class SessionHost:
 
     async def ask(self, info: SessionInfo, request: AuthRequest) -> Authorization | None:
         """Put a question to the driver and wait for its answer; answers are reused until they expire."""
-        session = self._sessions.get(info.session_id)
-        if session is None or not session.is_live:
-            raise SessionGoneError(info.session_id)
+        session = self._live(info)
         cache_key = (request.registry, request.scopes)
         known = session.cached.get(cache_key)
         if known is not None and not request.was_refused and time.monotonic() < known[1]:
             return known[0]
         if request.challenge is None and not request.was_refused:
             return None
+        answer = await self._put(
+            session,
+            info,
+            SessionQuestion(
+                question_id=str(next(self._ids)),
+                registry=request.registry,
+                plain_http=request.plain_http,
+                scopes=request.scopes,
+                challenge=request.challenge,
+                was_refused=request.was_refused,
+            ),
+        )
+        authorization = None if answer.header is None else Authorization(answer.header, answer.expires_in_s)
+        lifetime_s = 3600.0 if answer.expires_in_s is None else answer.expires_in_s
+        session.cached[cache_key] = (authorization, time.monotonic() + 0.9 * lifetime_s)
+        return authorization
+
+    async def ask_secret(self, info: SessionInfo, secret_id: str) -> bytes | None:
+        """Ask the driver for a secret; None where it gives none. Kept nowhere here."""
         question = SessionQuestion(
             question_id=str(next(self._ids)),
-            registry=request.registry,
-            plain_http=request.plain_http,
-            scopes=request.scopes,
-            challenge=request.challenge,
-            was_refused=request.was_refused,
+            registry="",
+            plain_http=False,
+            scopes=(),
+            challenge=None,
+            was_refused=False,
+            secret=secret_id,
         )
+        return (await self._put(self._live(info), info, question)).secret
+
+    def _live(self, info: SessionInfo) -> _Session:
+        session = self._sessions.get(info.session_id)
+        if session is None or not session.is_live:
+            raise SessionGoneError(info.session_id)
+        return session
+
+    async def _put(self, session: _Session, info: SessionInfo, question: SessionQuestion) -> SessionAnswer:
+        """Put a question to a session's driver and wait for its answer; raises the error that it answers with."""
         asked = session.pending[question.question_id] = _Asked(question)
         session.wake()
         try:
@@ -196,10 +224,18 @@ class SessionHost:
             session.pending.pop(question.question_id, None)
         if answer.error is not None:
             raise decode_error(answer.error)
-        authorization = None if answer.header is None else Authorization(answer.header, answer.expires_in_s)
-        lifetime_s = 3600.0 if answer.expires_in_s is None else answer.expires_in_s
-        session.cached[cache_key] = (authorization, time.monotonic() + 0.9 * lifetime_s)
-        return authorization
+        return answer
+
+    @contextlib.contextmanager
+    def keeping(self, session_id: str) -> Iterator[None]:
+        """Keep a session and its answers for as long as the body runs, whether its driver is there or not."""
+        session = self._sessions.setdefault(session_id, _Session())
+        session.calls += 1
+        try:
+            yield
+        finally:
+            session.calls -= 1
+            self._forget_if_idle(session_id, session)
 
     def statistics(self) -> Mapping[str, int]:
         """Return how many sessions are served."""

@@ -17,7 +17,7 @@ from actors.version import VERSION
 from cluster.config_record import actor_digest
 from cluster.errors import InternalError
 from cluster.messages import NodeRecord
-from cluster.topology import ActorView, Kind, Retire, Spawn, Step, reconcile
+from cluster.topology import ActorView, Kind, Retire, Spawn, Step, numbers, reconcile
 from cluster.wire import decode, encode
 from storage.presence import Presence
 from storage.services.ray_nodes import taken_down
@@ -28,7 +28,7 @@ _ROUND_S = 1.0
 
 
 class Supervisor:
-    """Keeps one fetch worker a node and S cache shards there, whatever dies."""
+    """Keeps the workers of each node, the cache shards and the schedulers there, whatever dies."""
 
     def __init__(self, boot: bytes, classes: Mapping[Kind, type[Any]]) -> None:
         """Make one that starts actors of *classes*, as Ray is to see them."""
@@ -71,7 +71,7 @@ class Supervisor:
             raise InternalError("the supervisor reconciles before it was built")
         observed = await asyncio.to_thread(observe_nodes)
         actors = await self._observe_actors(stores)
-        steps = reconcile(live_nodes(observed), actors, shards=config.cache.shards, version=VERSION)
+        steps = reconcile(live_nodes(observed), actors, numbers=numbers(config), version=VERSION)
         for step in steps:
             await asyncio.to_thread(self._perform, step)
             if isinstance(step, Retire):

@@ -875,6 +875,17 @@ class JobEndedError(JobError):
         return f"job {self.job} has ended already: {self.state}"
 
 
+class JobCancelledError(JobError):
+    """A job was cancelled: by request, or because its driver was gone."""
+
+    def __init__(self, job: str) -> None:
+        super().__init__(job)
+        self.job = job
+
+    def __str__(self) -> str:
+        return f"job {self.job} was cancelled"
+
+
 class JobIdTakenError(JobError):
     """Another job has been submitted under that ID; nothing was changed."""
 

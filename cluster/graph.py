@@ -31,6 +31,7 @@ from cluster.errors import (
     UnneededVertexError,
     VertexDigestError,
 )
+from cluster.reference import parse_reference
 
 
 class Network(Enum):
@@ -395,6 +396,28 @@ class Definition:
 
     def _fault(self, error: type[GraphError], digest: Digest, reason: str) -> GraphError:
         return error(digest, self.name(digest), reason)
+
+
+def image_registries(definition: Definition) -> frozenset[str]:
+    """Return the hosts of the registries whose images a definition names."""
+    ops = (vertex.op for vertex in definition.vertices.values())
+    return frozenset(parse_reference(op.reference).host for op in ops if isinstance(op, ImageOp))
+
+
+def pinned(definition: Definition, images: Mapping[ImageOp, ImageOp]) -> Definition:
+    """Return a definition with other images in it, and so other digests for all that is built upon them."""
+    if not images:
+        return definition
+    new: dict[Digest, Digest] = {}
+    vertices: dict[Digest, Vertex] = {}
+    for digest in definition.order:  # each after its inputs
+        old = definition.vertices[digest]
+        op = images.get(old.op, old.op) if isinstance(old.op, ImageOp) else old.op
+        vertex = Vertex(op, tuple(None if below is None else new[below] for below in old.inputs))
+        new[digest] = vertex.digest
+        vertices[vertex.digest] = vertex
+    names = {new[digest]: name for digest, name in definition.names.items()}
+    return Definition(vertices, tuple(new[target] for target in definition.targets), names)
 
 
 # -- payloads -----------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ class RunOpRequest:
     #: Top refs of the inputs, in the op's order; None: an empty filesystem.
     inputs: tuple[RefId | None, ...]
     keys: tuple[Digest, ...]
+    #: Image config that the result is published with (:class:`cluster.solver.values.Result`).
+    config: bytes | None
     #: Holds what is made.
     lease_id: LeaseId
     #: Whose streams of events get what the op says.

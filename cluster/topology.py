@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+from cluster.config import Config
 
 
 class Kind(Enum):
@@ -13,6 +15,8 @@ class Kind(Enum):
     SUPERVISOR = "supervisor"
     CACHE_SHARD = "cache-shard"
     FETCH_WORKER = "fetch-worker"
+    OP_WORKER = "op-worker"
+    SCHEDULER = "solver-scheduler"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +43,7 @@ class Spawn:
     kind: Kind
     name: str
     node: NodeView
-    #: Shard number for shards; 0 otherwise.
+    #: Number of a shard or scheduler; 0 otherwise.
     index: int
 
 
@@ -53,18 +57,42 @@ class Retire:
 Step = Spawn | Retire
 
 
+#: Kinds of which each node has one.
+ON_EACH_NODE = (Kind.FETCH_WORKER, Kind.OP_WORKER)
+#: Kinds of which there is a number, wherever.
+NUMBERED = (Kind.CACHE_SHARD, Kind.SCHEDULER)
+
 #: How the names of actors begin that have a place.
-_PLACED = (f"{Kind.FETCH_WORKER.value}-", f"{Kind.CACHE_SHARD.value}-")
+_PLACED = tuple(f"{kind.value}-" for kind in (*ON_EACH_NODE, *NUMBERED))
+
+
+def numbers(config: Config) -> dict[Kind, int]:
+    """Return how many of each of :data:`NUMBERED` a configuration wants."""
+    return {Kind.CACHE_SHARD: config.cache.shards, Kind.SCHEDULER: config.build.schedulers}
 
 
 def worker_name(node: str, version: str) -> str:
     """Name the fetch worker of a node; the version is in the name, as an old process keeps its old code."""
-    return f"{Kind.FETCH_WORKER.value}-{node}@{version}"
+    return _name(Kind.FETCH_WORKER, node, version)
+
+
+def op_worker_name(node: str, version: str) -> str:
+    """Name the op worker of a node."""
+    return _name(Kind.OP_WORKER, node, version)
 
 
 def shard_name(index: int, version: str) -> str:
     """Name a cache shard."""
-    return f"{Kind.CACHE_SHARD.value}-{index}@{version}"
+    return _name(Kind.CACHE_SHARD, index, version)
+
+
+def scheduler_name(index: int, version: str) -> str:
+    """Name a solver scheduler."""
+    return _name(Kind.SCHEDULER, index, version)
+
+
+def _name(kind: Kind, place: str | int, version: str) -> str:
+    return f"{kind.value}-{place}@{version}"
 
 
 def supervisor_name(version: str) -> str:
@@ -72,28 +100,36 @@ def supervisor_name(version: str) -> str:
     return f"{Kind.SUPERVISOR.value}@{version}"
 
 
-def reconcile(nodes: Sequence[NodeView], actors: Collection[ActorView], *, shards: int, version: str) -> list[Step]:
-    """Return what must be done so that there is one fetch worker a live node and each shard somewhere.
+def reconcile(
+    nodes: Sequence[NodeView], actors: Collection[ActorView], *, numbers: Mapping[Kind, int], version: str
+) -> list[Step]:
+    """Return what must be done so that there is one worker of each kind a live node, and the numbered ones somewhere.
 
     Idempotent: once its steps are performed it returns nothing. An actor of this version whose node is
     gone is retired first, and spawned anew in the next round, when its name is free; so is a worker that
-    is not on the node it is named for, and what nobody wants any more. A shard stays where it is while its
+    is not on the node it is named for, and what nobody wants any more. A numbered one stays where it is while its
     node lives. Actors of other versions are left alone: a rolling upgrade runs both.
+
+    Args:
+        nodes: The live ones.
+        actors: Those that Ray knows by name.
+        numbers: How many there are to be of each of :data:`NUMBERED`.
+        version: Of this release.
     """
     live = {n.ray_id for n in nodes}
     known = {a.name: a for a in actors}
-    wanted: list[Spawn] = [
-        Spawn(kind=Kind.FETCH_WORKER, name=worker_name(n.name, version), node=n, index=0)
-        for n in sorted(nodes, key=lambda n: n.name)
-    ]
     by_name = sorted(nodes, key=lambda n: n.name)
+    wanted: list[Spawn] = [
+        Spawn(kind=kind, name=_name(kind, n.name, version), node=n, index=0) for kind in ON_EACH_NODE for n in by_name
+    ]
     if by_name:
         wanted += [
-            Spawn(kind=Kind.CACHE_SHARD, name=shard_name(i, version), node=by_name[i % len(by_name)], index=i)
-            for i in range(shards)
+            Spawn(kind=kind, name=_name(kind, i, version), node=by_name[i % len(by_name)], index=i)
+            for kind in NUMBERED
+            for i in range(numbers.get(kind, 0))
         ]
     # Where each may be; nowhere for what is not wanted.
-    places = {s.name: {s.node.ray_id} if s.kind is Kind.FETCH_WORKER else live for s in wanted}
+    places = {s.name: {s.node.ray_id} if s.kind in ON_EACH_NODE else live for s in wanted}
     steps: list[Step] = [
         Retire(name=a.name)
         for a in sorted(known.values(), key=lambda a: a.name)

@@ -17,11 +17,11 @@ from lazyfarm.shadows import complaint as _complaint
 
 if TYPE_CHECKING:
     from lazyfarm.farm import Farm as Farm
-    from lazyfarm.farm import Ref as Ref
+    from lazyfarm.ref import Ref as Ref
 
     __version__: str
 
-_HOMES = {"Farm": "lazyfarm.farm", "Ref": "lazyfarm.farm"}
+_HOMES = {"Farm": "lazyfarm.farm", "Ref": "lazyfarm.ref"}
 
 __all__ = ["Farm", "Ref", "__version__"]
 

@@ -14,11 +14,17 @@ from types import TracebackType
 from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from cluster.descriptor import Descriptor
+from cluster.graph import Definition
+from cluster.job import JobId
 from cluster.lease import LeaseId
 from cluster.messages import PushResult
 from cluster.provider import DescHandler
 from cluster.ref import ImageRecord, RefId, RefState
 from lazyfarm import farm as asynchronous
+from lazyfarm import job as asynchronous_job
+from lazyfarm import ref as asynchronous_ref
+from lazyfarm.graph import Resolved, State
+from lazyfarm.job import EventCallback
 from lazyfarm.lease import FarmLease as AsyncFarmLease
 from lazyfarm.operation import ProgressCallback
 from storage.registry.credentials import CredentialSource
@@ -85,8 +91,8 @@ def _blocking(
     return call
 
 
-class Ref(_Twin[asynchronous.Ref]):
-    """Blocking twin of :class:`lazyfarm.farm.Ref`."""
+class Ref(_Twin[asynchronous_ref.Ref]):
+    """Blocking twin of :class:`lazyfarm.ref.Ref`."""
 
     @property
     def id(self) -> RefId:
@@ -122,10 +128,50 @@ class Ref(_Twin[asynchronous.Ref]):
         """Say that this object is not used any more."""
         self._original.release()
 
-    unlazy = _blocking(asynchronous.Ref.unlazy)
-    extract = _blocking(asynchronous.Ref.extract)
-    extract_everywhere = _blocking(asynchronous.Ref.extract_everywhere)
-    refresh = _blocking(asynchronous.Ref.refresh)
+    unlazy = _blocking(asynchronous_ref.Ref.unlazy)
+    extract = _blocking(asynchronous_ref.Ref.extract)
+    extract_everywhere = _blocking(asynchronous_ref.Ref.extract_everywhere)
+    refresh = _blocking(asynchronous_ref.Ref.refresh)
+
+
+class Result(_Twin[asynchronous_job.Result]):
+    """Blocking twin of :class:`lazyfarm.job.Result`."""
+
+    @property
+    def job(self) -> JobId:
+        """Return the ID of the job."""
+        return self._original.job
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """Return a ref for each target."""
+        return tuple(Ref(ref, self._loop) for ref in self._original.refs)
+
+    @property
+    def ref(self) -> Ref:
+        """Return the ref of the only target."""
+        return Ref(self._original.ref, self._loop)
+
+    @property
+    def config(self) -> bytes | None:
+        """Return the image config (JSON)."""
+        return self._original.config
+
+
+class Job(_Twin[asynchronous_job.Job]):
+    """Blocking twin of :class:`lazyfarm.job.Job`."""
+
+    @property
+    def id(self) -> JobId:
+        """Return its ID."""
+        return self._original.id
+
+    def result(self) -> Result:
+        """Wait for what it comes to; raises as awaiting the original does."""
+        return Result(self._loop.run(lambda: self._original), self._loop)
+
+    record = _blocking(asynchronous_job.Job.record)
+    cancel = _blocking(asynchronous_job.Job.cancel)
 
 
 class FarmLease(_Twin[AsyncFarmLease]):
@@ -207,15 +253,54 @@ class Farm(_Twin[asynchronous.Farm]):
 
     def push(
         self,
-        ref: Ref | str,
+        ref: Ref | str | Result,
         target: str,
         *,
         plain_http: bool = False,
         progress: ProgressCallback | None = None,
     ) -> PushResult:
         """Push an image; see :meth:`lazyfarm.farm.Farm.push`."""
-        original = ref._original if isinstance(ref, Ref) else ref  # noqa: SLF001  # its own twin
+        original = ref if isinstance(ref, str) else ref._original  # noqa: SLF001  # its own twin
         return self._loop.run(lambda: self._original.push(original, target, plain_http=plain_http, progress=progress))
+
+    def solve(
+        self,
+        graph: State | Sequence[State] | Resolved | Definition,
+        *,
+        config: bytes | None = None,
+        no_cache: bool = False,
+        secrets: Mapping[str, bytes | str | Path] | None = None,
+        labels: Mapping[str, str] | None = None,
+        on_event: EventCallback | None = None,
+    ) -> Result:
+        """Build what a graph describes and wait for it; see :meth:`lazyfarm.farm.Farm.solve`."""
+        job = self._original.solve(
+            graph, config=config, no_cache=no_cache, secrets=secrets, labels=labels, on_event=on_event
+        )
+        return Result(self._loop.run(lambda: job), self._loop)
+
+    def submit(
+        self,
+        graph: State | Sequence[State] | Resolved | Definition,
+        *,
+        config: bytes | None = None,
+        no_cache: bool = False,
+        labels: Mapping[str, str] | None = None,
+    ) -> Job:
+        """Submit a detached job; see :meth:`lazyfarm.farm.Farm.submit`."""
+        submitted = self._loop.run(
+            lambda: self._original.submit(graph, config=config, no_cache=no_cache, labels=labels)
+        )
+        return Job(submitted, self._loop)
+
+    def job(self, job: str) -> Job:
+        """Return the job of an ID; see :meth:`lazyfarm.farm.Farm.job`."""
+        return Job(self._loop.run(lambda: self._original.job(job)), self._loop)
+
+    def tag(self, result: Result, name: str, *, created_s: int | None = None) -> Ref:
+        """Make an image of a result; see :meth:`lazyfarm.farm.Farm.tag`."""
+        original = result._original  # noqa: SLF001  # its own twin
+        return Ref(self._loop.run(lambda: self._original.tag(original, name, created_s=created_s)), self._loop)
 
     def get_by_blob(
         self,
@@ -243,6 +328,7 @@ class Farm(_Twin[asynchronous.Farm]):
         finally:
             self._loop.run(lambda: manager.__aexit__(None, None, None))
 
+    resolve = _blocking(asynchronous.Farm.resolve)
     refs = _blocking(asynchronous.Farm.refs)
     images = _blocking(asynchronous.Farm.images)
     leases = _blocking(asynchronous.Farm.leases)

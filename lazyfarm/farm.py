@@ -8,7 +8,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
@@ -21,15 +21,15 @@ from cluster.cache.names import find_ref
 from cluster.cache.ring import ShardRing
 from cluster.config import Config
 from cluster.descriptor import Descriptor
-from cluster.digest import EMPTY_CHAIN, Digest
+from cluster.digest import Digest
 from cluster.errors import (
     ActorLostError,
     FarmClosedError,
     FarmNotRunningError,
     NodeNotFoundError,
     NotAnImageError,
-    RefReleasedError,
 )
+from cluster.graph import Definition
 from cluster.lease import Lease, LeaseId
 from cluster.messages import (
     ExtractRequest,
@@ -49,8 +49,12 @@ from cluster.progress import LayerPhase, ProgressItem
 from cluster.provider import DescHandler, registries_of
 from cluster.ref import ImageRecord, RefId, RefRecord, RefState
 from cluster.reference import parse_reference
+from lazyfarm.builds import BuildOptions, Builds, ResolvedImage
+from lazyfarm.graph import Resolved, State
+from lazyfarm.job import EventCallback, Job, Result
 from lazyfarm.lease import FarmLease
 from lazyfarm.operation import Operation, ProgressCallback
+from lazyfarm.ref import Ref
 from lazyfarm.session import Session
 from lazyfarm.settings import load_settings
 from storage.connect import connect
@@ -66,125 +70,6 @@ T = TypeVar("T")
 #: Seconds for which a call is made again while the actor it goes to is being restarted.
 _RETRY_S = 30.0
 _RETRY_PAUSE_S = 0.5
-
-
-class Ref:
-    """An image's layers, or a chain of them: lazy until somebody needs the bytes.
-
-    Metadata never pulls: every attribute is what was known when the ref was read.
-    """
-
-    def __init__(
-        self, farm: Farm, layers: Sequence[RefState], image: ImageRecord | None, handlers: Sequence[DescHandler] = ()
-    ) -> None:
-        self._farm = farm
-        self._layers = tuple(layers)
-        self._image = image
-        self._handlers = tuple(handlers)
-        self._is_released = False
-
-    def __repr__(self) -> str:
-        lazy = sum(state.is_lazy for state in self._layers)
-        return f"<Ref {self.id[:19]} {self.image or 'no image'}: {len(self._layers)} layers, {lazy} lazy>"
-
-    @property
-    def id(self) -> RefId:
-        """Return the ID of the top layer's ref: its blob chain ID."""
-        return self._layers[-1].record.id if self._layers else RefId(EMPTY_CHAIN)
-
-    @property
-    def image(self) -> str:
-        """Return the normalised name of the image it came from; "" where it came from none."""
-        return self._image.name if self._image else ""
-
-    @property
-    def digest(self) -> str:
-        """Return the digest of the image's manifest; "" where it came from none."""
-        return self._image.manifest.digest if self._image else ""
-
-    @property
-    def record(self) -> ImageRecord | None:
-        """Return the image's record."""
-        return self._image
-
-    @property
-    def layers(self) -> tuple[RefState, ...]:
-        """Return the layers, lowest first, as they were when this was read."""
-        return self._layers
-
-    @property
-    def is_lazy(self) -> bool:
-        """Tell whether any layer was not in the content store when this was read."""
-        return any(state.is_lazy for state in self._layers)
-
-    @property
-    def handlers(self) -> tuple[DescHandler, ...]:
-        """Return the providers this ref was made with."""
-        return self._handlers
-
-    def unlazy(self, *, progress: ProgressCallback | None = None) -> Operation[UnlazyResult]:
-        """Make every blob present in the content store.
-
-        Raises:
-            NeedsRemoteProvidersError: a lazy layer has no provider this driver may use.
-            ClusterError: a layer can't be had.
-        """
-        return Operation(self._farm, self._unlazy, progress)
-
-    async def _unlazy(self, stream: str | None) -> UnlazyResult:
-        self.raise_if_released()
-        if not self._layers:
-            return UnlazyResult(ref_id=self.id, layers=())
-        result = await self._farm.unlazy_chain(self, stream)
-        await self.refresh()
-        return result
-
-    def extract(self, node: str | None = None, *, progress: ProgressCallback | None = None) -> Operation[ExtractResult]:
-        """Unlazy, bring to *node* (None: any), unpack and mount; the result's ``path`` is there.
-
-        Raises:
-            NodeNotFoundError: no such live node.
-            ClusterError: a layer can't be had or unpacked.
-        """
-        return Operation(self._farm, lambda stream: self._extract(node, stream), progress)
-
-    def extract_everywhere(self, *, progress: ProgressCallback | None = None) -> Operation[list[ExtractResult]]:
-        """Extract on every live node at once; each blob is fetched once for all of them."""
-        return Operation(self._farm, self._extract_everywhere, progress)
-
-    async def _extract(self, node: str | None, stream: str | None) -> ExtractResult:
-        self.raise_if_released()
-        result = await self._farm.extract_chain(self, node, stream)
-        await self.refresh()
-        return result
-
-    async def _extract_everywhere(self, stream: str | None) -> list[ExtractResult]:
-        self.raise_if_released()
-        nodes = [node.id for node in await self._farm.nodes() if node.alive]
-        tasks = [asyncio.ensure_future(self._farm.extract_chain(self, node, stream)) for node in nodes]
-        try:
-            results = list(await asyncio.gather(*tasks))
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
-        await self.refresh()
-        return results
-
-    async def refresh(self) -> None:
-        """Read anew which layers are present."""
-        states = await self._farm.states([state.record.id for state in self._layers])
-        self._layers = tuple(new or old for new, old in zip(states, self._layers, strict=True))
-
-    def release(self) -> None:
-        """Say that this object is not used any more; what it held goes with the driver's lease."""
-        self._is_released = True
-
-    def raise_if_released(self) -> None:
-        """Raise RefReleasedError once it was released."""
-        if self._is_released:
-            raise RefReleasedError(self.id)
 
 
 class Farm:
@@ -209,6 +94,7 @@ class Farm:
         self._progress = RedisProgressStore(self._link, keys)
         self._ring = ShardRing(config.cache.shards)
         self._handles: dict[str, FetchWorkerHandle] = {}
+        self._builds = Builds(self, config, session, self._link)
         self._ends: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -396,13 +282,13 @@ class Farm:
 
     def push(
         self,
-        ref: Ref | str,
+        ref: Ref | str | Result,
         target: str,
         *,
         plain_http: bool = False,
         progress: ProgressCallback | None = None,
     ) -> Operation[PushResult]:
-        """Push an image to *target*; a layer moves only if the target's registry has it nowhere.
+        """Push an image, or what a build came to, to *target*; a layer moves only if its registry has it nowhere.
 
         Raises:
             RefNotFoundError: it names nothing known. NotAnImageError: it is no image's top.
@@ -411,9 +297,18 @@ class Farm:
         """
         return Operation(self, lambda stream: self._push(ref, target, plain_http, stream), progress)
 
-    async def _push(self, ref: Ref | str, target: str, plain_http: bool, stream: str | None) -> PushResult:  # noqa: FBT001
+    async def _push(
+        self,
+        ref: Ref | str | Result,
+        target: str,
+        plain_http: bool,  # noqa: FBT001
+        stream: str | None,
+    ) -> PushResult:
         reference = parse_reference(target)
-        found = await self.get(ref) if isinstance(ref, str) else ref
+        if isinstance(ref, Result):
+            found = await self.tag(ref, reference.name)
+        else:
+            found = await self.get(ref) if isinstance(ref, str) else ref
         found.raise_if_released()
         if found.record is None:
             raise NotAnImageError(found.id)
@@ -429,6 +324,85 @@ class Farm:
             None, lambda worker: worker.push(request, timeout_s=self._config.flight.deadline_s)
         )
         return result
+
+    # -- builds ----------------------------------------------------------------------------------------------------
+
+    def solve(
+        self,
+        graph: State | Sequence[State] | Resolved | Definition,
+        *,
+        config: bytes | None = None,
+        no_cache: bool = False,
+        secrets: Mapping[str, bytes | str | Path] | None = None,
+        labels: Mapping[str, str] | None = None,
+        detached: bool = False,
+        on_event: EventCallback | None = None,
+    ) -> Job:
+        """Build what a graph describes; what is cached stays lazy.
+
+        ::
+
+            result = await farm.solve(image("debian:12").run("echo hello > /greeting"))
+            print(result.ref.layers)
+
+        Args:
+            graph: A state, several (one result each), or a definition.
+            config: Image config (JSON) of what is built; None: that of the image it is built upon.
+            no_cache: Run every op afresh.
+            secrets: By ID, for the secret mounts of ops: values, or paths of files. They stay in this process but
+                for the commands that need them.
+            labels: For people, as ``lazyfarm jobs`` shows them.
+            detached: Go on when this driver is gone; only with credentials that the farm is configured with.
+            on_event: Called with each event while the job is awaited.
+
+        Returns:
+            A job, to be awaited for its result.
+
+        Raises:
+            InvalidArgumentError: secrets that can't be read, or for a detached job.
+            ScanError, FileChangedError: a local directory can't be read, when the job is submitted.
+            ClusterError: what failed, from awaiting it; JobCancelledError if it was cancelled.
+        """
+        self._raise_if_closed()
+        options = BuildOptions(config=config, no_cache=no_cache, labels=labels or {}, detached=detached)
+        return self._builds.solve(graph, options, secrets=secrets or {}, on_event=on_event)
+
+    async def submit(
+        self,
+        graph: State | Sequence[State] | Resolved | Definition,
+        *,
+        config: bytes | None = None,
+        no_cache: bool = False,
+        labels: Mapping[str, str] | None = None,
+    ) -> Job:
+        """Submit a detached job and return it: it goes on whatever becomes of this driver. See :meth:`solve`."""
+        job = self.solve(graph, config=config, no_cache=no_cache, labels=labels, detached=True)
+        return await job.submitted()
+
+    async def tag(self, result: Result, name: str, *, created_s: int | None = None) -> Ref:
+        """Make an image of what a build came to, under *name* in this farm. No layer moves.
+
+        Args:
+            result: With one target.
+            name: As of an image of a registry; the farm's image of that name is replaced.
+            created_s: When it is said to be made, in seconds since 1970; None: when its top layer was, so that
+                a build that is all cached makes the same image.
+
+        Raises:
+            InvalidReferenceError: *name* doesn't parse. InvalidArgumentError: *result* has several targets.
+        """
+        self._raise_if_closed()
+        return await self._builds.tag(result, name, created_s=created_s)
+
+    async def job(self, job: str) -> Job:
+        """Return the job of an ID, whoever submitted it; JobNotFoundError if there is none."""
+        self._raise_if_closed()
+        return await self._builds.find(job)
+
+    async def resolve(self, image: str, *, platform: str | None = None, plain_http: bool = False) -> ResolvedImage:
+        """Read what an image's name stands for now, and its config. No ref is made."""
+        self._raise_if_closed()
+        return await self._builds.resolve(image, platform=platform, plain_http=plain_http)
 
     # -- leases and nodes --------------------------------------------------------------------------------------
 
@@ -487,6 +461,28 @@ class Farm:
             node, lambda worker: worker.extract(request, timeout_s=self._config.flight.deadline_s)
         )
         return result
+
+    # -- for Builds ------------------------------------------------------------------------------------------------
+
+    async def info(self, registries: Iterable[str]) -> SessionInfo:
+        """Return what a call says of its caller."""
+        return await self._info(set(registries), None)
+
+    def lease_id(self) -> LeaseId:
+        """Return the lease of this driver, if it is live."""
+        return self._lease()
+
+    async def on_worker(self, call: Callable[[FetchWorkerHandle], Awaitable[T]]) -> T:
+        """Make an idempotent call at any node's worker."""
+        return await self._on_worker(None, call)
+
+    async def chain(self, ref_id: RefId) -> list[RefState]:
+        """Return a ref and all below it, lowest first."""
+        return await self._refs.chain(ref_id)
+
+    async def hold(self, ref_ids: Sequence[RefId]) -> None:
+        """Attach refs to this driver's lease."""
+        await self._refs.use(ref_ids, lease_id=self._lease())
 
     def follow(self, stream: str) -> AsyncIterator[ProgressItem]:
         """Yield a progress stream's items from its start to its end."""

@@ -8,38 +8,55 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import secrets
 import socket
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterable
-from pathlib import Path
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from actors.handles import SessionServerHandle
+from actors.attending import answer_forever
+from actors.handles import SchedulerHandle, SessionServerHandle
 from cluster.config import Config
 from cluster.errors import ClusterError, LeaseLostError
+from cluster.job import JobId
 from cluster.lease import LeaseId
 from cluster.messages import SessionAnswer, SessionInfo, SessionQuestion
 from cluster.ports import AuthRequest
-from cluster.wire import encode_error
+from cluster.solver_ports import ATTENDED_S
 from lazyfarm.lease import renew_until_lost
 from storage.connect import connect
+from storage.jobs import RedisJobStore
 from storage.keys import Keys
 from storage.leases import RedisLeaseStore
 from storage.registry.credentials import CredentialSource
-from storage.registry.identity import identity_of
+from storage.registry.identity import identity_key, identity_of
 
 if TYPE_CHECKING:
     from storage.registry.auth import CredentialAuthorizer
 
 T = TypeVar("T")
 
-#: Seconds that one question poll stays open at an actor. While it is, a driver that was killed counts as there:
-#: this and the actor's grace bound how long work goes on for nobody.
-POLL_S = 5.0
-_REOPEN_PAUSE_S = 0.5
+
+#: Seconds between signs of life for a job: a few within what it allows.
+_ATTEND_S = ATTENDED_S / 6
+#: Seconds between looks for who has a job that was submitted just now.
+_LOOK_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Attended:
+    """An actor that asks, and for what."""
+
+    server: SessionServerHandle
+    session_id: str
+    secrets: Mapping[str, bytes] = field(repr=False)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.server.name, self.session_id
 
 
 class Session:
@@ -50,17 +67,18 @@ class Session:
         self.lease_id = LeaseId(f"driver-{self.session_id}")
         self._config = config
         self._credentials = credentials
-        self._identity_key = _identity_key(config)
+        self._identity_key = identity_key(config)
         self._authorizer: CredentialAuthorizer | None = None
         self._keep_s = keep_s
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="lazyfarm-session", daemon=True)
-        self._attended: dict[str, tuple[int, asyncio.Task[None]]] = {}
+        self._attended: dict[tuple[str, str], tuple[int, asyncio.Task[None]]] = {}
         self._lost: LeaseLostError | None = None
         self._renewal: asyncio.Task[None] | None = None
         self._thread.start()
         self._link = connect(config.redis)
         self._leases = RedisLeaseStore(self._link, Keys(config.farm.name))
+        self._jobs = RedisJobStore(self._link, Keys(config.farm.name))
 
     def __repr__(self) -> str:
         return f"<Session {self.session_id}>"
@@ -125,11 +143,20 @@ class Session:
     # -- credentials ---------------------------------------------------------------------------------------
 
     def info(
-        self, registries: Iterable[str], *, progress: str | None, deadline_s: float, trace: str = ""
+        self,
+        registries: Iterable[str],
+        *,
+        progress: str | None,
+        deadline_s: float,
+        trace: str = "",
+        session_id: str = "",
     ) -> SessionInfo:
-        """Return what a call says of its caller; identities are of those *registries* that may matter."""
+        """Return what a call says of its caller; identities are of those *registries* that may matter.
+
+        *session_id*: as of :meth:`attending`.
+        """
         return SessionInfo(
-            session_id=self.session_id,
+            session_id=session_id or self.session_id,
             identities={registry: self._identity(registry) for registry in set(registries)},
             progress=progress,
             deadline_s=deadline_s,
@@ -137,40 +164,41 @@ class Session:
         )
 
     @contextlib.asynccontextmanager
-    async def attending(self, server: SessionServerHandle) -> AsyncIterator[None]:
-        """Answer *server*'s questions while the body runs."""
-        self._loop.call_soon_threadsafe(self._attend, server)
+    async def attending(
+        self, server: SessionServerHandle, *, session_id: str = "", secrets: Mapping[str, bytes] | None = None
+    ) -> AsyncIterator[None]:
+        """Answer *server*'s questions while the body runs.
+
+        Args:
+            server: Who asks.
+            session_id: A session of its own within this one, for a job; "" for this one.
+            secrets: What it may ask for, by ID; nothing else of this process can be.
+        """
+        attended = _Attended(server, session_id or self.session_id, secrets or {})
+        self._loop.call_soon_threadsafe(self._attend, attended)
         try:
             yield
         finally:
-            self._loop.call_soon_threadsafe(self._release, server)
+            self._loop.call_soon_threadsafe(self._release, attended)
 
-    def _attend(self, server: SessionServerHandle) -> None:
-        count, task = self._attended.get(server.name, (0, None))
+    def _attend(self, attended: _Attended) -> None:
+        count, task = self._attended.get(attended.key, (0, None))
         if task is None or task.done():
-            task = self._loop.create_task(self._answer_forever(server))
-        self._attended[server.name] = (count + 1, task)
+            answer = partial(self._answer, attended)
+            task = self._loop.create_task(answer_forever(attended.server, attended.session_id, answer))
+        self._attended[attended.key] = (count + 1, task)
 
-    def _release(self, server: SessionServerHandle) -> None:
-        count, task = self._attended[server.name]
+    def _release(self, attended: _Attended) -> None:
+        count, task = self._attended[attended.key]
         if count > 1:
-            self._attended[server.name] = (count - 1, task)
+            self._attended[attended.key] = (count - 1, task)
         else:
-            del self._attended[server.name]
+            del self._attended[attended.key]
             task.cancel()
 
-    async def _answer_forever(self, server: SessionServerHandle) -> None:
-        async with asyncio.TaskGroup() as group:
-            while True:
-                try:
-                    questions = await server.poll_questions(self.session_id, POLL_S)
-                except ClusterError:
-                    await asyncio.sleep(_REOPEN_PAUSE_S)  # the actor is being restarted, perhaps
-                    continue
-                for question in questions:
-                    group.create_task(self._answer(server, question))
-
-    async def _answer(self, server: SessionServerHandle, question: SessionQuestion) -> None:
+    async def _answer(self, attended: _Attended, question: SessionQuestion) -> SessionAnswer:
+        if question.secret:
+            return SessionAnswer(question_id=question.question_id, secret=attended.secrets.get(question.secret))
         request = AuthRequest(
             registry=question.registry,
             plain_http=question.plain_http,
@@ -178,17 +206,49 @@ class Session:
             challenge=question.challenge,
             was_refused=question.was_refused,
         )
+        found = await self._authorizing().authorize(request)
+        return SessionAnswer(
+            question_id=question.question_id,
+            header=found.header if found else None,
+            expires_in_s=found.expires_in_s if found else None,
+        )
+
+    # -- jobs ----------------------------------------------------------------------------------------------
+
+    def id_of_job(self, job: JobId) -> str:
+        """Return the ID of the session, within this one, that answers for a job."""
+        return f"{self.session_id}-{job}"
+
+    @contextlib.asynccontextmanager
+    async def attending_job(self, job: JobId, *, secrets: Mapping[str, bytes]) -> AsyncIterator[None]:
+        """Be there for an attached job while the body runs, whichever scheduler has it.
+
+        On this session's own thread: a driver that is busy is not taken for gone.
+        """
+        running = asyncio.run_coroutine_threadsafe(self._attend_job(job, secrets), self._loop)
         try:
-            found = await self._authorizing().authorize(request)
-            answer = SessionAnswer(
-                question_id=question.question_id,
-                header=found.header if found else None,
-                expires_in_s=found.expires_in_s if found else None,
-            )
-        except ClusterError as exc:
-            answer = SessionAnswer(question_id=question.question_id, error=encode_error(exc))
-        with contextlib.suppress(ClusterError):
-            server.send_answer(self.session_id, answer)
+            yield
+        finally:
+            running.cancel()
+
+    async def _attend_job(self, job: JobId, secrets: Mapping[str, bytes]) -> None:
+        owner = ""
+        async with contextlib.AsyncExitStack() as attended:
+            while True:
+                with contextlib.suppress(ClusterError):  # Redis is away: said again in a moment
+                    await self._jobs.attend(job)
+                    record = await self._jobs.get(job)
+                    if record.state.is_end:
+                        return
+                    if record.owner != owner:
+                        await attended.aclose()
+                        owner = record.owner
+                        scheduler = SchedulerHandle(owner, farm=self._config.farm.name)
+                        session_id = self.id_of_job(job)
+                        await attended.enter_async_context(
+                            self.attending(scheduler, session_id=session_id, secrets=secrets)
+                        )
+                await asyncio.sleep(_ATTEND_S if owner else _LOOK_S)
 
     def _identity(self, registry: str) -> str:
         return identity_of(registry, self._credentials.lookup(registry), key=self._identity_key)
@@ -200,9 +260,3 @@ class Session:
 
             self._authorizer = CredentialAuthorizer(self._credentials, self._config, identity_key=self._identity_key)
         return self._authorizer
-
-
-def _identity_key(config: Config) -> bytes:
-    """Return the key under which identities are hashed: known to this farm's drivers, kept nowhere of its own."""
-    secret = Path(config.redis.password_file).read_bytes() if config.redis.password_file else b""
-    return hashlib.sha256(b"identity\0" + config.farm.name.encode() + b"\0" + secret.strip()).digest()

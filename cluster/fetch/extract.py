@@ -76,9 +76,10 @@ class SnapshotNotes(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extracted:
-    """A mounted filesystem."""
+    """A filesystem that is on this node."""
 
-    path: Path
+    #: Where it is mounted; None where it is not.
+    path: Path | None
     layers: tuple[LayerFetch, ...]
 
 
@@ -117,8 +118,8 @@ class Extractor:
         #: Notified when a snapshot is published here, and when an unpacking is to stop.
         self._published = threading.Condition()
 
-    async def extract(self, chain: Sequence[RefState], caller: Caller) -> Extracted:
-        """Mount the filesystem of *chain* (lowest layer first; none: an empty one) read-only.
+    async def extract(self, chain: Sequence[RefState], caller: Caller, *, mount: bool = True) -> Extracted:
+        """Unpack *chain* (lowest layer first; none: an empty filesystem) here and, if *mount*, mount it read-only.
 
         Layers are fetched in parallel and unpacked while they arrive; the lowest starts first, because
         everything above waits for it where it must.
@@ -136,10 +137,13 @@ class Extractor:
         except BaseExceptionGroup as errors:
             raise first_error(errors) from errors
         await self._note_here(chains)
+        layers = tuple(task.result() for task in tasks)
+        if not mount:
+            return Extracted(path=None, layers=layers)
         top = chain[-1].record.chain if chain else EMPTY_CHAIN
         await ahit(FaultPoint.MOUNT_BEFORE)
         path = await self._in_thread(lambda: self._snapshotter.mount(top, hex_of(top)[:16]))
-        return Extracted(path=path, layers=tuple(task.result() for task in tasks))
+        return Extracted(path=path, layers=layers)
 
     async def _note_arriving(self, chains: Sequence[Digest]) -> None:
         if self._notes is None:

@@ -14,7 +14,8 @@ from lazyfarm.cli.layers import watching
 from lazyfarm.cli.options import JsonOption, PlainHttpOption, StateDirOption, command_app, example
 
 if TYPE_CHECKING:
-    from lazyfarm.farm import Farm, Ref
+    from lazyfarm.farm import Farm
+    from lazyfarm.ref import Ref
 
 app = command_app()
 

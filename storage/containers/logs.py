@@ -5,22 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Final
 
+from cluster.job import LogStream
 from cluster.redact import REDACTED
 
 #: Longer lines come in pieces.
 MAX_LINE_BYTES: Final = 16 << 10
 #: Shortest line of a secret of several lines that is taken out by itself: a lone brace says nothing.
 _MIN_PART_BYTES: Final = 8
-
-
-class LogStream(Enum):
-    """Where a command said it."""
-
-    STDOUT = "stdout"
-    STDERR = "stderr"
 
 
 @dataclass(frozen=True, slots=True)

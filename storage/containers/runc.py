@@ -33,12 +33,13 @@ from cluster.errors import (
     first_error,
 )
 from cluster.graph import CacheMount, Network, RunOp
+from cluster.job import LogStream
 from storage.containers import bundle as bundles
 from storage.containers import secrets as op_secrets
 from storage.containers.bundle import Bundle
 from storage.containers.caches import Caches
 from storage.containers.cgroups import Cgroups
-from storage.containers.logs import LineReader, LogLine, LogSink, LogStream
+from storage.containers.logs import LineReader, LogLine, LogSink
 from storage.containers.mount_points import MountPoints
 from storage.containers.spec import DEFAULT_HOSTNAME, SYSTEM_TARGETS, Mount, bind, runtime_spec, tmpfs
 from storage.containers.users import Owner, ProcessUser, find_user

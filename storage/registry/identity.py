@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from pathlib import Path
 
+from cluster.config import Config
 from storage.registry.credentials import Credential, hostname
 
 ANONYMOUS = "anonymous"
@@ -24,3 +26,9 @@ def identity_of(registry: str, credential: Credential | None, *, key: bytes) -> 
     # Each with its length, so that no two triples are one text.
     text = b"".join(len(part.encode()).to_bytes(8, "big") + part.encode() for part in parts)
     return hmac.new(key, text, hashlib.sha256).hexdigest()
+
+
+def identity_key(config: Config) -> bytes:
+    """Return the key under which identities are hashed: known to the farm's drivers and actors, kept nowhere itself."""
+    secret = Path(config.redis.password_file).read_bytes() if config.redis.password_file else b""
+    return hashlib.sha256(b"identity\0" + config.farm.name.encode() + b"\0" + secret.strip()).digest()

@@ -32,8 +32,9 @@ from cluster.errors import (
     UnusableSecretError,
 )
 from cluster.graph import BindMount, CacheMount, Limits, Network, RunOp, SecretMount, Sharing, TmpfsMount
+from cluster.job import LogStream
 from storage.containers.cgroups import Cgroups
-from storage.containers.logs import LogLine, LogStream
+from storage.containers.logs import LogLine
 from storage.containers.runc import Runc
 from tests.doubles.commands import make_root
 from tests.doubles.layers import facts

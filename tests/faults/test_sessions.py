@@ -24,7 +24,7 @@ from cluster.errors import (
     RegistryError,
     SessionGoneError,
 )
-from lazyfarm.farm import Ref
+from lazyfarm.ref import Ref
 from lazyfarm.session import POLL_S
 from tests.doubles.faults import MIB, BrokenFarm, assert_extracted, eventually
 from tests.doubles.registry import Image

@@ -9,7 +9,9 @@ from cluster.topology import (
     NodeView,
     Retire,
     Spawn,
+    op_worker_name,
     reconcile,
+    scheduler_name,
     shard_name,
     supervisor_name,
     worker_name,
@@ -17,6 +19,11 @@ from cluster.topology import (
 
 VERSION = "1"
 N1, N2, N3 = (NodeView(name=f"n{i}", ray_id=f"ray{i}") for i in (1, 2, 3))
+
+
+def numbers(shards):
+    """Return how many numbered actors there are to be."""
+    return {Kind.CACHE_SHARD: shards, Kind.SCHEDULER: 1}
 
 
 class World:
@@ -27,7 +34,7 @@ class World:
 
     def round(self, nodes, shards):
         """Perform one round's steps; return them."""
-        steps = reconcile(nodes, list(self.actors.values()), shards=shards, version=VERSION)
+        steps = reconcile(nodes, list(self.actors.values()), numbers=numbers(shards), version=VERSION)
         for step in steps:
             match step:
                 case Retire(name=name):
@@ -56,6 +63,8 @@ node_sets = st.lists(
 )
 names = st.one_of(
     st.builds(worker_name, st.sampled_from([f"n{i}" for i in range(8)]), st.sampled_from(["0", VERSION])),
+    st.builds(op_worker_name, st.sampled_from([f"n{i}" for i in range(8)]), st.sampled_from(["0", VERSION])),
+    st.builds(scheduler_name, st.integers(0, 3), st.sampled_from(["0", VERSION])),
     st.builds(shard_name, st.integers(0, 8), st.sampled_from(["0", VERSION])),
     st.just(supervisor_name(VERSION)),
     st.just("somebody-elses"),
@@ -76,8 +85,8 @@ def test_it_comes_to_rest_with_everything_in_its_place(nodes, actors, shards):
     unknown = {name for name, a in world.actors.items() if not a.ray_id}
     live = {n.ray_id for n in nodes}
     for node in nodes:
-        name = worker_name(node.name, VERSION)
-        assert name in unknown or known[name] == node.ray_id
+        for name in (worker_name(node.name, VERSION), op_worker_name(node.name, VERSION)):
+            assert name in unknown or known[name] == node.ray_id
     ours = {n: r for n, r in known.items() if n.endswith(f"@{VERSION}")}
     workers = [r for n, r in ours.items() if n.startswith(Kind.FETCH_WORKER.value)]
     assert len(workers) == len(set(workers)), "two workers on one node"
@@ -104,14 +113,17 @@ def test_what_is_not_ours_is_left_alone(nodes, actors, shards):
 
 
 def test_a_new_cluster_gets_workers_and_shards():
-    """One worker a node, the shards spread over them."""
-    steps = reconcile([N2, N1], [], shards=3, version=VERSION)
+    """A fetch worker and an op worker a node, the shards and schedulers spread over them."""
+    steps = reconcile([N2, N1], [], numbers=numbers(3), version=VERSION)
     assert [(s.name, s.node.name) for s in steps] == [
         (worker_name("n1", VERSION), "n1"),
         (worker_name("n2", VERSION), "n2"),
+        (op_worker_name("n1", VERSION), "n1"),
+        (op_worker_name("n2", VERSION), "n2"),
         (shard_name(0, VERSION), "n1"),
         (shard_name(1, VERSION), "n2"),
         (shard_name(2, VERSION), "n1"),
+        (scheduler_name(0, VERSION), "n1"),
     ]
 
 
@@ -120,7 +132,11 @@ def test_a_dead_nodes_actors_are_retired_before_they_are_spawned_anew():
     world = World()
     world.settle([N1, N2], 2)
     steps = world.round([N1], 2)
-    assert steps == [Retire(name=shard_name(1, VERSION)), Retire(name=worker_name("n2", VERSION))]
+    assert steps == [
+        Retire(name=shard_name(1, VERSION)),
+        Retire(name=worker_name("n2", VERSION)),
+        Retire(name=op_worker_name("n2", VERSION)),
+    ]
     (spawn,) = world.round([N1], 2)
     assert (spawn.name, spawn.node) == (shard_name(1, VERSION), N1)
 
@@ -130,9 +146,11 @@ def test_a_node_that_comes_back_gets_a_new_worker():
     world = World()
     world.settle([N1, N2], 1)
     back = NodeView(name="n2", ray_id="ray2b")
-    assert world.round([N1, back], 1) == [Retire(name=worker_name("n2", VERSION))]
-    (spawn,) = world.round([N1, back], 1)
-    assert spawn.node == back
+    assert world.round([N1, back], 1) == [
+        Retire(name=worker_name("n2", VERSION)),
+        Retire(name=op_worker_name("n2", VERSION)),
+    ]
+    assert {spawn.node for spawn in world.round([N1, back], 1)} == {back}
 
 
 def test_a_new_node_moves_no_shard():
@@ -140,7 +158,7 @@ def test_a_new_node_moves_no_shard():
     world = World()
     world.settle([N2, N3], 2)
     steps = world.round([N1, N2, N3], 2)
-    assert [s.name for s in steps] == [worker_name("n1", VERSION)]
+    assert [s.name for s in steps] == [worker_name("n1", VERSION), op_worker_name("n1", VERSION)]
 
 
 def test_fewer_shards_retire_the_surplus():
@@ -152,11 +170,15 @@ def test_fewer_shards_retire_the_surplus():
 
 def test_no_nodes_means_nothing_to_spawn():
     """A cluster that is starting has none yet."""
-    assert reconcile([], [], shards=2, version=VERSION) == []
+    assert reconcile([], [], numbers=numbers(2), version=VERSION) == []
 
 
 def test_an_actor_whose_place_is_not_known_yet_is_waited_for():
     """It is being created: neither retired nor made twice."""
     world = World([ActorView(name=worker_name("n1", VERSION), ray_id="")])
     steps = world.round([N1], 1)
-    assert [s.name for s in steps] == [shard_name(0, VERSION)]
+    assert [s.name for s in steps] == [
+        op_worker_name("n1", VERSION),
+        shard_name(0, VERSION),
+        scheduler_name(0, VERSION),
+    ]

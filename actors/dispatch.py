@@ -1,0 +1,524 @@
+"""Ops of builds, by who does them: images and merges here, without a byte moving; all others on a node that is chosen.
+
+Implements :class:`cluster.solver.ports.OpRunner` for a scheduler. A node's fetch worker brings the inputs, its op
+worker does the op and publishes what it came to. A worker that dies is replaced by another, or by itself restarted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import structlog
+
+from actors.boot import Stores, new_token
+from actors.handles import FetchWorkerHandle, OpWorkerHandle
+from actors.holds import Holds
+from actors.job_sessions import JobSessions, WorkSession
+from actors.placement import Placement
+from actors.version import VERSION
+from cluster.cache.runner import usable_providers
+from cluster.config import Config
+from cluster.digest import Digest, digest_of
+from cluster.errors import (
+    ActorLostError,
+    ClusterError,
+    ContainerError,
+    InternalError,
+    NodeDiskError,
+    NodeNotFoundError,
+    OpError,
+    SessionGoneError,
+    SnapshotError,
+    first_error,
+)
+from cluster.flight.values import Aborting, Failed, Joined, Owned, Present, Progressed
+from cluster.graph import DiffOp, ImageOp, MergeOp, Vertex, content_inputs, encode_vertex, op_digest
+from cluster.job import JobId, layer_stream
+from cluster.lease import LeaseId
+from cluster.messages import ExtractRequest, ResolveRequest, ResolveResult
+from cluster.op_messages import ContentKeyRequest, RunOpRequest, WatchOpRequest
+from cluster.ports import FlightRenewer
+from cluster.provider import DescHandler
+from cluster.ref import RefId, RefRecord, RefState
+from cluster.solver.ports import KeyStore, OpResult, VertexUse
+from cluster.solver.values import CacheMap, CacheRecord, Exportable, HoldId, Result
+from cluster.wire import decode, decode_error, encode, encode_error
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+#: Seconds for which a call is made again while the worker it goes to is being restarted.
+_RETRY_S = 30.0
+_RETRY_PAUSE_S = 0.5
+#: Workers that one op may lose: one that it takes down with it is no bad luck the third time.
+_MAX_LOST = 3
+#: Seconds between looks at who else an op is done for.
+_LOOK_S = 1.0
+_CALL_S = 60.0
+
+#: What another node, or the same one later, may do better.
+_ELSEWHERE = (ActorLostError, NodeNotFoundError, NodeDiskError, SnapshotError)
+
+
+class OpDispatcher:
+    """Carries ops out for one scheduler.
+
+    Args:
+        name: Of the scheduler's process.
+        config: The farm's.
+        stores: Its adapters.
+        keys: Where results are looked up and published.
+        sessions: Who answers for jobs.
+        holds: What is held for uses of vertices.
+        renewer: Renews flights.
+        published: What a job's vertices published of some cache opts (:meth:`cluster.solver.runner.Solver.cache_opts`).
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        config: Config,
+        stores: Stores,
+        keys: KeyStore,
+        sessions: JobSessions,
+        holds: Holds,
+        renewer: FlightRenewer,
+        placement: Placement,
+        published: Callable[[JobId, Digest, Sequence[str]], Mapping[str, bytes]],
+    ) -> None:
+        self._name = name
+        self._config = config
+        self._stores = stores
+        self._keys = keys
+        self._sessions = sessions
+        self._holds = holds
+        self._renewer = renewer
+        self._placement = placement
+        self._published = published
+        #: Images as jobs have resolved them, by job.
+        self._resolved: dict[JobId, dict[Digest, ResolveResult]] = {}
+
+    def forget(self, job: JobId) -> None:
+        """Forget what is known for the sake of a job that has ended."""
+        self._resolved.pop(job, None)
+
+    # -- the port ------------------------------------------------------------------------------------------------
+
+    async def cache_map(self, job: JobId, vertex: Vertex) -> CacheMap:
+        """Return an op's cache map; an image's manifest is read for it, with the job's own access."""
+        if not isinstance(vertex.op, ImageOp):
+            return CacheMap(key=op_digest(vertex.op), slow_inputs=content_inputs(vertex.op))
+        resolved = await self._resolve(job, vertex)
+        by_digest: dict[Digest, list[DescHandler]] = {}
+        for handler in resolved.handlers:
+            told = replace(handler, progress=layer_stream(job, vertex.digest))
+            by_digest.setdefault(handler.digest, []).append(told)
+        image = resolved.image
+        return CacheMap(
+            key=digest_of(f"image\n{image.manifest.digest}\n{image.platform}".encode()),
+            opts={_opt(digest): encode("desc-handlers", handlers) for digest, handlers in by_digest.items()},
+        )
+
+    async def load(self, use: VertexUse, record: CacheRecord, opts: Mapping[str, bytes]) -> Result | None:
+        """Hold a result, lazily, as one of the jobs that may use all of it."""
+        result = record.result
+        if result.ref is not None:
+            await self._stores.cache.get(
+                RefId(result.ref),
+                handlers=_handlers(opts),
+                authorizer=self._sessions.authorizer(_jobs(use)),
+                lease_id=await self._lease(use),
+            )
+        return result
+
+    async def content_key(self, use: VertexUse, index: int, source: Result, opts: Mapping[str, bytes]) -> Digest:
+        """Return the digest of what the op uses of an input, from a node that has it."""
+        del opts  # what the vertices published is asked for by digest
+        chain = await self._chain(source)
+        session = self._sessions.asking(lambda: _jobs(use))
+
+        async def on(node: str) -> Digest:
+            await self._bring(use, node, [chain], session)
+            worker = self._op_worker(node)
+            request = ContentKeyRequest(
+                session=session.info,
+                vertex=encode_vertex(use.vertex),
+                index=index,
+                input=_top(chain),
+                lease_id=await self._lease(use),
+                timeout_s=self._config.build.op_timeout_s,
+            )
+            async with session.at(worker):
+                found = await worker.content_key(request, timeout_s=self._config.build.op_timeout_s + _CALL_S)
+            return found.digest
+
+        return await self._somewhere(use, [chain], session, on)
+
+    async def run(
+        self,
+        use: VertexUse,
+        inputs: Sequence[Result | None],
+        keys: Sequence[Digest],
+        opts: Mapping[str, bytes],
+        *,
+        ignores_cache: bool,
+    ) -> OpResult:
+        """Carry an op out, once at a time for the whole farm."""
+        match use.vertex.op:
+            case ImageOp():
+                use.began()
+                return OpResult(result=await self._publish(keys, await self._image(use)))
+            case MergeOp():
+                use.began()
+                chains = [await self._chain(each) for each in inputs]
+                made = await self._stack(use, [state for chain in chains for state in chain], opts)
+                return OpResult(result=await self._publish(keys, _upon(inputs, made)))
+            case DiffOp():
+                lower, upper = [await self._chain(each) for each in inputs]
+                if _ids(upper[: len(lower)]) == _ids(lower):
+                    use.began()
+                    made = await self._stack(use, upper[len(lower) :], opts)
+                    return OpResult(result=await self._publish(keys, Result(ref=made)))
+            case _:
+                pass
+        if ignores_cache:
+            return OpResult(result=await self._on_some_node(use, inputs, keys))
+        return await self._once(use, keys, lambda: self._on_some_node(use, inputs, keys))
+
+    async def keep(self, job: JobId, vertex: Vertex, result: Result, opts: Mapping[str, bytes]) -> None:
+        """Hold a target's result by the job's own lease."""
+        del vertex
+        if result.ref is not None:
+            await self._stores.cache.get(
+                RefId(result.ref),
+                handlers=_handlers(opts),
+                authorizer=self._sessions.authorizer([job]),
+                lease_id=job_lease(job),
+            )
+
+    async def finish(self, job: JobId, exportables: Sequence[Exportable]) -> None:
+        """Nothing is left to do."""
+
+    async def release(self, hold: HoldId) -> None:
+        """Let go of what is held."""
+        await self._holds.release(str(hold))
+
+    # -- images and chains -----------------------------------------------------------------------------------------
+
+    async def _resolve(self, job: JobId, vertex: Vertex) -> ResolveResult:
+        op = vertex.op
+        if not isinstance(op, ImageOp):
+            raise InternalError(f"vertex {vertex.digest} is resolved and no image")
+        session = self._sessions.asking(lambda: [job])
+        request = ResolveRequest(
+            session=session.info,
+            image=op.reference,
+            platform=op.platform or None,
+            plain_http=op.plain_http,
+            lease_id=job_lease(job),
+        )
+
+        async def at(worker: FetchWorkerHandle) -> ResolveResult:
+            async with session.at(worker):
+                return await worker.resolve_image(request, timeout_s=self._config.flight.deadline_s)
+
+        resolved = await self._retrying(self._any_fetch_worker, at)
+        self._resolved.setdefault(job, {})[vertex.digest] = resolved
+        return resolved
+
+    async def _image(self, use: VertexUse) -> Result:
+        known = (self._resolved.get(job, {}).get(use.vertex.digest) for job in _jobs(use))
+        resolved = next((found for found in known if found is not None), None)
+        if resolved is None:
+            resolved = await self._resolve(_jobs(use)[0], use.vertex)
+        if not resolved.image.layers:
+            return Result(ref=None, config=resolved.config)
+        states = await self._stores.cache.get_by_blob(
+            resolved.image.layers,
+            parent=None,
+            handlers=resolved.handlers,
+            authorizer=self._sessions.authorizer(_jobs(use)),
+            lease_id=await self._lease(use),
+            image_ref=resolved.image.name,
+        )
+        return Result(ref=states[-1].record.id, config=resolved.config)
+
+    async def _stack(self, use: VertexUse, layers: Sequence[RefState], opts: Mapping[str, bytes]) -> RefId | None:
+        """Make the refs of layers on top of one another, the first one lowest; no byte moves."""
+        if not layers:
+            return None
+        authorizer = self._sessions.authorizer(_jobs(use))
+        await usable_providers(self._stores.access, authorizer, layers, _handlers(opts))
+        records: list[RefRecord] = []
+        for layer in layers:
+            record = RefRecord.over(layer.record.blob, records[-1] if records else None)
+            records.append(replace(record, image_refs=layer.record.image_refs, description=layer.record.description))
+        states = await self._stores.refs.get_or_create(records, {}, lease_id=await self._lease(use))
+        return states[-1].record.id
+
+    async def _chain(self, result: Result | None) -> list[RefState]:
+        if result is None or result.ref is None:
+            return []
+        return await self._stores.refs.chain(RefId(result.ref))
+
+    async def _publish(self, keys: Sequence[Digest], result: Result) -> Result:
+        await self._keys.publish(keys, result)
+        return result
+
+    # -- once for the farm -----------------------------------------------------------------------------------------
+
+    async def _once(self, use: VertexUse, keys: Sequence[Digest], work: Callable[[], Awaitable[Result]]) -> OpResult:
+        """Do *work* under a flight on the vertex; where another scheduler has done it meanwhile, take that.
+
+        Raises:
+            OpError: as *work* raises, here or where it was waited for.
+            ClusterError: as *work* raises.
+        """
+        key = f"vertex:{use.vertex.digest}"
+        flights, ttl_s = self._stores.flights, self._config.flight.lease_ttl_s
+        while True:
+            outcome = await flights.join(key, worker=self._name, token=new_token(), ttl_s=ttl_s)
+            match outcome:
+                case Owned(fence=fence):
+                    self._renewer.keep(fence, ttl_s=ttl_s, on_lost=lambda: None)
+                    failure: OpError | None = None
+                    try:
+                        found = await self._found(use, keys)
+                        if found is not None:
+                            return OpResult(result=found, was_cached=True)
+                        return OpResult(result=await work())
+                    except OpError as exc:
+                        failure = exc
+                        raise
+                    finally:
+                        self._renewer.drop(fence)
+                        # What the command itself came to is as true for those who wait; all else they try anew.
+                        end = flights.fail(fence, encode_error(failure)) if failure else flights.vacate(fence)
+                        await asyncio.shield(_tried(end))
+                case Joined() | Aborting():
+                    await self._ended(key, outcome.fence_number, outcome.lease_remaining_s)
+                case Present():
+                    raise InternalError(f"{key} is no blob")
+
+    async def _found(self, use: VertexUse, keys: Sequence[Digest]) -> Result | None:
+        """Return a result that was published under one of *keys* since these were looked up."""
+        records = await self._keys.lookup(keys)
+        for record in sorted(records, key=lambda record: record.created_wall_s, reverse=True):
+            with contextlib.suppress(ClusterError):
+                opts = await self._opts(use, record.result)
+                if (found := await self.load(use, record, opts)) is not None:
+                    return found
+        return None
+
+    async def _opts(self, use: VertexUse, result: Result) -> Mapping[str, bytes]:
+        chain = await self._chain(result)
+        return self._published(_jobs(use)[0], use.vertex.digest, [_opt(state.record.blob.digest) for state in chain])
+
+    async def _ended(self, key: str, fence_number: int, remaining_s: float) -> None:
+        """Wait until the flight under that fence has ended or its lease lapsed, or a little while.
+
+        Raises:
+            ClusterError: it failed while this waited.
+        """
+        flights = self._stores.flights
+        try:
+            with contextlib.suppress(TimeoutError):
+                wait_s = min(self._config.flight.poll_s, remaining_s + 0.1)
+                async with asyncio.timeout(wait_s), flights.events(key) as events:
+                    ended = await flights.outcome(key, fence_number)
+                    while ended is None:
+                        event = await anext(events)
+                        if event.fence_number == fence_number and not isinstance(event, Progressed):
+                            ended = event
+                    if isinstance(ended, Failed):
+                        raise decode_error(ended.error)
+        finally:
+            await asyncio.shield(_tried(flights.leave(key, worker=self._name)))
+
+    # -- on a node ---------------------------------------------------------------------------------------------------
+
+    async def _on_some_node(self, use: VertexUse, inputs: Sequence[Result | None], keys: Sequence[Digest]) -> Result:
+        chains = [await self._chain(each) for each in inputs]
+        session = self._sessions.asking(lambda: _jobs(use))
+        config = next((each.config for each in inputs[:1] if each is not None), None)
+        lost = 0
+
+        async def on(node: str) -> Result:
+            nonlocal lost
+            if lost and (found := await self._found(use, keys)) is not None:
+                return found  # the worker that was lost had done it
+            await self._bring(use, node, chains, session)
+            use.began()
+            try:
+                request = RunOpRequest(
+                    session=session.info,
+                    run_id=new_token(),
+                    vertex=encode_vertex(use.vertex),
+                    inputs=tuple(_top(chain) for chain in chains),
+                    keys=tuple(keys),
+                    config=config,
+                    lease_id=await self._lease(use),
+                    jobs=_jobs(use),
+                    timeout_s=self._config.build.op_timeout_s,
+                )
+                ref = await self._run_at(use, node, request, session)
+            except ActorLostError as exc:
+                lost += 1
+                if lost >= _MAX_LOST:
+                    raise ContainerError("running an op", f"its worker died {lost} times meanwhile: {exc}") from exc
+                raise
+            return Result(ref=ref, config=config)
+
+        return await self._somewhere(use, chains, session, on)
+
+    async def _run_at(self, use: VertexUse, node: str, request: RunOpRequest, session: WorkSession) -> RefId | None:
+        worker = self._op_worker(node)
+        async with session.at(worker):
+            watching = asyncio.create_task(self._watch(use, worker, request.run_id, set(request.jobs)))
+            try:
+                return (await worker.run_op(request, timeout_s=request.timeout_s + _CALL_S)).ref
+            finally:
+                watching.cancel()
+                await asyncio.wait([watching])
+
+    async def _watch(self, use: VertexUse, worker: OpWorkerHandle, run_id: str, told: set[JobId]) -> None:
+        """Have what an op says told to jobs that come to it while it runs."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for job in use.beneficiaries():
+                if job not in told:
+                    told.add(job)
+                    with contextlib.suppress(ClusterError):
+                        await worker.watch_op(WatchOpRequest(run_id=run_id, job=job), timeout_s=_CALL_S)
+
+    async def _bring(
+        self, use: VertexUse, node: str, chains: Iterable[Sequence[RefState]], session: WorkSession
+    ) -> None:
+        """Have the snapshots of *chains* on a node, each once."""
+        wanted = {chain[-1].record.id: chain for chain in chains if chain}
+        if not wanted:
+            return
+        worker = self._fetch_worker(node)
+        lease_id = await self._lease(use)
+        async with session.at(worker):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for ref_id, chain in wanted.items():
+                        request = ExtractRequest(
+                            session=session.info,
+                            ref_id=ref_id,
+                            handlers=self._known_handlers(use, chain),
+                            lease_id=lease_id,
+                            mount=False,
+                        )
+                        group.create_task(worker.extract(request, timeout_s=self._config.flight.deadline_s))
+            except BaseExceptionGroup as errors:
+                raise first_error(errors) from errors
+
+    def _known_handlers(self, use: VertexUse, chain: Sequence[RefState]) -> tuple[DescHandler, ...]:
+        """Return what the job's vertices published for a chain's layers: also whose progress their moving is."""
+        names = list(dict.fromkeys(_opt(state.record.blob.digest) for state in chain))
+        handlers: dict[DescHandler, None] = {}
+        for job in _jobs(use):
+            handlers |= dict.fromkeys(_handlers(self._published(job, use.vertex.digest, names)))
+        return tuple(handlers)
+
+    async def _somewhere(
+        self,
+        use: VertexUse,
+        chains: Sequence[Sequence[RefState]],
+        session: WorkSession,
+        on: Callable[[str], Awaitable[T]],
+    ) -> T:
+        """Do something on the node that suits best; on the next best where that one fails to."""
+        give_up_s: float | None = None
+        avoided: set[str] = set()
+        while True:
+            node = ""
+            try:
+                async with self._placement.placed(use.vertex.digest, chains, avoided) as node:
+                    return await on(node)
+            except (*_ELSEWHERE, SessionGoneError) as exc:
+                if isinstance(exc, SessionGoneError) and exc.session_id != session.info.session_id:
+                    raise  # nobody is left that could answer; else it was this scheduler that was silent
+                log.warning("op.again", vertex=use.vertex.digest, node=node, error=str(exc))
+                now_s = time.monotonic()
+                give_up_s = give_up_s or now_s + _RETRY_S
+                if now_s > give_up_s:
+                    raise
+                avoided.add(node)
+                await asyncio.sleep(_RETRY_PAUSE_S)
+
+    # -- workers -------------------------------------------------------------------------------------------------------
+
+    async def _any_fetch_worker(self) -> FetchWorkerHandle:
+        return self._fetch_worker(await self._placement.any_node())
+
+    def _fetch_worker(self, node: str) -> FetchWorkerHandle:
+        return FetchWorkerHandle.of_node(node, farm=self._config.farm.name, version=VERSION)
+
+    def _op_worker(self, node: str) -> OpWorkerHandle:
+        return OpWorkerHandle.of_node(node, farm=self._config.farm.name, version=VERSION)
+
+    async def _retrying(
+        self, find: Callable[[], Awaitable[FetchWorkerHandle]], call: Callable[[FetchWorkerHandle], Awaitable[T]]
+    ) -> T:
+        """Make an idempotent call, again while its worker is being restarted."""
+        give_up_s = time.monotonic() + _RETRY_S
+        while True:
+            try:
+                return await call(await find())
+            except (ActorLostError, NodeNotFoundError):
+                if time.monotonic() > give_up_s:
+                    raise
+                await asyncio.sleep(_RETRY_PAUSE_S)
+
+    async def _lease(self, use: VertexUse) -> LeaseId:
+        return await self._holds.lease(str(use.hold), {"owner": "vertex", "vertex": use.vertex.digest})
+
+
+def job_lease(job: JobId) -> LeaseId:
+    """Name the lease that holds a job's results."""
+    return LeaseId(f"job-{job}")
+
+
+def _jobs(use: VertexUse) -> tuple[JobId, ...]:
+    return use.beneficiaries() or (use.job,)
+
+
+def _opt(digest: Digest) -> str:
+    """Name the cache opt with a digest's handlers, as :class:`cluster.errors.NeedsRemoteProvidersError` asks for it."""
+    return f"desc-handler:{digest}"
+
+
+def _handlers(opts: Mapping[str, bytes]) -> tuple[DescHandler, ...]:
+    return tuple(
+        handler for payload in opts.values() for handler in decode("desc-handlers", list[DescHandler], payload)
+    )
+
+
+def _ids(chain: Sequence[RefState]) -> list[RefId]:
+    return [state.record.id for state in chain]
+
+
+def _top(chain: Sequence[RefState]) -> RefId | None:
+    return chain[-1].record.id if chain else None
+
+
+def _upon(inputs: Sequence[Result | None], ref: RefId | None) -> Result:
+    """Return a result with the config of the lowest input that has one."""
+    config = next((each.config for each in inputs if each is not None and each.config is not None), None)
+    return Result(ref=ref, config=config)
+
+
+async def _tried(step: Awaitable[object]) -> None:
+    """Take a last step; where it can't be taken, what it was to end lapses."""
+    with contextlib.suppress(ClusterError):
+        await step

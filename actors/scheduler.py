@@ -1,0 +1,265 @@
+"""The solver scheduler: a shell that takes jobs from Redis and has the solver build them.
+
+Holds no truth: jobs, keys and results are in Redis. One that dies is replaced, by itself restarted or by another:
+its jobs' claims lapse, whoever claims them next builds them, and what had run is found by its keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from actors.boot import Boot, Starter, Stores, build_stores, new_token
+from actors.dispatch import OpDispatcher, job_lease
+from actors.holds import Holds
+from actors.job_sessions import JobSessions
+from actors.placement import Placement
+from actors.session_host import SessionServer
+from cluster.digest import Digest
+from cluster.errors import ClusterError, InternalError, JobEndedError, JobNotFoundError, LeaseLostError, StaleFenceError
+from cluster.graph import Definition, decode_definition, image_registries
+from cluster.job import ClaimedJob, ClaimState, JobClaim, JobId, JobSpec, JobState, VertexEvent
+from cluster.solver.runner import Solver
+from cluster.solver.values import JobDone, JobFailed, JobOutcome, JobStopped
+from cluster.wire import decode, encode, encode_error
+from storage.cache_keys import RedisKeyStore
+from storage.job_events import RedisJobEvents
+from storage.jobs import RedisJobStore
+from storage.keys import Keys
+from storage.presence import Presence
+from storage.renewer import RedisFlightRenewer
+
+log = structlog.get_logger()
+
+#: Jobs taken at once.
+_CLAIM = 16
+#: Seconds between looks for jobs that nobody has; drivers say when they submit one.
+_LOOK_S = 1.0
+#: Renewals of a claim within its time.
+_RENEWALS = 3
+_PAUSE_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """Everything a scheduler is made of."""
+
+    stores: Stores
+    jobs: RedisJobStore
+    events: RedisJobEvents
+    sessions: JobSessions
+    dispatcher: OpDispatcher
+    solver: Solver
+
+
+@dataclass(slots=True)
+class _Run:
+    """A job that this scheduler builds."""
+
+    claim: JobClaim
+    spec: JobSpec
+    #: Another has it, or it has ended: nothing is told of it any more.
+    is_lost: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class SolverScheduler(SessionServer):
+    """One solver scheduler. Drivers attend it for the sake of their jobs."""
+
+    def __init__(self, boot: bytes) -> None:
+        super().__init__()
+        self._starter = Starter(decode("boot", Boot, boot))
+        self._parts: _Parts | None = None
+        self._runs: dict[JobId, _Run] = {}
+        self._poked = asyncio.Event()
+
+    async def _started(self) -> _Parts:
+        await self._starter.start(self._build)
+        if self._parts is None:
+            raise RuntimeError("started without parts")
+        return self._parts
+
+    async def _build(self) -> Presence:
+        boot = self._starter.boot
+        config = boot.config
+        stores = build_stores(config)
+        keys = Keys(config.farm.name)
+        token = new_token()
+        sessions = JobSessions(self._sessions, config, prefix=f"scheduler-{token}")
+        holds = Holds(stores.leases, prefix=f"hold-{token}", ttl_s=config.cache.lease_ttl_s)
+        placement = Placement(stores.presence, stores.whereabouts, ops_per_node=config.build.ops_per_node)
+        key_store = RedisKeyStore(stores.link, keys)
+        events = RedisJobEvents(stores.link, keys)
+        dispatcher = OpDispatcher(
+            name=f"{boot.name}/{token}",
+            config=config,
+            stores=stores,
+            keys=key_store,
+            sessions=sessions,
+            holds=holds,
+            renewer=RedisFlightRenewer(config.redis, keys),
+            placement=placement,
+            published=lambda job, vertex, wanted: solver.cache_opts(job, vertex, wanted),  # noqa: PLW0108 - made below
+        )
+        solver = Solver(dispatcher, key_store, _FencedEvents(events, self._runs))
+        self._parts = _Parts(
+            stores=stores,
+            jobs=RedisJobStore(stores.link, keys),
+            events=events,
+            sessions=sessions,
+            dispatcher=dispatcher,
+            solver=solver,
+        )
+        for work in (
+            holds.renew_forever(),
+            placement.renew_forever(),
+            self._claim_forever(self._parts),
+            self._renew_forever(self._parts),
+        ):
+            self._starter.background.spawn(work)
+        return stores.presence
+
+    async def ready(self) -> bool:
+        """Build what is needed and say so."""
+        await self._started()
+        return True
+
+    async def look_for_jobs(self) -> None:
+        """Look now for jobs that nobody has."""
+        await self._started()
+        self._poked.set()
+
+    # -- claims ----------------------------------------------------------------------------------------------------
+
+    async def _claim_forever(self, parts: _Parts) -> None:
+        config = self._starter.boot.config.build
+        while True:
+            self._poked.clear()
+            claimed: Sequence[ClaimedJob] = ()
+            try:
+                claimed = await parts.jobs.claim(self._starter.boot.name, ttl_s=config.claim_ttl_s, most=_CLAIM)
+            except ClusterError as exc:
+                log.warning("jobs.unclaimed", error=str(exc))
+            for job in claimed:
+                self._take(parts, job)
+            if len(claimed) < _CLAIM:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_S):
+                        await self._poked.wait()
+
+    def _take(self, parts: _Parts, claimed: ClaimedJob) -> None:
+        run = self._runs.get(claimed.claim.job)
+        if run is not None and not run.is_lost:
+            run.claim = claimed.claim  # its claim had lapsed, and nobody was faster
+            return
+        run = self._runs[claimed.claim.job] = _Run(claimed.claim, claimed.record.spec)
+        self._starter.background.spawn(self._build_job(parts, run, claimed))
+
+    async def _renew_forever(self, parts: _Parts) -> None:
+        ttl_s = self._starter.boot.config.build.claim_ttl_s
+        lease_ttl_s = self._starter.boot.config.cache.lease_ttl_s
+        while True:
+            await asyncio.sleep(ttl_s / _RENEWALS)
+            runs = [run for run in self._runs.values() if not run.is_lost]
+            if not runs:
+                continue
+            try:
+                states = await parts.jobs.renew([run.claim for run in runs], ttl_s=ttl_s)
+                leases = (parts.stores.leases.renew(job_lease(run.claim.job), ttl_s=lease_ttl_s) for run in runs)
+                await asyncio.gather(*leases, return_exceptions=True)
+            except ClusterError as exc:
+                log.warning("jobs.unrenewed", error=str(exc), jobs=len(runs))
+                continue
+            for run, state in zip(runs, states, strict=True):
+                if state is ClaimState.HELD:
+                    continue
+                run.is_lost = state is ClaimState.LOST
+                log.info("job.stopping", job=run.claim.job, why=state.value)
+                parts.solver.cancel(run.claim.job)
+
+    # -- one job ---------------------------------------------------------------------------------------------------
+
+    async def _build_job(self, parts: _Parts, run: _Run, claimed: ClaimedJob) -> None:
+        job = run.claim.job
+        bound = log.bind(job=job, trace=run.spec.session.trace)
+        bound.info("job.started", fence=run.claim.fence, detached=run.spec.is_detached)
+        try:
+            outcome = await self._outcome(parts, run, claimed)
+            await self._end(parts, run, outcome)
+        finally:
+            parts.dispatcher.forget(job)
+            if self._runs.get(job) is run:
+                del self._runs[job]
+            run.ended.set()
+        bound.info("job.complete", outcome=type(outcome).__name__, lost=run.is_lost)
+
+    async def _outcome(self, parts: _Parts, run: _Run, claimed: ClaimedJob) -> JobOutcome:
+        spec = run.spec
+        if claimed.record.is_cancel_requested or claimed.record.is_abandoned:
+            return JobStopped()
+        try:
+            definition = decode_definition(claimed.definition)
+            labels = {"owner": "job", "job": spec.id}
+            await parts.stores.leases.create(
+                job_lease(spec.id), ttl_s=self._starter.boot.config.cache.lease_ttl_s, labels=labels
+            )
+            with parts.sessions.of(spec, image_registries(definition)):
+                return await self._solve(parts, spec, definition)
+        except ClusterError as exc:
+            return JobFailed(exc, None)
+        except Exception as exc:
+            log.exception("job.bug", job=spec.id)
+            return JobFailed(InternalError(f"job {spec.id}: {type(exc).__name__}: {exc}"), None)
+
+    async def _solve(self, parts: _Parts, spec: JobSpec, definition: Definition) -> JobOutcome:
+        no_cache = spec.no_cache
+        return await parts.solver.solve(spec.id, definition, no_cache=no_cache)
+
+    async def _end(self, parts: _Parts, run: _Run, outcome: JobOutcome) -> None:
+        """Record how a job has ended; while Redis is away, for as long as the job is this scheduler's."""
+        state, error, results = _told(run.spec, outcome)
+        config = self._starter.boot.config.cache
+        keep_s = config.keep_s if run.spec.is_detached else config.lease_ttl_s
+        while not run.is_lost:
+            try:
+                with contextlib.suppress(LeaseLostError):
+                    await parts.stores.leases.renew(job_lease(run.claim.job), ttl_s=keep_s)
+                await parts.jobs.end(run.claim, state, error=error, results=results)
+            except (StaleFenceError, JobEndedError, JobNotFoundError) as exc:
+                run.is_lost = True
+                log.info("job.lost", job=run.claim.job, error=str(exc))
+            except ClusterError as exc:
+                log.warning("job.not_ended", job=run.claim.job, error=str(exc))
+                await asyncio.sleep(_PAUSE_S)
+            else:
+                return
+
+
+class _FencedEvents:
+    """Tells of vertices as the owner of their job."""
+
+    def __init__(self, events: RedisJobEvents, runs: dict[JobId, _Run]) -> None:
+        self._events = events
+        self._runs = runs
+
+    async def publish(self, job: JobId, events: Sequence[VertexEvent]) -> None:
+        """See :class:`cluster.solver.ports.JobEvents`."""
+        run = self._runs.get(job)
+        if run is not None and not run.is_lost:
+            await self._events.publish(job, events, fence=run.claim.fence)
+
+
+def _told(spec: JobSpec, outcome: JobOutcome) -> tuple[JobState, bytes, dict[Digest, bytes]]:
+    """Return what is recorded of how a job has ended."""
+    match outcome:
+        case JobDone(results=results):
+            named = zip(spec.targets, results, strict=True)
+            return JobState.DONE, b"", {target: encode("result", result) for target, result in named}
+        case JobFailed(error=error):
+            return JobState.FAILED, encode_error(error), {}
+        case JobStopped():
+            return JobState.CANCELLED, b"", {}

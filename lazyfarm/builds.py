@@ -1,0 +1,264 @@
+"""Builds of one driver: what is sent before a job is submitted, and being there for it until it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets as random
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actors.handles import SchedulerHandle
+from actors.version import VERSION
+from cluster.config import Config
+from cluster.digest import Digest, digest_of
+from cluster.errors import ClusterError, InvalidArgumentError
+from cluster.graph import Definition, ImageOp, LocalOp, encode_definition, image_registries, pinned
+from cluster.job import JobEvent, JobId, JobRecord, JobSpec, JobState
+from cluster.messages import AssembleRequest, ResolveRequest, ResolveResult
+from cluster.provider import registries_of
+from cluster.ref import ImageRecord, RefId
+from cluster.reference import ImageReference, parse_reference
+from cluster.solver.values import Result as SolverResult
+from cluster.wire import decode
+from lazyfarm.graph import Resolved, State, resolve
+from lazyfarm.job import EventCallback, Job, Result, read_secrets
+from lazyfarm.ref import Ref
+from storage.job_events import RedisJobEvents
+from storage.jobs import RedisJobStore
+from storage.keys import Keys
+from storage.link import RedisLink
+
+if TYPE_CHECKING:
+    from lazyfarm.context import ScannedTree
+    from lazyfarm.farm import Farm
+    from lazyfarm.session import Session
+
+#: Ops that only say where something comes from: to run them afresh would come to the same.
+_SOURCES = (ImageOp, LocalOp)
+_POKE_S = 5.0
+#: Threads that read and send local files.
+_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedImage:
+    """An image of a registry, as it is now."""
+
+    #: With its digest, so that it stays what it is whatever becomes of its tag.
+    reference: ImageReference
+    #: Of its manifest for the platform.
+    digest: Digest
+    #: ``os/architecture[/variant]``.
+    platform: str
+    #: Image config (JSON).
+    config: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """How something is built."""
+
+    config: bytes | None = None
+    no_cache: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+    detached: bool = False
+
+
+class Builds:
+    """The jobs of one driver."""
+
+    def __init__(self, farm: Farm, config: Config, session: Session, link: RedisLink) -> None:
+        self._farm = farm
+        self._config = config
+        self._session = session
+        self._link = link
+        self._keys = Keys(config.farm.name)
+        self._jobs = RedisJobStore(link, self._keys)
+        self._events = RedisJobEvents(link, self._keys)
+        #: By job: what it may ask for, and the config of what is built.
+        self._secrets: dict[JobId, Mapping[str, bytes]] = {}
+        self._configs: dict[JobId, bytes] = {}
+
+    # -- before --------------------------------------------------------------------------------------------------
+
+    def solve(
+        self,
+        graph: State | Sequence[State] | Resolved | Definition,
+        options: BuildOptions,
+        *,
+        secrets: Mapping[str, bytes | str | Path],
+        on_event: EventCallback | None,
+    ) -> Job:
+        """Return the job that builds *graph*, to be submitted."""
+        if options.detached and secrets:
+            reason = "nobody is there to give them while the job runs; leave `detached` out"
+            raise InvalidArgumentError("secrets", "given to a detached job", reason)
+        job = JobId(random.token_hex(8))
+        self._secrets[job] = read_secrets(secrets)
+        if options.config is not None:
+            self._configs[job] = options.config
+        return Job(
+            self,
+            job,
+            submit=lambda: self._submit(job, graph, options),
+            is_detached=options.detached,
+            on_event=on_event,
+        )
+
+    async def find(self, job: str) -> Job:
+        """Return the job of an ID, whoever submitted it.
+
+        Raises:
+            JobNotFoundError: there is none.
+        """
+        record = await self._jobs.get(JobId(job))
+        return Job(self, record.id, submit=None, is_detached=record.spec.is_detached)
+
+    async def resolve(self, image: str, *, platform: str | None, plain_http: bool) -> ResolvedImage:
+        """Read an image's manifest and config; no ref is made."""
+        reference = parse_reference(image)
+        request = ResolveRequest(
+            session=await self._farm.info([reference.host]),
+            image=reference.name,
+            platform=platform,
+            plain_http=plain_http,
+            lease_id=self._farm.lease_id(),
+        )
+        found: ResolveResult = await self._farm.on_worker(
+            lambda worker: worker.resolve_image(request, timeout_s=self._config.flight.deadline_s)
+        )
+        digest = found.image.manifest.digest
+        return ResolvedImage(
+            reference=replace(reference, digest=reference.digest or digest),
+            digest=digest,
+            platform=found.image.platform,
+            config=found.config,
+        )
+
+    async def _submit(
+        self, job: JobId, graph: State | Sequence[State] | Resolved | Definition, options: BuildOptions
+    ) -> None:
+        trees: Mapping[Digest, ScannedTree] = {}
+        if isinstance(graph, Definition):
+            definition = graph
+        else:
+            states = [graph] if isinstance(graph, State) else graph
+            found = states if isinstance(states, Resolved) else await asyncio.to_thread(resolve, states)
+            definition, trees = found.definition, found.trees
+        definition, _ = await asyncio.gather(self._pin(definition), self._send(trees.values()))
+        session = await asyncio.to_thread(
+            self._session.info,
+            image_registries(definition),
+            progress=None,
+            deadline_s=self._config.flight.deadline_s,
+            session_id=self._session.id_of_job(job),
+        )
+        payload = encode_definition(definition)
+        rerun = [] if not options.no_cache else definition.order
+        spec = JobSpec(
+            id=job,
+            definition=digest_of(payload),
+            targets=definition.targets,
+            session=session,
+            no_cache=tuple(d for d in rerun if not isinstance(definition.vertices[d].op, _SOURCES)),
+            is_detached=options.detached,
+            labels=dict(options.labels),
+        )
+        await self._jobs.submit(spec, payload)
+        await self._poke(job)
+
+    async def _pin(self, definition: Definition) -> Definition:
+        """Name every image by what its tag stands for now, so that all of the job, and later ones, mean the same."""
+        ops = {
+            vertex.op
+            for vertex in definition.vertices.values()
+            if isinstance(vertex.op, ImageOp) and parse_reference(vertex.op.reference).digest is None
+        }
+
+        async def pin(op: ImageOp) -> tuple[ImageOp, ImageOp]:
+            found = await self.resolve(op.reference, platform=op.platform or None, plain_http=op.plain_http)
+            return op, replace(op, reference=found.reference.name)
+
+        return pinned(definition, dict(await asyncio.gather(*(pin(op) for op in ops))))
+
+    async def _send(self, trees: Iterable[ScannedTree]) -> None:
+        """Send what the farm lacks of local directories."""
+        from storage.blobs import S3ContentStore  # noqa: PLC0415 - what no local directory needs is not imported
+        from storage.local_trees import LocalTrees  # noqa: PLC0415 - likewise
+
+        found = list(trees)
+        if not found:
+            return
+        store = S3ContentStore(self._config.s3)
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="local") as threads:
+            sender = LocalTrees(self._link, self._keys, store, threads=threads)
+            try:
+                for tree in found:
+                    await sender.send(tree.tree, tree.paths)
+            finally:
+                await asyncio.to_thread(store.close)
+
+    async def _poke(self, job: JobId) -> None:
+        """Say that there is something to do; schedulers look every second anyway."""
+        index = int(digest_of(job.encode()).rpartition(":")[2][:8], 16) % self._config.build.schedulers
+        scheduler = SchedulerHandle.of_index(index, farm=self._config.farm.name, version=VERSION)
+        with contextlib.suppress(ClusterError):
+            await scheduler.look_for_jobs(timeout_s=_POKE_S)
+
+    # -- meanwhile, for Job ---------------------------------------------------------------------------------------
+
+    def attending_job(self, job: JobId) -> AbstractAsyncContextManager[None]:
+        """Be there for a job while the body runs: answer its scheduler, and tell that its driver lives."""
+        return self._session.attending_job(job, secrets=self._secrets.get(job, {}))
+
+    def follow_job(self, job: JobId) -> AsyncIterator[JobEvent]:
+        """Yield a job's events."""
+        return self._events.follow(job, deadline_s=self._config.build.op_timeout_s * 10)
+
+    async def cancel_job(self, job: JobId) -> JobState:
+        """Ask for a job to be cancelled."""
+        return await self._jobs.request_cancel(job)
+
+    async def get_job(self, job: JobId) -> JobRecord:
+        """Return a job's record."""
+        return await self._jobs.get(job)
+
+    # -- after ------------------------------------------------------------------------------------------------------
+
+    async def job_result(self, record: JobRecord) -> Result:
+        """Return what a job came to, held by this driver's lease."""
+        found = [decode("result", SolverResult, record.results[target]) for target in record.spec.targets]
+        refs = []
+        for result in found:
+            if result.ref is None:
+                refs.append(Ref(self._farm, (), None))
+                continue
+            chain = await self._farm.chain(RefId(result.ref))
+            await self._farm.hold([state.record.id for state in chain])
+            refs.append(Ref(self._farm, chain, None))
+        config = self._configs.get(record.id) or next((r.config for r in found if r.config is not None), None)
+        return Result(record.id, tuple(refs), config)
+
+    async def tag(self, result: Result, name: str, *, created_s: int | None) -> Ref:
+        """Make an image of a result under a name."""
+        ref = result.ref
+        ref.raise_if_released()
+        registries = registries_of(handle for state in ref.layers for handle in state.providers)
+        request = AssembleRequest(
+            session=await self._farm.info(registries),
+            name=parse_reference(name).name,
+            ref_id=ref.id if ref.layers else None,
+            config=result.config or b"",
+            handlers=ref.handlers,
+            lease_id=self._farm.lease_id(),
+            created_s=created_s,
+        )
+        record: ImageRecord = await self._farm.on_worker(
+            lambda worker: worker.assemble(request, timeout_s=self._config.flight.deadline_s)
+        )
+        return Ref(self._farm, ref.layers, record, ref.handlers)
