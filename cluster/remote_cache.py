@@ -172,8 +172,8 @@ class CacheBuilder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Exportable:
-    """A vertex of a job, with what it came to."""
+class ExportCandidate:
+    """A vertex of a job, with what it came to, as whoever exports it is told."""
 
     keys: tuple[Digest, ...]
     #: Top of its chain; None: an empty filesystem.
@@ -184,17 +184,17 @@ class Exportable:
     is_target: bool = False
 
 
-def select(exportables: Iterable[Exportable], mode: CacheMode, passed: Collection[RefId]) -> list[Exportable]:
+def select(candidates: Iterable[ExportCandidate], mode: CacheMode, passed: Collection[RefId]) -> list[ExportCandidate]:
     """Return what is exported.
 
     Args:
-        exportables: Every vertex that has a result.
+        candidates: Every vertex that has a result.
         mode: ``max``: all of them; ``min``: targets, and those whose layers targets have anyway.
         passed: The refs of the targets' chains.
     """
     return [
         found
-        for found in exportables
+        for found in candidates
         if found.keys and (mode is CacheMode.MAX or found.is_target or (found.ref is not None and found.ref in passed))
     ]
 

@@ -24,7 +24,7 @@ from cluster.remote_cache import (
     CachedNode,
     CacheEntry,
     CacheNode,
-    Exportable,
+    ExportCandidate,
     RemoteCache,
     decode,
     embed,
@@ -220,10 +220,10 @@ def test_a_cache_refers_to_nothing_that_it_lacks():
 
 BELOW, TOP, ASIDE = RefId("below"), RefId("top"), RefId("aside")
 VERTICES = (
-    Exportable(keys=(K1,), ref=BELOW),
-    Exportable(keys=(K2,), ref=TOP, is_target=True),
-    Exportable(keys=(K3,), ref=ASIDE),
-    Exportable(keys=(K3,), ref=None),
+    ExportCandidate(keys=(K1,), ref=BELOW),
+    ExportCandidate(keys=(K2,), ref=TOP, is_target=True),
+    ExportCandidate(keys=(K3,), ref=ASIDE),
+    ExportCandidate(keys=(K3,), ref=None),
 )
 
 
@@ -234,12 +234,12 @@ def test_min_exports_targets_and_what_they_consist_of():
 
 def test_max_exports_whatever_has_a_result():
     """What was only copied from as well; but nothing that could not be found."""
-    assert select([*VERTICES, Exportable(keys=(), ref=TOP)], CacheMode.MAX, {BELOW, TOP}) == list(VERTICES)
+    assert select([*VERTICES, ExportCandidate(keys=(), ref=TOP)], CacheMode.MAX, {BELOW, TOP}) == list(VERTICES)
 
 
 def test_an_empty_target_is_exported():
     """It has no layers that it could be known by."""
-    empty = Exportable(keys=(K1,), ref=None, is_target=True)
+    empty = ExportCandidate(keys=(K1,), ref=None, is_target=True)
     assert select([empty], CacheMode.MIN, ()) == [empty]
 
 
