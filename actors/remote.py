@@ -99,3 +99,11 @@ class RemoteFetchWorker(_RemoteSessionServer):
     async def push(self, payload: bytes) -> bytes:
         """Forward."""
         return await self._actor.push(payload)
+
+    async def export_cache(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.export_cache(payload)
+
+    async def import_cache(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.import_cache(payload)
