@@ -20,11 +20,14 @@ from actors.shell import answers
 from actors.version import VERSION
 from cluster.cache.ring import ShardRing
 from cluster.cache.runner import usable_providers
+from cluster.cache_options import CacheKind, CacheTarget
 from cluster.config import Config
 from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import ClusterError, InternalError, LeaseLostError
 from cluster.fetch.assemble import Assembler
+from cluster.fetch.cache_export import CacheExporter, CachePlace, RegistryPlace
+from cluster.fetch.cache_import import CacheImporter
 from cluster.fetch.extract import Extractor
 from cluster.fetch.keep import Keeper
 from cluster.fetch.pull import Puller
@@ -33,9 +36,13 @@ from cluster.fetch.runner import Caller, Unlazier, progress_of
 from cluster.lease import LeaseId
 from cluster.messages import (
     AssembleRequest,
+    ExportCacheRequest,
+    ExportCacheResult,
     ExtractRequest,
     ExtractResult,
     GetByBlobRequest,
+    ImportCacheRequest,
+    ImportCacheResult,
     LayerFetch,
     PullRequest,
     PullResult,
@@ -374,6 +381,44 @@ class FetchWorker(SessionServer):
                 }
             )
             return pushed
+
+    @answers("export-cache", ExportCacheRequest)
+    async def export_cache(self, request: ExportCacheRequest) -> ExportCacheResult:
+        """Export results to a remote cache; see :class:`cluster.fetch.cache_export.CacheExporter`."""
+        parts = await self._started()
+        target = request.target
+        async with self._serving("export_cache", request.session, target=target.name) as (authorizer, figures):
+            exporter = CacheExporter(refs=parts.stores.refs, access=parts.stores.access)
+            caller = self._as_caller(authorizer, request.session, request.lease_id, {})
+            place = self._place_of(parts, target)
+            exported = await exporter.export(place, target, request.candidates, request.handlers, caller)
+            figures.update(
+                {
+                    "results": exported.results,
+                    "left_out": exported.left_out,
+                    "layers": len(exported.layers),
+                    "uploaded_bytes": sum(layer.bytes for layer in exported.layers),
+                }
+            )
+            return exported
+
+    @answers("import-cache", ImportCacheRequest)
+    async def import_cache(self, request: ImportCacheRequest) -> ImportCacheResult:
+        """Read what a remote cache holds; see :class:`cluster.fetch.cache_import.CacheImporter`."""
+        parts = await self._started()
+        wanted = parse_platform(request.platform) if request.platform else default_platform(platform.machine())
+        async with self._serving("import_cache", request.session, source=request.source.name) as (authorizer, figures):
+            importer = CacheImporter(registry=parts.stores.registry, access=parts.stores.access)
+            imported = await importer.read(request.source, wanted, authorizer)
+            figures.update({"results": len(imported.cache.entries), "warning": imported.warning})
+            return imported
+
+    def _place_of(self, parts: _Parts, target: CacheTarget) -> CachePlace:
+        """Return where a cache goes; an inline one goes with its image, not by a call of its own."""
+        if target.kind is not CacheKind.REGISTRY:
+            raise InternalError(f"a cache of kind {target.kind.value} was to be exported by itself")
+        reference = parse_reference(target.ref)
+        return RegistryPlace(parts.pusher, parts.stores.registry, reference, plain_http=target.plain_http)
 
     async def _caller(
         self, parts: _Parts, authorizer: SessionAuthorizer, request: UnlazyRequest | ExtractRequest

@@ -17,10 +17,14 @@ from actors.replies import unwrap
 from cluster.errors import ActorLostError, DeadlineExceededError, UnavailableError
 from cluster.messages import (
     AssembleRequest,
+    ExportCacheRequest,
+    ExportCacheResult,
     ExtractRequest,
     ExtractResult,
     GetByBlobRequest,
     GetRequest,
+    ImportCacheRequest,
+    ImportCacheResult,
     PullRequest,
     PullResult,
     PushRequest,
@@ -149,6 +153,20 @@ class FetchWorkerHandle(SessionServerHandle):
     async def push(self, request: PushRequest, *, timeout_s: float) -> PushResult:
         """Push an image."""
         result: PushResult = await self.call("push", "push", request, PushResult, timeout_s)
+        return result
+
+    async def export_cache(self, request: ExportCacheRequest, *, timeout_s: float) -> ExportCacheResult:
+        """Export results to a remote cache."""
+        result: ExportCacheResult = await self.call(
+            "export_cache", "export-cache", request, ExportCacheResult, timeout_s
+        )
+        return result
+
+    async def import_cache(self, request: ImportCacheRequest, *, timeout_s: float) -> ImportCacheResult:
+        """Read what a remote cache holds."""
+        result: ImportCacheResult = await self.call(
+            "import_cache", "import-cache", request, ImportCacheResult, timeout_s
+        )
         return result
 
 

@@ -118,6 +118,14 @@ class RemoteFetchWorker(_RemoteSessionServer):
         """Forward."""
         return await self._actor.push(payload)
 
+    async def export_cache(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.export_cache(payload)
+
+    async def import_cache(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.import_cache(payload)
+
 
 class RemoteOpWorker(_RemoteSessionServer):
     """See :class:`actors.op_worker.OpWorker`."""

@@ -178,6 +178,39 @@ class InvalidPatternError(InputError):
         return f"invalid pattern {self.pattern!r}: {self.reason}"
 
 
+class CacheOptionError(InputError):
+    """What is given for ``--cache-to`` or ``--cache-from`` can't be meant."""
+
+    _hint = "write type=registry,ref=HOST/REPOSITORY:TAG, or that name alone"
+
+    def __init__(self, option: str, text: str, reason: str) -> None:
+        super().__init__(option, text, reason)
+        self.option = option
+        self.text = text
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.text!r}: {self.reason}"
+
+
+class CacheTooLargeError(InputError):
+    """A cache has more layers or results than its manifest and config may have bytes."""
+
+    _hint = "export it with mode=min"
+
+    def __init__(self, reference: str, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(reference, size_bytes, limit_bytes)
+        self.reference = reference
+        self.size_bytes = size_bytes
+        self.limit_bytes = limit_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"the cache for {self.reference} is too large: "
+            f"a document of {self.size_bytes} bytes, of {self.limit_bytes} at most"
+        )
+
+
 class ScanError(InputError):
     """A local directory, or something in it, can't be taken into a build."""
 
@@ -732,6 +765,34 @@ class MalformedManifestError(RegistryError):
 
     def __str__(self) -> str:
         return f"{self.reference} is malformed: {self.reason}"
+
+
+class NotACacheError(RegistryError):
+    """There is something under a cache's name, and it is no cache that this release reads."""
+
+    _hint = "export a cache there with --cache-to, or name another one"
+
+    def __init__(self, reference: str, reason: str) -> None:
+        super().__init__(reference, reason)
+        self.reference = reference
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.reference} holds no cache: {self.reason}"
+
+
+class MalformedCacheError(RegistryError):
+    """A remote cache doesn't parse or contradicts itself; *reference* is empty for one that is nowhere yet."""
+
+    _hint = "export the cache again"
+
+    def __init__(self, reference: str, reason: str) -> None:
+        super().__init__(reference, reason)
+        self.reference = reference
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the cache {self.reference or 'itself'} is malformed: {self.reason}"
 
 
 class ChallengedError(RegistryError):

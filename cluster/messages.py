@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cluster.cache_options import CacheSource, CacheTarget
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
 from cluster.lease import LeaseId
 from cluster.provider import DescHandler
 from cluster.ref import ImageRecord, RefId, RefState
+from cluster.remote_cache import ExportCandidate, RemoteCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +220,59 @@ class PushResult:
     #: Digest of the manifest there.
     digest: Digest
     layers: tuple[LayerPush, ...]
+
+
+# -- remote caches ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportCacheRequest:
+    """Export what a job's vertices came to, to a cache of its own; layers are mounted where they can be."""
+
+    session: SessionInfo
+    target: CacheTarget
+    #: Every vertex that has a result; the target's mode says which of them are exported.
+    candidates: tuple[ExportCandidate, ...]
+    handlers: tuple[DescHandler, ...]
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportCacheResult:
+    """What an export came to."""
+
+    #: As :attr:`cluster.cache_options.CacheTarget.name`.
+    target: str
+    #: Digest of the manifest there; None: there was nothing to export, or it failed and may.
+    digest: Digest | None
+    layers: tuple[LayerPush, ...] = ()
+    #: Results that are in the cache now.
+    results: int = 0
+    #: Results that can't be had any more, and are not in it.
+    left_out: int = 0
+    #: What people should know; "" for nothing.
+    warning: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportCacheRequest:
+    """Read a remote cache: its manifest and config; no ref is made, and no layer moves."""
+
+    session: SessionInfo
+    source: CacheSource
+    #: Of the image that an inline cache is in; None: the worker's own.
+    platform: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportCacheResult:
+    """What a remote cache holds; nothing, with a warning, where there is none that can be read."""
+
+    cache: RemoteCache
+    #: One for each way to get each layer.
+    handlers: tuple[DescHandler, ...] = ()
+    #: As :attr:`ExportCacheResult.warning`.
+    warning: str = ""
 
 
 # -- sessions ---------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ class Pusher:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._layer(layer, target, caller, providers.get(layer.digest, ())))
+                    group.create_task(self.place_layer(layer, target, caller, providers.get(layer.digest, ())))
                     for layer in unique
                 ]
         except BaseExceptionGroup as errors:
@@ -128,21 +128,15 @@ class Pusher:
         pushed = [task.result() for task in tasks]
         manifest = await self._read(image.manifest.digest)
         await self._config(image.config, target, caller)
-        await ahit(FaultPoint.PUSH_MANIFEST_BEFORE)
-        digest = await self._target.push_manifest(
-            target, reference.selector, image.manifest.media_type, manifest, caller.authorizer
-        )
-        for layer in (*unique, image.config, image.manifest):
-            if not layer.is_foreign:
-                await self._refs.add_providers(layer.digest, [target])
-        await self._access.record(
-            caller.authorizer, target, [d.digest for d in (*unique, image.config, image.manifest) if not d.is_foreign]
+        digest = await self.finish(
+            image.manifest, manifest, target, reference.selector, caller, placed=(*unique, image.config)
         )
         return PushResult(target=reference.name, digest=digest, layers=tuple(pushed))
 
-    async def _layer(
+    async def place_layer(
         self, layer: Descriptor, target: ProviderHandle, caller: Caller, providers: Sequence[ProviderHandle]
     ) -> LayerPush:
+        """Bring one layer to *target* as :meth:`push` does, and tell of its end; raises likewise."""
         try:
             done = await self._place(layer, target, caller, providers)
         except asyncio.CancelledError:
@@ -153,6 +147,24 @@ class Pusher:
             raise
         await self._tell(caller, layer, LayerPhase.DONE, done.how)
         return done
+
+    async def finish(
+        self,
+        manifest: Descriptor,
+        data: bytes,
+        target: ProviderHandle,
+        selector: str,
+        caller: Caller,
+        *,
+        placed: Sequence[Descriptor],
+    ) -> Digest:
+        """Put a manifest under a tag or digest, and record *target* as a source of it and of all that was *placed*."""
+        await ahit(FaultPoint.PUSH_MANIFEST_BEFORE)
+        digest = await self._target.push_manifest(target, selector, manifest.media_type, data, caller.authorizer)
+        there = [descriptor.digest for descriptor in (*placed, manifest) if not descriptor.is_foreign]
+        await asyncio.gather(*(self._refs.add_providers(one, [target]) for one in there))
+        await self._access.record(caller.authorizer, target, there)
+        return digest
 
     async def _place(
         self, layer: Descriptor, target: ProviderHandle, caller: Caller, providers: Sequence[ProviderHandle]

@@ -6,9 +6,10 @@ Follows the OCI distribution-spec v1.1. Bytes of layers that come *in* go anothe
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import structlog
 
@@ -48,12 +49,25 @@ from storage.registry.pool import AuthorizationPool
 from storage.registry.transport import Answer, Transport
 from storage.registry.upload import Upload, Uploader
 
+T = TypeVar("T")
+
 _OF_MANIFESTS = {"Accept": ", ".join(ACCEPTED_MANIFESTS)}
 
 #: Returns the bytes of a digest where the caller has them already, else None.
 Have = Callable[[Digest], Awaitable[bytes | None]]
 
 _log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Documents:
+    """A platform's manifest and config as they were read."""
+
+    manifest: Manifest
+    manifest_bytes: bytes
+    config_bytes: bytes
+    #: The platform under which an index lists the manifest; None where there is no index.
+    listed: Platform | None
 
 
 class RegistryClient:
@@ -150,23 +164,68 @@ class RegistryClient:
             UnsupportedManifestError, MalformedManifestError, PlatformNotFoundError: see :mod:`cluster.image`.
             DigestMismatchError, SizeMismatchError: the registry served something else.
         """
-        for endpoint in self.endpoints(reference.handle(plain_http=plain_http)):
+
+        async def read(endpoint: Endpoint) -> ResolvedImage:
+            found = await self._documents_at(endpoint, reference, platform, authorizer, have=have)
+            return assemble(
+                reference,
+                found.manifest,
+                manifest_bytes=found.manifest_bytes,
+                config_bytes=found.config_bytes,
+                wanted=platform,
+                listed=found.listed,
+            )
+
+        return await self._at_first(self.endpoints(reference.handle(plain_http=plain_http)), reference.name, read)
+
+    async def documents(
+        self,
+        reference: ImageReference,
+        platform: Platform,
+        authorizer: Authorizer,
+        *,
+        plain_http: bool = False,
+        max_config_bytes: int = MAX_MANIFEST_BYTES,
+    ) -> tuple[Manifest, bytes]:
+        """Read a manifest and its config, of whatever kind that is, as :meth:`resolve` does; no layer.
+
+        Raises:
+            ManifestNotFoundError, BlobNotFoundError, UnsupportedManifestError, MalformedManifestError,
+            PlatformNotFoundError, DigestMismatchError, SizeMismatchError: as :meth:`resolve`.
+            RegistryProtocolError: the config has more than *max_config_bytes*.
+        """
+
+        async def read(endpoint: Endpoint) -> tuple[Manifest, bytes]:
+            found = await self._documents_at(
+                endpoint, reference, platform, authorizer, max_config_bytes=max_config_bytes
+            )
+            return found.manifest, found.config_bytes
+
+        return await self._at_first(self.endpoints(reference.handle(plain_http=plain_http)), reference.name, read)
+
+    async def _at_first(
+        self, candidates: Sequence[Endpoint], image: str, read: Callable[[Endpoint], Awaitable[T]]
+    ) -> T:
+        """Return what *read* makes of the first endpoint at which nothing is wrong; the last is the registry itself."""
+        for endpoint in candidates:
             try:
-                return await self._resolve_at(endpoint, reference, platform, authorizer, have)
+                return await read(endpoint)
             except (RegistryError, ContentError, UnavailableError) as exc:
                 if not endpoint.is_mirror:
                     raise
-                _log.info("mirror.skipped", mirror=endpoint.registry, image=reference.name, error=str(exc))
+                _log.info("mirror.skipped", mirror=endpoint.registry, image=image, error=str(exc))
         raise InternalError("a registry without an endpoint of its own")
 
-    async def _resolve_at(
+    async def _documents_at(
         self,
         endpoint: Endpoint,
         reference: ImageReference,
         platform: Platform,
         authorizer: Authorizer,
-        have: Have | None,
-    ) -> ResolvedImage:
+        *,
+        have: Have | None = None,
+        max_config_bytes: int = MAX_MANIFEST_BYTES,
+    ) -> _Documents:
         data, found = await self._manifest(endpoint, reference, reference.selector, authorizer)
         listed: Platform | None = None
         if isinstance(found, Index):
@@ -175,8 +234,8 @@ class RegistryClient:
             data, found = await self._listed_manifest(endpoint, reference, entry.manifest, authorizer, have)
         config = await self._had(found.config, have)
         if config is None:
-            config = await self._config_blob(endpoint, found.config, authorizer)
-        return assemble(reference, found, manifest_bytes=data, config_bytes=config, wanted=platform, listed=listed)
+            config = await self._config_blob(endpoint, found.config, authorizer, max_config_bytes)
+        return _Documents(manifest=found, manifest_bytes=data, config_bytes=config, listed=listed)
 
     async def _manifest(
         self, endpoint: Endpoint, reference: ImageReference, selector: str, authorizer: Authorizer
@@ -217,11 +276,11 @@ class RegistryClient:
             raise RegistryProtocolError(f"reading the manifest of {reference.name}", 0, "its index lists an index")
         return data, found
 
-    async def _config_blob(self, endpoint: Endpoint, config: Descriptor, authorizer: Authorizer) -> bytes:
-        if config.size_bytes > MAX_MANIFEST_BYTES:
-            raise RegistryProtocolError(
-                f"reading config {config.digest}", 0, f"it is larger than {MAX_MANIFEST_BYTES} bytes"
-            )
+    async def _config_blob(
+        self, endpoint: Endpoint, config: Descriptor, authorizer: Authorizer, max_bytes: int
+    ) -> bytes:
+        if config.size_bytes > max_bytes:
+            raise RegistryProtocolError(f"reading config {config.digest}", 0, f"it is larger than {max_bytes} bytes")
         what, url = f"config {config.digest}", endpoint.blob_url(config.digest)
         answer = await self._read("GET", url, endpoint, authorizer, what=what, max_bytes=config.size_bytes)
         if answer.status == NOT_FOUND:
