@@ -160,7 +160,8 @@ class LocalTrees:
     async def materialise(self, tree: Tree, directory: str | os.PathLike[str]) -> None:
         """Write a tree into *directory*, which is there and empty; every content is hashed on its way.
 
-        Everything gets the mode that the tree says and one time, and as root also root for an owner. Where it fails,
+        Everything gets the mode that the tree says and one time, and as root also root for an owner; *directory* itself
+        gets that time. Where it fails,
         some of it has been written; when it has ended, also by cancellation, nothing is written any more.
 
         Raises:

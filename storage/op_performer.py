@@ -41,7 +41,6 @@ from storage.containers.logs import LogSink
 from storage.containers.runc import Runc
 from storage.file_ops.actions import describe, perform
 from storage.file_ops.checksum import content_digest, mount_digest
-from storage.file_ops.paths import MADE_NS
 from storage.layer_upload import LayerStore
 from storage.local_trees import LocalTrees
 from storage.snapshots import LayeredSnapshotter
@@ -233,8 +232,6 @@ class OpPerformer:
         tree = await self._trees.open_tree(op.tree)
         async with self._workspace(None, call.name) as workspace:
             await self._trees.materialise(tree, workspace.path)
-            # A manifest doesn't have the directory itself, whose time is when it was written into.
-            await self._in_thread(partial(os.utime, workspace.path, ns=(MADE_NS, MADE_NS)))
             return await self._keep(call, workspace, None)
 
     async def _diff(self, call: _Call, lower: RefRecord | None, upper: RefRecord | None) -> RefRecord | None:

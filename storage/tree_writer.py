@@ -64,7 +64,10 @@ class TreeWriter:
                 shutil.copyfileobj(source, target)
 
     def end(self) -> None:
-        """Give everything its owner, mode and time, what is in a directory before the directory."""
+        """Give everything its owner, mode and time, what is in a directory before the directory.
+
+        Of the directory that all is written into, which the tree says nothing of, only the time is set.
+        """
         for entry in reversed(self._tree.entries):
             path = self._directory / entry.path
             with _writing(path):
@@ -73,6 +76,8 @@ class TreeWriter:
                 if entry.kind is not EntryKind.SYMLINK:
                     path.chmod(entry.mode)
                 os.utime(path, ns=(_MTIME_NS, _MTIME_NS), follow_symlinks=False)
+        with _writing(self._directory):
+            os.utime(self._directory, ns=(_MTIME_NS, _MTIME_NS))
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

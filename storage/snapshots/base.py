@@ -139,11 +139,14 @@ class LayeredSnapshotter(ABC):
         It shows the owners and devices that could only be recorded, too. The caller keeps it from being removed.
 
         Raises:
-            SnapshotError: it is not published here.
+            SnapshotError: it is not published here, or the disk refused.
         """
         if chain == EMPTY_CHAIN:
             return Tree([bytes(self._empty)], _implied_owner())
-        return self._tree(chain, "reading")
+        try:
+            return self._tree(chain, "reading")
+        except OSError as exc:
+            raise SnapshotError(chain, "reading", str(exc)) from exc
 
     def snapshots(self) -> Iterable[Digest]:
         """List the published snapshots."""

@@ -109,7 +109,7 @@ async def test_a_directory_comes_out_as_it_was(trees, source, tmp_path):
 
     assert scan(out).digest == sent.tree
     assert str((out / "link").readlink()) == "sub/../a.txt"
-    assert {os.lstat(path).st_mtime for path in [*out.rglob("*")]} == {MTIME_S}
+    assert {os.lstat(path).st_mtime for path in [out, *out.rglob("*")]} == {MTIME_S}
     (out / "sub").chmod(0o755)
 
 
