@@ -16,11 +16,12 @@ from typing import TypeVar
 import structlog
 
 from actors.boot import Stores, new_token
-from actors.handles import FetchWorkerHandle, OpWorkerHandle
+from actors.handles import OpWorkerHandle
 from actors.holds import Holds
 from actors.job_sessions import JobSessions, WorkSession
 from actors.placement import Placement
-from actors.version import VERSION
+from actors.remote_caches import RemoteCaches
+from actors.workers import RETRY_PAUSE_S, RETRY_S, Workers
 from cluster.cache.runner import usable_providers
 from cluster.config import Config
 from cluster.digest import Digest, digest_of
@@ -53,9 +54,6 @@ T = TypeVar("T")
 
 log = structlog.get_logger()
 
-#: Seconds for which a call is made again while the worker it goes to is being restarted.
-_RETRY_S = 30.0
-_RETRY_PAUSE_S = 0.5
 #: Workers that one op may lose: one that it takes down with it is no bad luck the third time.
 _MAX_LOST = 3
 #: Seconds between looks at who else an op is done for.
@@ -77,6 +75,9 @@ class OpDispatcher:
         sessions: Who answers for jobs.
         holds: What is held for uses of vertices.
         renewer: Renews flights.
+        placement: Says where.
+        workers: Do it.
+        caches: Remote caches that jobs name.
         published: What a job's vertices published of some cache opts (:meth:`cluster.solver.runner.Solver.cache_opts`).
     """
 
@@ -91,6 +92,8 @@ class OpDispatcher:
         holds: Holds,
         renewer: FlightRenewer,
         placement: Placement,
+        workers: Workers,
+        caches: RemoteCaches,
         published: Callable[[JobId, Digest, Sequence[str]], Mapping[str, bytes]],
     ) -> None:
         self._name = name
@@ -101,6 +104,8 @@ class OpDispatcher:
         self._holds = holds
         self._renewer = renewer
         self._placement = placement
+        self._workers = workers
+        self._caches = caches
         self._published = published
         #: Images as jobs have resolved them, by job.
         self._resolved: dict[JobId, dict[Digest, ResolveResult]] = {}
@@ -129,6 +134,8 @@ class OpDispatcher:
     async def load(self, use: VertexUse, record: CacheRecord, opts: Mapping[str, bytes]) -> Result | None:
         """Hold a result, lazily, as one of the jobs that may use all of it."""
         result = record.result
+        if self._caches.is_imported(record):
+            return await self._caches.load(record, self._sessions.authorizer(_jobs(use)), await self._lease(use))
         if result.ref is not None:
             await self._stores.cache.get(
                 RefId(result.ref),
@@ -146,7 +153,7 @@ class OpDispatcher:
 
         async def on(node: str) -> Digest:
             await self._bring(use, node, [chain], session)
-            worker = self._op_worker(node)
+            worker = self._workers.op_worker(node)
             request = ContentKeyRequest(
                 session=session.info,
                 vertex=encode_vertex(use.vertex),
@@ -204,7 +211,10 @@ class OpDispatcher:
             )
 
     async def finish(self, job: JobId, exportables: Sequence[Exportable]) -> None:
-        """Nothing is left to do."""
+        """Write the remote caches that the job names."""
+        resolved = self._resolved.get(job, {}).values()
+        handlers = [handler for image in resolved for handler in image.handlers]
+        await self._caches.write(job, exportables, handlers, job_lease(job))
 
     async def release(self, hold: HoldId) -> None:
         """Let go of what is held."""
@@ -225,11 +235,10 @@ class OpDispatcher:
             lease_id=job_lease(job),
         )
 
-        async def at(worker: FetchWorkerHandle) -> ResolveResult:
-            async with session.at(worker):
-                return await worker.resolve_image(request, timeout_s=self._config.flight.deadline_s)
-
-        resolved = await self._retrying(self._any_fetch_worker, at)
+        timeout_s = self._config.flight.deadline_s
+        resolved: ResolveResult = await self._workers.on_any(
+            lambda worker: session.calling(worker, worker.resolve_image(request, timeout_s=timeout_s))
+        )
         self._resolved.setdefault(job, {})[vertex.digest] = resolved
         return resolved
 
@@ -379,7 +388,7 @@ class OpDispatcher:
         return await self._somewhere(use, chains, session, on)
 
     async def _run_at(self, use: VertexUse, node: str, request: RunOpRequest, session: WorkSession) -> RefId | None:
-        worker = self._op_worker(node)
+        worker = self._workers.op_worker(node)
         async with session.at(worker):
             watching = asyncio.create_task(self._watch(use, worker, request.run_id, set(request.jobs)))
             try:
@@ -405,7 +414,7 @@ class OpDispatcher:
         wanted = {chain[-1].record.id: chain for chain in chains if chain}
         if not wanted:
             return
-        worker = self._fetch_worker(node)
+        worker = self._workers.fetch_worker(node)
         lease_id = await self._lease(use)
         async with session.at(worker):
             try:
@@ -424,10 +433,11 @@ class OpDispatcher:
 
     def _known_handlers(self, use: VertexUse, chain: Sequence[RefState]) -> tuple[DescHandler, ...]:
         """Return what the job's vertices published for a chain's layers: also whose progress their moving is."""
-        names = list(dict.fromkeys(_opt(state.record.blob.digest) for state in chain))
-        handlers: dict[DescHandler, None] = {}
+        digests = list(dict.fromkeys(state.record.blob.digest for state in chain))
+        handlers = dict.fromkeys(self._caches.handlers(_jobs(use), digests))
         for job in _jobs(use):
-            handlers |= dict.fromkeys(_handlers(self._published(job, use.vertex.digest, names)))
+            found = self._published(job, use.vertex.digest, [_opt(digest) for digest in digests])
+            handlers |= dict.fromkeys(_handlers(found))
         return tuple(handlers)
 
     async def _somewhere(
@@ -450,35 +460,11 @@ class OpDispatcher:
                     raise  # nobody is left that could answer; else it was this scheduler that was silent
                 log.warning("op.again", vertex=use.vertex.digest, node=node, error=str(exc))
                 now_s = time.monotonic()
-                give_up_s = give_up_s or now_s + _RETRY_S
+                give_up_s = give_up_s or now_s + RETRY_S
                 if now_s > give_up_s:
                     raise
                 avoided.add(node)
-                await asyncio.sleep(_RETRY_PAUSE_S)
-
-    # -- workers -------------------------------------------------------------------------------------------------------
-
-    async def _any_fetch_worker(self) -> FetchWorkerHandle:
-        return self._fetch_worker(await self._placement.any_node())
-
-    def _fetch_worker(self, node: str) -> FetchWorkerHandle:
-        return FetchWorkerHandle.of_node(node, farm=self._config.farm.name, version=VERSION)
-
-    def _op_worker(self, node: str) -> OpWorkerHandle:
-        return OpWorkerHandle.of_node(node, farm=self._config.farm.name, version=VERSION)
-
-    async def _retrying(
-        self, find: Callable[[], Awaitable[FetchWorkerHandle]], call: Callable[[FetchWorkerHandle], Awaitable[T]]
-    ) -> T:
-        """Make an idempotent call, again while its worker is being restarted."""
-        give_up_s = time.monotonic() + _RETRY_S
-        while True:
-            try:
-                return await call(await find())
-            except (ActorLostError, NodeNotFoundError):
-                if time.monotonic() > give_up_s:
-                    raise
-                await asyncio.sleep(_RETRY_PAUSE_S)
+                await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _lease(self, use: VertexUse) -> LeaseId:
         return await self._holds.lease(str(use.hold), {"owner": "vertex", "vertex": use.vertex.digest})

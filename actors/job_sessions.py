@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from actors.attending import attending
 from actors.handles import SessionServerHandle
@@ -25,6 +25,8 @@ from cluster.ports import Authorizer, AuthRequest
 from storage.registry.auth import CredentialAuthorizer
 from storage.registry.credentials import CredentialSource
 from storage.registry.identity import identity_key
+
+T = TypeVar("T")
 
 
 class _JobSession(Protocol):
@@ -144,6 +146,11 @@ class WorkSession:
         """Answer a worker's questions while the body runs."""
         async with attending(server, self.info.session_id, self._answer):
             yield
+
+    async def calling(self, server: SessionServerHandle, call: Awaitable[T]) -> T:
+        """Make a call, and answer its questions meanwhile."""
+        async with self.at(server):
+            return await call
 
     async def _answer(self, question: SessionQuestion) -> SessionAnswer:
         if question.secret:

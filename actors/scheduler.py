@@ -18,14 +18,20 @@ from actors.dispatch import OpDispatcher, job_lease
 from actors.holds import Holds
 from actors.job_sessions import JobSessions
 from actors.placement import Placement
+from actors.remote_caches import RemoteCaches
 from actors.session_host import SessionServer
+from actors.workers import Workers
 from cluster.digest import Digest
 from cluster.errors import ClusterError, InternalError, JobEndedError, JobNotFoundError, LeaseLostError, StaleFenceError
-from cluster.graph import Definition, decode_definition, image_registries
-from cluster.job import ClaimedJob, ClaimState, JobClaim, JobId, JobSpec, JobState, VertexEvent
+from cluster.fetch.cache_import import ImportedResult
+from cluster.graph import decode_definition
+from cluster.job import ClaimedJob, ClaimState, JobClaim, JobEvent, JobId, JobSpec, JobState, registries_of
+from cluster.job_result import TargetResult, encode_result
+from cluster.ref import RefId
+from cluster.solver.imported import ImportedKeys
 from cluster.solver.runner import Solver
-from cluster.solver.values import JobDone, JobFailed, JobOutcome, JobStopped
-from cluster.wire import decode, encode, encode_error
+from cluster.solver.values import JobDone, JobFailed, JobOutcome, JobStopped, Result
+from cluster.wire import decode, encode_error
 from storage.cache_keys import RedisKeyStore
 from storage.job_events import RedisJobEvents
 from storage.jobs import RedisJobStore
@@ -50,9 +56,9 @@ class _Parts:
 
     stores: Stores
     jobs: RedisJobStore
-    events: RedisJobEvents
     sessions: JobSessions
     dispatcher: OpDispatcher
+    caches: RemoteCaches
     solver: Solver
 
 
@@ -92,8 +98,18 @@ class SolverScheduler(SessionServer):
         sessions = JobSessions(self._sessions, config, prefix=f"scheduler-{token}")
         holds = Holds(stores.leases, prefix=f"hold-{token}", ttl_s=config.cache.lease_ttl_s)
         placement = Placement(stores.presence, stores.whereabouts, ops_per_node=config.build.ops_per_node)
-        key_store = RedisKeyStore(stores.link, keys)
-        events = RedisJobEvents(stores.link, keys)
+        workers = Workers(placement, farm=config.farm.name)
+        key_store: ImportedKeys[ImportedResult] = ImportedKeys(RedisKeyStore(stores.link, keys))
+        events = _FencedEvents(RedisJobEvents(stores.link, keys), self._runs)
+        caches = RemoteCaches(
+            keys=key_store,
+            cache=stores.cache,
+            refs=stores.refs,
+            sessions=sessions,
+            workers=workers,
+            tell=events.publish,
+            deadline_s=config.flight.deadline_s,
+        )
         dispatcher = OpDispatcher(
             name=f"{boot.name}/{token}",
             config=config,
@@ -103,15 +119,17 @@ class SolverScheduler(SessionServer):
             holds=holds,
             renewer=RedisFlightRenewer(config.redis, keys),
             placement=placement,
+            workers=workers,
+            caches=caches,
             published=lambda job, vertex, wanted: solver.cache_opts(job, vertex, wanted),  # noqa: PLW0108 - made below
         )
-        solver = Solver(dispatcher, key_store, _FencedEvents(events, self._runs))
+        solver = Solver(dispatcher, key_store, events)
         self._parts = _Parts(
             stores=stores,
             jobs=RedisJobStore(stores.link, keys),
-            events=events,
             sessions=sessions,
             dispatcher=dispatcher,
+            caches=caches,
             solver=solver,
         )
         for work in (
@@ -192,6 +210,7 @@ class SolverScheduler(SessionServer):
             await self._end(parts, run, outcome)
         finally:
             parts.dispatcher.forget(job)
+            parts.caches.forget(job)
             if self._runs.get(job) is run:
                 del self._runs[job]
             run.ended.set()
@@ -207,21 +226,18 @@ class SolverScheduler(SessionServer):
             await parts.stores.leases.create(
                 job_lease(spec.id), ttl_s=self._starter.boot.config.cache.lease_ttl_s, labels=labels
             )
-            with parts.sessions.of(spec, image_registries(definition)):
-                return await self._solve(parts, spec, definition)
+            with parts.sessions.of(spec, registries_of(definition, spec.cache_from, spec.cache_to)):
+                await parts.caches.read(spec)
+                return await parts.solver.solve(spec.id, definition, no_cache=spec.no_cache)
         except ClusterError as exc:
             return JobFailed(exc, None)
         except Exception as exc:
             log.exception("job.bug", job=spec.id)
             return JobFailed(InternalError(f"job {spec.id}: {type(exc).__name__}: {exc}"), None)
 
-    async def _solve(self, parts: _Parts, spec: JobSpec, definition: Definition) -> JobOutcome:
-        no_cache = spec.no_cache
-        return await parts.solver.solve(spec.id, definition, no_cache=no_cache)
-
     async def _end(self, parts: _Parts, run: _Run, outcome: JobOutcome) -> None:
         """Record how a job has ended; while Redis is away, for as long as the job is this scheduler's."""
-        state, error, results = _told(run.spec, outcome)
+        state, error, results = _told(parts.caches, run.spec, outcome)
         config = self._starter.boot.config.cache
         keep_s = config.keep_s if run.spec.is_detached else config.lease_ttl_s
         while not run.is_lost:
@@ -246,20 +262,26 @@ class _FencedEvents:
         self._events = events
         self._runs = runs
 
-    async def publish(self, job: JobId, events: Sequence[VertexEvent]) -> None:
+    async def publish(self, job: JobId, events: Sequence[JobEvent]) -> None:
         """See :class:`cluster.solver.ports.JobEvents`."""
         run = self._runs.get(job)
         if run is not None and not run.is_lost:
             await self._events.publish(job, events, fence=run.claim.fence)
 
 
-def _told(spec: JobSpec, outcome: JobOutcome) -> tuple[JobState, bytes, dict[Digest, bytes]]:
+def _told(caches: RemoteCaches, spec: JobSpec, outcome: JobOutcome) -> tuple[JobState, bytes, dict[Digest, bytes]]:
     """Return what is recorded of how a job has ended."""
     match outcome:
         case JobDone(results=results):
             named = zip(spec.targets, results, strict=True)
-            return JobState.DONE, b"", {target: encode("result", result) for target, result in named}
+            return JobState.DONE, b"", {target: _recorded(caches, spec, result) for target, result in named}
         case JobFailed(error=error):
             return JobState.FAILED, encode_error(error), {}
         case JobStopped():
             return JobState.CANCELLED, b"", {}
+
+
+def _recorded(caches: RemoteCaches, spec: JobSpec, result: Result) -> bytes:
+    ref = None if result.ref is None else RefId(result.ref)
+    inline = () if ref is None else caches.inline(spec.id, ref)
+    return encode_result(TargetResult(ref=ref, config=result.config, inline=inline))

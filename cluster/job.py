@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
 
 from cluster import wire
+from cluster.cache_options import CacheSource, CacheTarget
 from cluster.digest import Digest, is_digest
 from cluster.errors import MalformedPayloadError
+from cluster.graph import Definition, image_registries
 from cluster.messages import SessionInfo
 from cluster.progress import ProgressItem
+from cluster.reference import parse_reference
 
 #: Chosen by the driver, so that a submission may be repeated.
 JobId = NewType("JobId", str)
@@ -52,8 +56,19 @@ class JobSpec:
     no_cache: tuple[Digest, ...] = ()
     #: Goes on when its driver is gone.
     is_detached: bool = False
+    #: Remote caches that are read before, and written when all is there.
+    cache_from: tuple[CacheSource, ...] = ()
+    cache_to: tuple[CacheTarget, ...] = ()
     #: For people.
     labels: dict[str, str] = field(default_factory=dict)
+
+
+def registries_of(
+    definition: Definition, cache_from: Iterable[CacheSource], cache_to: Iterable[CacheTarget]
+) -> frozenset[str]:
+    """Return the hosts of the registries that a job may ask: of its images and its caches."""
+    references = [*(cache.ref for cache in cache_from), *(cache.ref for cache in cache_to)]
+    return image_registries(definition) | {parse_reference(ref).host for ref in references if ref}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +204,15 @@ class VertexLayers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobWarning:
+    """Something of the job, and of no vertex of it, is not as it was asked for; it goes on."""
+
+    text: str
+    #: As :attr:`VertexEvent.wall_s`.
+    wall_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobEnded:
     """The job has ended; nothing comes after it."""
 
@@ -216,13 +240,14 @@ def parse_layer_stream(stream: str) -> tuple[JobId, Digest] | None:
     return JobId(job), Digest(vertex)
 
 
-JobEvent = VertexEvent | VertexLog | VertexLogDropped | VertexLayers | JobEnded
+JobEvent = VertexEvent | VertexLog | VertexLogDropped | VertexLayers | JobWarning | JobEnded
 
 _EVENT_KINDS: dict[str, type[JobEvent]] = {
     "vertex": VertexEvent,
     "vertex-log": VertexLog,
     "vertex-log-dropped": VertexLogDropped,
     "vertex-layers": VertexLayers,
+    "job-warning": JobWarning,
     "job-ended": JobEnded,
 }
 _KINDS_OF_EVENTS: dict[type[JobEvent], str] = {cls: kind for kind, cls in _EVENT_KINDS.items()}

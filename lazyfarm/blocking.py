@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
+from cluster.cache_options import CacheSource, CacheTarget
 from cluster.descriptor import Descriptor
 from cluster.graph import Definition
 from cluster.job import JobId
@@ -271,11 +272,20 @@ class Farm(_Twin[asynchronous.Farm]):
         no_cache: bool = False,
         secrets: Mapping[str, bytes | str | Path] | None = None,
         labels: Mapping[str, str] | None = None,
+        cache_from: Sequence[str | CacheSource] = (),
+        cache_to: Sequence[str | CacheTarget] = (),
         on_event: EventCallback | None = None,
     ) -> Result:
         """Build what a graph describes and wait for it; see :meth:`lazyfarm.farm.Farm.solve`."""
         job = self._original.solve(
-            graph, config=config, no_cache=no_cache, secrets=secrets, labels=labels, on_event=on_event
+            graph,
+            config=config,
+            no_cache=no_cache,
+            secrets=secrets,
+            labels=labels,
+            cache_from=cache_from,
+            cache_to=cache_to,
+            on_event=on_event,
         )
         return Result(self._loop.run(lambda: job), self._loop)
 

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING
 
 from actors.handles import SchedulerHandle
 from actors.version import VERSION
+from cluster.cache_options import CacheSource, CacheTarget
 from cluster.config import Config
 from cluster.digest import Digest, digest_of
 from cluster.errors import ClusterError, InvalidArgumentError
-from cluster.graph import Definition, ImageOp, LocalOp, encode_definition, image_registries, pinned
-from cluster.job import JobEvent, JobId, JobRecord, JobSpec, JobState
+from cluster.graph import Definition, ImageOp, LocalOp, encode_definition, pinned
+from cluster.job import JobEvent, JobId, JobRecord, JobSpec, JobState, registries_of
+from cluster.job_result import decode_result
 from cluster.messages import AssembleRequest, ResolveRequest, ResolveResult
-from cluster.provider import registries_of
-from cluster.ref import ImageRecord, RefId
+from cluster.provider import registries_of as provider_registries
+from cluster.ref import ImageRecord
 from cluster.reference import ImageReference, parse_reference
-from cluster.solver.values import Result as SolverResult
-from cluster.wire import decode
+from cluster.remote_cache import CacheEntry, embed
 from lazyfarm.graph import Resolved, State, resolve
 from lazyfarm.job import EventCallback, Job, Result, read_secrets
 from lazyfarm.ref import Ref
@@ -66,6 +67,8 @@ class BuildOptions:
     config: bytes | None = None
     no_cache: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
+    cache_from: Sequence[CacheSource] = ()
+    cache_to: Sequence[CacheTarget] = ()
     detached: bool = False
 
 
@@ -153,7 +156,7 @@ class Builds:
         definition, _ = await asyncio.gather(self._pin(definition), self._send(trees.values()))
         session = await asyncio.to_thread(
             self._session.info,
-            image_registries(definition),
+            registries_of(definition, options.cache_from, options.cache_to),
             progress=None,
             deadline_s=self._config.flight.deadline_s,
             session_id=self._session.id_of_job(job),
@@ -166,6 +169,8 @@ class Builds:
             targets=definition.targets,
             session=session,
             no_cache=tuple(d for d in rerun if not isinstance(definition.vertices[d].op, _SOURCES)),
+            cache_from=tuple(options.cache_from),
+            cache_to=tuple(options.cache_to),
             is_detached=options.detached,
             labels=dict(options.labels),
         )
@@ -232,28 +237,36 @@ class Builds:
 
     async def job_result(self, record: JobRecord) -> Result:
         """Return what a job came to, held by this driver's lease."""
-        found = [decode("result", SolverResult, record.results[target]) for target in record.spec.targets]
+        found = [decode_result(record.results[target]) for target in record.spec.targets]
         refs = []
         for result in found:
             if result.ref is None:
                 refs.append(Ref(self._farm, (), None))
                 continue
-            chain = await self._farm.chain(RefId(result.ref))
+            chain = await self._farm.chain(result.ref)
             await self._farm.hold([state.record.id for state in chain])
             refs.append(Ref(self._farm, chain, None))
         config = self._configs.get(record.id) or next((r.config for r in found if r.config is not None), None)
-        return Result(record.id, tuple(refs), config)
+        return Result(record.id, tuple(refs), config, tuple(result.inline for result in found))
 
     async def tag(self, result: Result, name: str, *, created_s: int | None) -> Ref:
         """Make an image of a result under a name."""
         ref = result.ref
         ref.raise_if_released()
-        registries = registries_of(handle for state in ref.layers for handle in state.providers)
+        config = result.config or b""
+        if any(result.inline):
+            layers = [state.record.blob for state in ref.layers]
+            entries = (
+                CacheEntry(keys=each.keys, layers=tuple(layers[: each.layers]), config=each.config)
+                for each in result.inline[0]
+            )
+            config = embed(config or b"{}", layers, entries)
+        registries = provider_registries(handle for state in ref.layers for handle in state.providers)
         request = AssembleRequest(
             session=await self._farm.info(registries),
             name=parse_reference(name).name,
             ref_id=ref.id if ref.layers else None,
-            config=result.config or b"",
+            config=config,
             handlers=ref.handlers,
             lease_id=self._farm.lease_id(),
             created_s=created_s,

@@ -19,6 +19,7 @@ from actors.join import join_in_time
 from actors.version import VERSION
 from cluster.cache.names import find_ref
 from cluster.cache.ring import ShardRing
+from cluster.cache_options import CacheSource, CacheTarget, parse_cache_source, parse_cache_target
 from cluster.config import Config
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
@@ -335,6 +336,8 @@ class Farm:
         no_cache: bool = False,
         secrets: Mapping[str, bytes | str | Path] | None = None,
         labels: Mapping[str, str] | None = None,
+        cache_from: Sequence[str | CacheSource] = (),
+        cache_to: Sequence[str | CacheTarget] = (),
         detached: bool = False,
         on_event: EventCallback | None = None,
     ) -> Job:
@@ -352,6 +355,9 @@ class Farm:
             secrets: By ID, for the secret mounts of ops: values, or paths of files. They stay in this process but
                 for the commands that need them.
             labels: For people, as ``lazyfarm jobs`` shows them.
+            cache_from: Remote caches to look in, as ``type=registry,ref=HOST/REPOSITORY:TAG``; one that isn't there
+                is a miss.
+            cache_to: Remote caches to write, as ``type=registry,ref=…[,mode=max]`` or ``type=inline``.
             detached: Go on when this driver is gone; only with credentials that the farm is configured with.
             on_event: Called with each event while the job is awaited.
 
@@ -360,11 +366,19 @@ class Farm:
 
         Raises:
             InvalidArgumentError: secrets that can't be read, or for a detached job.
+            CacheOptionError: a remote cache that can't be meant.
             ScanError, FileChangedError: a local directory can't be read, when the job is submitted.
             ClusterError: what failed, from awaiting it; JobCancelledError if it was cancelled.
         """
         self._raise_if_closed()
-        options = BuildOptions(config=config, no_cache=no_cache, labels=labels or {}, detached=detached)
+        options = BuildOptions(
+            config=config,
+            no_cache=no_cache,
+            labels=labels or {},
+            cache_from=[parse_cache_source(each) if isinstance(each, str) else each for each in cache_from],
+            cache_to=[parse_cache_target(each) if isinstance(each, str) else each for each in cache_to],
+            detached=detached,
+        )
         return self._builds.solve(graph, options, secrets=secrets or {}, on_event=on_event)
 
     async def submit(
@@ -374,9 +388,19 @@ class Farm:
         config: bytes | None = None,
         no_cache: bool = False,
         labels: Mapping[str, str] | None = None,
+        cache_from: Sequence[str | CacheSource] = (),
+        cache_to: Sequence[str | CacheTarget] = (),
     ) -> Job:
         """Submit a detached job and return it: it goes on whatever becomes of this driver. See :meth:`solve`."""
-        job = self.solve(graph, config=config, no_cache=no_cache, labels=labels, detached=True)
+        job = self.solve(
+            graph,
+            config=config,
+            no_cache=no_cache,
+            labels=labels,
+            cache_from=cache_from,
+            cache_to=cache_to,
+            detached=True,
+        )
         return await job.submitted()
 
     async def tag(self, result: Result, name: str, *, created_s: int | None = None) -> Ref:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from cluster.errors import InternalError, InvalidArgumentError, JobCancelledError
 from cluster.job import JobEnded, JobEvent, JobId, JobRecord, JobState
+from cluster.job_result import InlineEntry
 from cluster.wire import decode_error
 from lazyfarm.ref import Ref
 
@@ -26,6 +27,8 @@ class Result:
     refs: tuple[Ref, ...]
     #: Image config (JSON) for what is made of it; None: of no image.
     config: bytes | None = field(default=None, repr=False)
+    #: For each target, what a cache within its image's config is to say; nothing where none was asked for.
+    inline: tuple[tuple[InlineEntry, ...], ...] = field(default=(), repr=False)
 
     @property
     def ref(self) -> Ref:

@@ -12,6 +12,7 @@ from cluster.job import (
     JobEnded,
     JobEvent,
     JobId,
+    JobWarning,
     VertexEvent,
     VertexLayers,
     VertexLog,
@@ -96,6 +97,8 @@ def _arguments(event: JobEvent) -> tuple[Argument, ...]:
             about = ("layer", f"{event.vertex} {item.item}", _standing(item))
         case VertexEvent() | VertexLogDropped():
             about = ("state", event.vertex, "")
+        case JobWarning():
+            about = ("state", "", "")
         case JobEnded():
             raise InternalError("the end of a job is told by who ends it")
     return (*about, *encode_event(event))
