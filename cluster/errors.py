@@ -861,6 +861,33 @@ class JobNotFoundError(JobError):
         return f"no job {self.job!r} is known to this farm"
 
 
+class AmbiguousJobError(JobError):
+    """A shortened job ID names several jobs."""
+
+    _hint = "give more of the job's ID"
+
+    def __init__(self, job: str, matches: int) -> None:
+        super().__init__(job, matches)
+        self.job = job
+        self.matches = matches
+
+    def __str__(self) -> str:
+        return f"{self.job!r} names {self.matches} jobs"
+
+
+class JobCancelledError(JobError):
+    """A job was cancelled: somebody asked for it, or its driver was gone."""
+
+    _hint = "build again: what was made is cached; --detach keeps a build going without its driver"
+
+    def __init__(self, job: str) -> None:
+        super().__init__(job)
+        self.job = job
+
+    def __str__(self) -> str:
+        return f"job {self.job} was cancelled"
+
+
 class JobEndedError(JobError):
     """A job has ended in *state* already; nothing was changed."""
 
