@@ -875,19 +875,6 @@ class AmbiguousJobError(JobError):
         return f"{self.job!r} names {self.matches} jobs"
 
 
-class JobCancelledError(JobError):
-    """A job was cancelled: somebody asked for it, or its driver was gone."""
-
-    _hint = "build again: what was made is cached; --detach keeps a build going without its driver"
-
-    def __init__(self, job: str) -> None:
-        super().__init__(job)
-        self.job = job
-
-    def __str__(self) -> str:
-        return f"job {self.job} was cancelled"
-
-
 class JobEndedError(JobError):
     """A job has ended in *state* already; nothing was changed."""
 
@@ -900,6 +887,17 @@ class JobEndedError(JobError):
 
     def __str__(self) -> str:
         return f"job {self.job} has ended already: {self.state}"
+
+
+class JobCancelledError(JobError):
+    """A job was cancelled: by request, or because its driver was gone."""
+
+    def __init__(self, job: str) -> None:
+        super().__init__(job)
+        self.job = job
+
+    def __str__(self) -> str:
+        return f"job {self.job} was cancelled"
 
 
 class JobIdTakenError(JobError):

@@ -16,7 +16,7 @@ from lazyfarm.cli.quick import spare_pydantic
 COMMANDS = (
     *("up", "down", "status", "doctor"),
     *("pull", "refs", "unlazy", "extract", "push"),
-    *("jobs", "attach"),
+    *("build", "jobs", "attach"),
     "leases",
 )
 
