@@ -922,6 +922,20 @@ class JobNotFoundError(JobError):
         return f"no job {self.job!r} is known to this farm"
 
 
+class AmbiguousJobError(JobError):
+    """A shortened job ID names several jobs."""
+
+    _hint = "give more of the job's ID"
+
+    def __init__(self, job: str, matches: int) -> None:
+        super().__init__(job, matches)
+        self.job = job
+        self.matches = matches
+
+    def __str__(self) -> str:
+        return f"{self.job!r} names {self.matches} jobs"
+
+
 class JobEndedError(JobError):
     """A job has ended in *state* already; nothing was changed."""
 

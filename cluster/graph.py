@@ -446,6 +446,13 @@ class _Body(msgspec.Struct):
     names: dict[Digest, str] = {}
 
 
+class _Targets(msgspec.Struct):
+    """What of a definition's payload tells its targets by name."""
+
+    targets: tuple[Digest, ...]
+    names: dict[Digest, str] = {}
+
+
 def encode_definition(definition: Definition) -> bytes:
     """Return a definition as a payload."""
     rows = [_row(definition.vertices[digest]) for digest in definition.order]
@@ -465,6 +472,16 @@ def decode_definition(data: bytes) -> Definition:
     body = wire.decode(_KIND, _Body, data)
     vertices = {row.digest: Vertex(_op(row, body.names.get(row.digest, "")), row.inputs) for row in body.vertices}
     return Definition(vertices, body.targets, body.names)
+
+
+def decode_targets(data: bytes) -> dict[Digest, str]:
+    """Return the names of the targets of the definition in a payload; cheap, as its vertices are not looked at.
+
+    Raises:
+        UnknownVersionError, MalformedPayloadError: as :func:`decode_definition`.
+    """
+    body = wire.decode(_KIND, _Targets, data)
+    return {target: body.names.get(target, "") for target in body.targets}
 
 
 def encode_vertex(vertex: Vertex) -> bytes:

@@ -116,6 +116,10 @@ class JobStore(Protocol):
         """Return a job, until a week after its end; JobNotFoundError if it is unknown."""
         ...
 
+    async def find(self, start: str, *, most: int = 100) -> list[JobId]:
+        """Return the IDs that begin with *start* of the last *most* such jobs submitted, newest first."""
+        ...
+
     async def definition(self, job: JobId) -> bytes:
         """Return the payload of a job's definition; JobNotFoundError if it is unknown."""
         ...
@@ -152,6 +156,10 @@ class JobEvents(Protocol):
             JobNotFoundError: it is unknown.
             StaleFenceError: another has claimed it since; nothing was published.
         """
+        ...
+
+    async def told(self, job: JobId) -> list[JobEvent]:
+        """Return the job's events so far; JobNotFoundError if it is unknown."""
         ...
 
     def follow(self, job: JobId, *, deadline_s: float) -> AsyncIterator[JobEvent]:

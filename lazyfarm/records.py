@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 from cluster.cache.names import find_ref
 from cluster.errors import FarmNotRunningError, NoLayersError
+from cluster.job import JobEvent, JobId, JobRecord
 from cluster.lease import Lease, LeaseId, ref_resource
 from cluster.messages import ActorRecord, NodeRecord
 from cluster.ref import ImageRecord, RefState, RefUsage
 from cluster.settings import FarmSettings
+from lazyfarm.jobs import FarmJobs
 from storage.connect import connect
 from storage.keys import Keys
 from storage.leases import RedisLeaseStore
@@ -36,6 +38,15 @@ class RefDetails:
     images: tuple[ImageRecord, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobDetails:
+    """A job, and what it is to build."""
+
+    record: JobRecord
+    #: What people call its targets.
+    targets: tuple[str, ...]
+
+
 class FarmRecords:
     """Blocking, read-only face of a farm's Redis; moves nothing and marks nothing used."""
 
@@ -54,6 +65,7 @@ class FarmRecords:
         self._refs = RedisRefStore(self._link, keys)
         self._leases = RedisLeaseStore(self._link, keys)
         self._presence = Presence(self._link, keys)
+        self._jobs = FarmJobs.over(self._link, keys)
 
     def close(self) -> None:
         """Disconnect."""
@@ -109,3 +121,28 @@ class FarmRecords:
     def leases(self) -> list[Lease]:
         """Return the live leases."""
         return self._run(self._leases.leases())
+
+    def jobs(self) -> list[JobDetails]:
+        """Return the last jobs submitted, newest first."""
+        return self._run(self._newest_jobs())
+
+    async def _newest_jobs(self) -> list[JobDetails]:
+        jobs = await self._jobs.newest()
+        targets = await asyncio.gather(*(self._jobs.targets(job.id) for job in jobs))
+        return [JobDetails(record=job, targets=named) for job, named in zip(jobs, targets, strict=True)]
+
+    def job(self, name: str) -> JobDetails:
+        """Return a job, by its ID or how that begins.
+
+        Raises:
+            JobNotFoundError, AmbiguousJobError: it names none, or several.
+        """
+        return self._run(self._job(name))
+
+    async def _job(self, name: str) -> JobDetails:
+        record = await self._jobs.find(name)
+        return JobDetails(record=record, targets=await self._jobs.targets(record.id))
+
+    def events(self, job: JobId) -> list[JobEvent]:
+        """Return what a job's driver was told so far; JobNotFoundError if it is unknown."""
+        return self._run(self._jobs.told(job))

@@ -56,6 +56,18 @@ class RedisJobEvents:
             case b"stale":
                 raise StaleFenceError(f"job:{job}", fence or 0)
 
+    async def told(self, job: JobId) -> list[JobEvent]:
+        """Return the job's events so far."""
+        await self._check(job)
+        events, start = [], b"-"
+        while True:
+            command = ("XRANGE", self._keys.job_events(job), start, "+", "COUNT", _READ)
+            read = await self._link.execute(*command, may_repeat=True)
+            events += [event for entry_id, fields in read if (event := _event(entry_id, fields)) is not None]
+            if len(read) < _READ:
+                return events
+            start = b"(" + read[-1][0]
+
     async def follow(self, job: JobId, *, deadline_s: float) -> AsyncIterator[JobEvent]:
         """Yield the job's events from the first one to the last one."""
         ends_s = time.monotonic() + deadline_s

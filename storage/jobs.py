@@ -97,6 +97,11 @@ class RedisJobStore:
             raise JobNotFoundError(job)
         return _job(found)
 
+    async def find(self, start: str, *, most: int = 100) -> list[JobId]:
+        """Return the jobs whose IDs begin with *start*."""
+        found = await self._link.run("job_find", self._prefix, start, most, may_repeat=True)
+        return [JobId(job_id.decode()) for job_id in found]
+
     async def definition(self, job: JobId) -> bytes:
         """Return the payload of a job's definition."""
         found: bytes | None = await self._link.execute("HGET", self._keys.job(job), "definition", may_repeat=True)

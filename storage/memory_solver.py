@@ -227,6 +227,11 @@ class MemoryJobStore:
         """Return a job."""
         return self._read(self._memory.job(job))
 
+    async def find(self, start: str, *, most: int = 100) -> list[JobId]:
+        """Return the jobs whose IDs begin with *start*."""
+        newest = sorted(self._memory.jobs.values(), key=lambda job: job.record.created_wall_s, reverse=True)
+        return [job.record.id for job in newest if job.record.id.startswith(start)][:most]
+
     async def definition(self, job: JobId) -> bytes:
         """Return the payload of a job's definition."""
         return self._memory.job(job).definition
@@ -273,6 +278,10 @@ class MemoryJobEvents:
         for event in events:
             if (kept := self._kept(found, event)) is not None:
                 self._memory.tell(found, kept)
+
+    async def told(self, job: JobId) -> list[JobEvent]:
+        """Return the job's events so far."""
+        return list(self._memory.job(job).events)
 
     async def follow(self, job: JobId, *, deadline_s: float) -> AsyncIterator[JobEvent]:
         """Yield the job's events from the first one to the last one."""

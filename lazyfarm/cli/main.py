@@ -13,7 +13,12 @@ from lazyfarm.cli.options import example
 from lazyfarm.cli.quick import spare_pydantic
 
 #: In the order of `lazyfarm --help`: from nothing to a pushed image, then what looks after it.
-COMMANDS = ("up", "down", "status", "doctor", "pull", "refs", "unlazy", "extract", "push", "leases")
+COMMANDS = (
+    *("up", "down", "status", "doctor"),
+    *("pull", "refs", "unlazy", "extract", "push"),
+    *("build", "jobs", "attach"),
+    "leases",
+)
 
 
 class LazyGroup(TyperGroup):

@@ -24,6 +24,17 @@ JsonOption: TypeAlias = Annotated[
 PlainHttpOption: TypeAlias = Annotated[
     bool, typer.Option("--plain-http", help="Talk to the registry over plain HTTP, for this call.")
 ]
+JobArgument: TypeAlias = Annotated[
+    str, typer.Argument(metavar="JOB", help="A job's ID, or the start of one.", show_default=False)
+]
+ProgressOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--progress",
+        metavar="MODE",
+        help="auto (tty on a terminal, else plain), plain, tty, or json: one object for each event, and nothing else.",
+    ),
+]
 RefArgument: TypeAlias = Annotated[
     str,
     typer.Argument(

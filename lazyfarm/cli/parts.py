@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +17,7 @@ from lazyfarm.settings import FarmSettings, load_settings
 
 if TYPE_CHECKING:
     from lazyfarm.farm import Farm
+    from lazyfarm.jobs import FarmJobs
     from lazyfarm.records import FarmRecords
 
 T = TypeVar("T")
@@ -45,10 +46,7 @@ def reading(settings: FarmSettings) -> Iterator[FarmRecords]:
     Raises:
         FarmNotRunningError: the Redis that ``up`` started is gone: the machine was restarted, say.
     """
-    address = url_address(settings.config.redis.url)
-    if not settings.wanted.redis.url and address and not accepts(address, timeout_s=_CONNECT_S):
-        # Asked first, as the client would go on trying for as long as a restart may take.
-        raise FarmNotRunningError(str(settings.state_dir), f"its Redis at {address.host}:{address.port} is gone")
+    _raise_if_redis_is_gone(settings)
     records = open_records(settings)
     try:
         yield records
@@ -61,6 +59,37 @@ def open_records(settings: FarmSettings) -> FarmRecords:
     from lazyfarm.records import FarmRecords  # noqa: PLC0415 - see the module
 
     return FarmRecords(settings)
+
+
+def with_jobs(settings: FarmSettings, act: Callable[[FarmJobs], Coroutine[None, None, T]]) -> T:
+    """*act* on the farm's jobs, which need only Redis; Ctrl-C cancels it.
+
+    Raises:
+        FarmNotRunningError: as :func:`reading`.
+        KeyboardInterrupt: it was interrupted.
+    """
+    from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - asyncio, which reading commands do without
+
+    async def connected() -> T:
+        async with open_jobs(settings) as jobs:
+            return await act(jobs)
+
+    _raise_if_redis_is_gone(settings)
+    return run_to_end(connected)
+
+
+def open_jobs(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager[FarmJobs]:
+    """Return the farm's jobs."""
+    from lazyfarm.jobs import open_jobs  # noqa: PLC0415 - see the module
+
+    return open_jobs(settings)
+
+
+def _raise_if_redis_is_gone(settings: FarmSettings) -> None:
+    address = url_address(settings.config.redis.url)
+    if not settings.wanted.redis.url and address and not accepts(address, timeout_s=_CONNECT_S):
+        # Asked first, as the client would go on trying for as long as a restart may take.
+        raise FarmNotRunningError(str(settings.state_dir), f"its Redis at {address.host}:{address.port} is gone")
 
 
 async def connect(state_dir: Path) -> Farm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 from cluster.errors import MalformedManifestError
@@ -108,6 +109,11 @@ class StageConfig:
     def set_author(self, name: str) -> None:
         """Set who made the image."""
         self._document["author"] = name
+
+    def set_created(self, epoch_s: int) -> None:
+        """Set when the image was made, in seconds since 1970."""
+        made = datetime.fromtimestamp(epoch_s, tz=UTC)
+        self._document["created"] = made.isoformat(timespec="seconds").replace("+00:00", "Z")
 
     def add_history(self, created_by: str, *, has_layer: bool) -> None:
         """Tell what was done. Who exports gives these entries their times."""

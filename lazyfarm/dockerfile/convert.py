@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
-from cluster.errors import DockerfileError, InputError
+from cluster.errors import DockerfileError, InputError, InvalidArgumentError
 from cluster.graph import CopyAction, FileOp, Network
 from cluster.patterns import PatternMatcher
 from cluster.reference import ImageReference, Platform
@@ -49,6 +49,10 @@ from lazyfarm.dockerfile.stages import StageSource, StageTable, platform_args
 
 #: Arguments that commands get without an ARG, where they are given.
 _PROXIES = frozenset({"http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy"})
+#: The time that a build is to be of (reproducible-builds.org): commands get it without an ARG, and the image has it.
+EPOCH_ARG = "SOURCE_DATE_EPOCH"
+#: The last second of the year 9999.
+_MAX_EPOCH_S = 253_402_300_799
 #: Frontends whose language this is.
 _SYNTAX = re.compile(r"(?:docker\.io/)?docker/dockerfile(?:-upstream)?(?:[:@].*)?\Z")
 _REMOTE = re.compile(r"(?:[a-z][a-z0-9+.-]*://|[\w.-]+@[\w.-]+:)", re.IGNORECASE)
@@ -90,6 +94,22 @@ class BuildOptions:
     network: Network = Network.HOST
     #: Registries that are spoken to without TLS.
     plain_http: frozenset[str] = frozenset()
+    #: Labels of the image, over those that the Dockerfile gives it.
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def epoch_s(self) -> int | None:
+        """Return the time that the build is to be of, in seconds since 1970; None: nobody says.
+
+        Raises:
+            InvalidArgumentError: it is none.
+        """
+        text = self.args.get(EPOCH_ARG, "")
+        if not text:
+            return None
+        if not (text.isascii() and text.isdecimal() and int(text) <= _MAX_EPOCH_S):
+            raise InvalidArgumentError(EPOCH_ARG, repr(text), "it is a whole number of seconds since 1970")
+        return int(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +117,8 @@ class Converted:
     """A Dockerfile's target as a build graph."""
 
     state: graph.State
-    #: The image config (JSON), without a rootfs and times: those are known when layers are.
+    #: The image config (JSON), without a rootfs and times: those are known when layers are. But for when it was made,
+    #: where the build says.
     config: bytes
     #: Build arguments that no ARG asks for.
     unused_args: tuple[str, ...] = ()
@@ -118,11 +139,13 @@ async def convert(
 
     Raises:
         DockerfileError: something can't be meant or is not supported; with the line.
+        InvalidArgumentError: ``SOURCE_DATE_EPOCH`` is no time.
         MalformedManifestError: a base's config is none.
         ClusterError: what *resolve* raises.
     """
     if dockerfile.syntax and not _SYNTAX.match(dockerfile.syntax):
         raise DockerfileError(dockerfile.file, 1, f"the frontend {dockerfile.syntax} is not supported")
+    epoch_s = options.epoch_s
     table = StageTable(dockerfile, options.args, platform_args(options.platform, options.build_platform))
     target = table.target(options.target)
     order = table.needed(target)
@@ -145,10 +168,15 @@ async def convert(
         for instruction in dockerfile.stages[index].instructions:
             stage.add(instruction)
         stages[index] = stage
-    unused = options.args.keys() - _declared(dockerfile) - table.globals.keys()
+    config = stages[target].config
+    for name, value in options.labels.items():
+        config.set_label(name, value)
+    if epoch_s is not None:
+        config.set_created(epoch_s)
+    unused = options.args.keys() - _declared(dockerfile) - table.globals.keys() - {EPOCH_ARG}
     return Converted(
         state=stages[target].state,
-        config=stages[target].config.to_json(),
+        config=config.to_json(),
         unused_args=tuple(sorted(name for name in unused if name.lower() not in _PROXIES)),
     )
 
@@ -330,11 +358,15 @@ class _Stage:
         args = self._command(run.command)
         if run.heredocs:
             args = self._with_heredocs(run, mounts)
-        proxies = {name: value for name, value in self._build.options.args.items() if name.lower() in _PROXIES}
+        unasked = {
+            name: value
+            for name, value in self._build.options.args.items()
+            if name.lower() in _PROXIES or (name == EPOCH_ARG and value)
+        }
         networks = {"default": self._build.options.network, "none": Network.NONE, "host": Network.HOST}
         state = self.state.run(
             args,
-            env=proxies | self._env,
+            env=unasked | self._env,
             cwd=self.config.directory,
             user=self.config.user,
             mounts=mounts,

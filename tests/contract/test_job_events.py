@@ -75,6 +75,20 @@ async def test_who_comes_late_gets_it_all(solver_stores, events, claim):
         assert await read(events) == [*told, JobEnded(state=JobState.FAILED, error=b"\x00")]
 
 
+async def test_what_was_told_so_far_is_read_without_waiting(solver_stores, events, claim):
+    """All of it, however much, whether the job has ended or not."""
+    assert await events.told(J) == []
+    for _ in range(3):
+        await events.publish(J, [state(VertexState.WAITING)] * 400)
+    assert len(await events.told(J)) == 1200
+    await solver_stores.jobs.end(claim, JobState.DONE)
+
+    told = await events.told(J)
+
+    assert [timeless(event) for event in told] == [state(VertexState.WAITING)] * 1200 + [DONE]
+    assert told == [event async for event in events.follow(J, deadline_s=20.0)]
+
+
 async def test_who_follows_gets_it_live(solver_stores, events, claim):
     """Who follows before there is anything gets each event when it comes, and the end as the last one."""
     got = asyncio.Queue()

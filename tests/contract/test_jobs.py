@@ -90,6 +90,21 @@ async def test_jobs_are_listed_newest_first(jobs):
     assert len(await jobs.jobs()) == 5
 
 
+async def test_jobs_are_found_by_how_their_ids_begin(jobs, solver_stores):
+    """Newest first, at most as many as asked for, and none that is forgotten; no character is special."""
+    for name in ("ab1", "ab2", "a*", "b"):
+        await jobs.submit(spec(JobId(name)), DEFINITION)
+
+    assert await jobs.find("ab") == ["ab2", "ab1"]
+    assert await jobs.find("a", most=2) == ["a*", "ab2"]
+    assert await jobs.find("a*") == ["a*"]
+    assert await jobs.find("") == ["b", "a*", "ab2", "ab1"]
+    assert await jobs.find("abc") == []
+    await jobs.request_cancel(JobId("ab1"))
+    solver_stores.pass_time(8 * 86400)
+    assert await jobs.find("ab") == ["ab2"]
+
+
 async def test_a_job_is_claimed_once(jobs):
     """Of schedulers that claim at once each gets other jobs, with what they need to run them."""
     for number in range(6):

@@ -460,6 +460,11 @@ def test_an_error_with_json_is_the_document(farm):
         ["unlazy", "x"],
         ["extract", "x"],
         ["push", "x", "y"],
+        ["jobs", "ls"],
+        ["jobs", "show", "x"],
+        ["jobs", "logs", "x"],
+        ["jobs", "cancel", "x"],
+        ["attach", "x"],
     ],
     ids=" ".join,
 )
@@ -585,7 +590,11 @@ def test_status_notices_a_service_that_accepts_no_connection(records, state_dir,
 def test_every_command_has_help_with_an_example():
     """`lazyfarm X --help` is enough to use X; every one takes --state-dir and --json."""
     for name in COMMANDS:
-        subcommands = {"refs": [["ls"], ["show"]], "leases": [["ls"]]}.get(name, [[]])
+        subcommands = {
+            "refs": [["ls"], ["show"]],
+            "leases": [["ls"]],
+            "jobs": [["ls"], ["show"], ["logs"], ["cancel"]],
+        }.get(name, [[]])
         for sub in subcommands:
             told = run(name, *sub, "--help").stdout
             assert "Example:\n    lazyfarm " + " ".join([name, *sub]) in told
@@ -768,12 +777,22 @@ def python(*args, cwd=None, **environ):
     )
 
 
-@pytest.mark.parametrize("args", [["status"], ["refs", "ls"], ["refs", "show", "x"], ["leases", "ls"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["status"],
+        ["refs", "ls"],
+        ["refs", "show", "x"],
+        ["leases", "ls"],
+        *(["jobs", "ls"], ["jobs", "show", "x"], ["jobs", "logs", "x"], ["jobs", "cancel", "x"], ["attach", "x"]),
+    ],
+    ids=" ".join,
+)
 def test_reading_commands_import_nothing_heavy(args, state_dir):
     """0.6 s from start to exit leaves no room for Ray, boto3, redis-py, structlog, pydantic or rich."""
     code = (
         "import atexit, sys\n"
-        "import lazyfarm.records\n"
+        "import lazyfarm.records, lazyfarm.jobs\n"
         "from lazyfarm.cli.main import run\n"
         "atexit.register(lambda: print(*sorted({name.partition('.')[0] for name in sys.modules})))\n"
         "run()\n"

@@ -1,0 +1,418 @@
+"""``lazyfarm build``: a Dockerfile becomes an image, on the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
+
+import typer
+
+from cluster.errors import InvalidArgumentError, MissingSecretError
+from cluster.graph import Definition, RunOp
+from cluster.reference import parse_platform
+from lazyfarm import graph
+from lazyfarm.cli import build_args, parts
+from lazyfarm.cli.boundary import reporting
+from lazyfarm.cli.human import count, short, size
+from lazyfarm.cli.job_progress import check_mode, showing
+from lazyfarm.cli.layers import watching
+from lazyfarm.cli.options import JsonOption, ProgressOption, StateDirOption, command_app, example
+from lazyfarm.cli.output import Output
+from lazyfarm.dockerfile.convert import EPOCH_ARG, BuildOptions
+from lazyfarm.dockerfile.frontend import (
+    STDIN,
+    BuildSource,
+    ImageResolver,
+    build_options,
+    check_source,
+    convert_source,
+    read_source,
+)
+
+if TYPE_CHECKING:
+    from cluster.job import JobEvent
+    from cluster.messages import PushResult
+    from cluster.ref import RefState
+
+app = command_app()
+
+#: What `--network` may be, and what commands see then.
+_NETWORKS = {"default": "host", "host": "host", "none": "none"}
+
+
+@app.command(
+    epilog=example(
+        "lazyfarm build -t registry.internal/app:1 --push .",
+        "lazyfarm build -f docker/Dockerfile --target test --build-arg VERSION=1.2 .",
+        "lazyfarm build --secret id=token,env=TOKEN -o type=oci,dest=app.tar .",
+    )
+)
+def build(
+    *,
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="What COPY and ADD copy from.", show_default=False)],
+    file: Annotated[
+        str | None,
+        typer.Option("--file", "-f", metavar="FILE", help="Default: DIR/Dockerfile; -: stdin.", show_default=False),
+    ] = None,
+    target: Annotated[
+        str, typer.Option("--target", metavar="STAGE", help="Default: the last stage.", show_default=False)
+    ] = "",
+    build_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--build-arg",
+            metavar="NAME[=VALUE]",
+            help="A build argument; NAME alone: from the environment. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--secret",
+            metavar="id=ID[,src=FILE|,env=NAME]",
+            help="For RUN --mount=type=secret; it stays in this process. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    tag: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tag", "-t", metavar="NAME", help="What the image is called. May be repeated.", show_default=False
+        ),
+    ] = None,
+    push: Annotated[bool, typer.Option("--push", help="Push the image under each of its names.")] = False,
+    output: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUTPUT",
+            help="oci:DIR, oci-archive:FILE, local:DIR, DIR, or type=local|oci|image|registry,… May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cache-from", metavar="CACHE", help="type=registry,ref=NAME. May be repeated.", show_default=False
+        ),
+    ] = None,
+    cache_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cache-to",
+            metavar="CACHE",
+            help="type=registry,ref=NAME[,mode=min|max], or type=inline. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Run every step afresh.")] = False,
+    platform: Annotated[
+        str,
+        typer.Option("--platform", metavar="OS/ARCH[/VARIANT]", help="Default: this machine's.", show_default=False),
+    ] = "",
+    plain_http: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plain-http",
+            metavar="HOST[:PORT]",
+            help="A registry to talk to over plain HTTP, for this call. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    network: Annotated[
+        str, typer.Option("--network", metavar="MODE", help="What RUN sees of the network: default, host or none.")
+    ] = "default",
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label", metavar="NAME=VALUE", help="Of the image, and of the job. May be repeated.", show_default=False
+        ),
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Submit the build, print its job's ID, and leave.")] = False,
+    progress: ProgressOption = "auto",
+    state_dir: StateDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Build an image from a Dockerfile. Each step runs once for the cluster, and not at all where it is cached.
+
+    What can't be meant or is not supported is said with file and line before anything runs. Layers stay where they
+    are until a step needs them: `--push` to the base's registry moves only what is new.
+    """
+    check_mode(progress, as_json=as_json)
+    with reporting(as_json=as_json, state_dir=state_dir) as out:
+        environ = os.environ
+        args = build_args.build_args(build_arg or (), environ)
+        if EPOCH_ARG in environ:
+            args.setdefault(EPOCH_ARG, environ[EPOCH_ARG])
+        image_labels = build_args.labels(label or ())
+        plan = _Plan(
+            source=read_source(_checked(directory), file, read_stdin=sys.stdin.buffer.read),
+            options=build_options(
+                target=target,
+                args=args,
+                platform=_one_platform(platform),
+                network=_network(network),
+                plain_http=plain_http or (),
+                labels=image_labels,
+            ),
+            secrets=build_args.secrets(secret or (), environ),
+            outputs=build_args.outputs(output or (), tag or (), push=push),
+            cache_from=_caches("parse_cache_source", cache_from or ()),
+            cache_to=_caches("parse_cache_target", cache_to or ()),
+            no_cache=no_cache,
+            detached=detach,
+            labels=_job_labels(directory, file, target) | image_labels,
+        )
+        plan.check()
+        checked = asyncio.run(check_source(plan.source, plan.options))
+        # Events alone are on stdout where they were asked for as documents.
+        words = _on_stderr(out) if progress == "json" else out
+        if checked is not None and checked.unused_args and not as_json:
+            unused = ", ".join(checked.unused_args)
+            out.stderr.write(f"warning: build arguments that no ARG asks for: {unused}\n")
+        settings = parts.running_settings(state_dir)
+
+        async def act(farm: object) -> Built:
+            return await carry_out(cast("BuildFarm", farm), plan, out, words, progress)
+
+        built = parts.acting(settings, out, "build", act)
+        out.document(document(built))
+        show(built, words)
+
+
+def _checked(directory: str) -> str:
+    if directory == STDIN or "://" in directory:
+        raise InvalidArgumentError("DIR", repr(directory), "name a directory of this machine")
+    return directory
+
+
+def _one_platform(text: str) -> str:
+    if "," in text:
+        raise InvalidArgumentError("--platform", text, "one build is for one platform: build for each by itself")
+    if text:
+        parse_platform(text)
+    return text
+
+
+def _network(text: str) -> str:
+    if text not in _NETWORKS:
+        raise InvalidArgumentError("--network", repr(text), f"it is one of {', '.join(_NETWORKS)}")
+    return _NETWORKS[text]
+
+
+def _caches(parser: str, texts: Sequence[str]) -> tuple[str, ...]:
+    """Check the names of remote caches, where this release knows them."""
+    if texts and find_spec("cluster.cache_options") is not None:
+        parse = getattr(import_module("cluster.cache_options"), parser)
+        for text in texts:
+            parse(text)
+    return tuple(texts)
+
+
+def _job_labels(directory: str, file: str | None, target: str) -> dict[str, str]:
+    named = {"directory": str(Path(directory).absolute()), "file": file or "", "target": target}
+    return {name: text for name, text in named.items() if text}
+
+
+def _on_stderr(out: Output) -> Output:
+    words = Output(as_json=False)
+    words.stdout, words.stderr = out.stderr, out.stderr
+    return words
+
+
+# -- what is asked for ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """A build, with all that could be checked of it."""
+
+    source: BuildSource
+    options: BuildOptions
+    #: Values never show.
+    secrets: Mapping[str, bytes | Path] = field(repr=False)
+    outputs: build_args.Outputs
+    cache_from: tuple[str, ...]
+    cache_to: tuple[str, ...]
+    no_cache: bool
+    detached: bool
+    labels: dict[str, str]
+
+    def check(self) -> None:
+        """Refuse what a build can't do when nobody waits for it.
+
+        Raises:
+            InvalidArgumentError: with what is given to a detached build.
+        """
+        if not self.detached:
+            return
+        for name, given, why in (
+            ("--tag, --push and --output", self.outputs != _NOWHERE, "what is built is named and moved by who waits"),
+            ("--secret", bool(self.secrets), "nobody is there to give it"),
+        ):
+            if given:
+                raise InvalidArgumentError(name, "given with --detach", f"{why}: leave --detach out")
+
+
+_NOWHERE = build_args.Outputs(exports=(), tags=(), pushes=())
+
+
+# -- what is done -----------------------------------------------------------------------------------------
+
+
+class BuiltRef(Protocol):
+    """The part of a ref that is shown."""
+
+    @property
+    def id(self) -> str:
+        """Return its ID."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of its image's manifest."""
+        ...
+
+    @property
+    def layers(self) -> tuple[RefState, ...]:
+        """Return its layers, lowest first."""
+        ...
+
+
+class BuildFarm(ImageResolver, Protocol):
+    """The part of a farm that builds. Any: its jobs, results and operations, which are passed from one to another."""
+
+    def solve(self, resolved: graph.Resolved, /, **options: Any) -> Any:
+        """Return the job that builds a graph."""
+        ...
+
+    def push(self, ref: Any, target: str, **options: Any) -> Any:
+        """Return the push of an image."""
+        ...
+
+    async def tag(self, result: Any, name: str, *, created_s: int | None = None) -> Any:
+        """Make an image of a result."""
+        ...
+
+    async def export(self, result: Any, output: str, *, name: str = "") -> Any:
+        """Write a result to this machine."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """What came of a build."""
+
+    job: str
+    #: None: nobody waited for it.
+    ref: BuiltRef | None = None
+    #: Under each name.
+    images: Mapping[str, BuiltRef] = field(default_factory=dict)
+    pushes: Mapping[str, PushResult] = field(default_factory=dict)
+    exports: tuple[str, ...] = ()
+
+
+async def carry_out(farm: BuildFarm, plan: _Plan, out: Output, words: Output, progress: str) -> Built:
+    """Build, name, push and write what *plan* asks for.
+
+    Raises:
+        MissingSecretError: a command needs a secret that is not given; nothing has run.
+        ClusterError: what failed.
+    """
+    converted = await convert_source(farm, plan.source, plan.options)
+    resolved = await asyncio.to_thread(graph.resolve, [converted.state])
+    _check_secrets(resolved.definition, plan.secrets)
+
+    def solve(watch: Callable[[JobEvent], None] | None) -> Any:
+        return farm.solve(
+            resolved,
+            config=converted.config,
+            no_cache=plan.no_cache,
+            secrets=plan.secrets,
+            labels=plan.labels,
+            cache_from=plan.cache_from,
+            cache_to=plan.cache_to,
+            detached=plan.detached,
+            on_event=watch,
+        )
+
+    if plan.detached:
+        job = solve(None)
+        await job.submitted()
+        return Built(job=job.id)
+    with showing(out, progress) as watch:
+        job = solve(watch)
+        result = await job
+    outputs, epoch_s = plan.outputs, plan.options.epoch_s
+    images = {one.name: await farm.tag(result, one.name, created_s=epoch_s) for one in outputs.tags}
+    pushes: dict[str, PushResult] = {}
+    for one in outputs.pushes:
+        is_plain = bool({one.host, one.registry} & plan.options.plain_http)
+        with watching(words) as look:
+            pushes[one.name] = await farm.push(images[one.name], one.name, plain_http=is_plain, progress=look)
+    for output in outputs.exports:
+        await farm.export(result, output, name=next(iter(images), ""))
+    return Built(job=job.id, ref=result.ref, images=images, pushes=pushes, exports=outputs.exports)
+
+
+def _check_secrets(definition: Definition, given: Mapping[str, object]) -> None:
+    for digest in definition.order:
+        op = definition.vertices[digest].op
+        for mount in op.secrets if isinstance(op, RunOp) else ():
+            if mount.is_required and mount.id not in given:
+                raise MissingSecretError(mount.id)
+
+
+# -- what is told -----------------------------------------------------------------------------------------
+
+
+def document(built: Built) -> dict[str, object]:
+    """Return the JSON document of a build."""
+    if built.ref is None:
+        return {"job": built.job, "detached": True}
+    return {
+        "job": built.job,
+        "ref": built.ref.id,
+        "layers": [
+            {"digest": layer.record.blob.digest, "size": layer.record.blob.size_bytes, "lazy": layer.is_lazy}
+            for layer in built.ref.layers
+        ],
+        "images": [
+            {"name": name, "digest": image.digest, "pushed": _pushed(built.pushes.get(name))}
+            for name, image in built.images.items()
+        ],
+        "outputs": list(built.exports),
+    }
+
+
+def _pushed(push: PushResult | None) -> list[dict[str, object]] | None:
+    if push is None:
+        return None
+    return [{"digest": layer.digest, "how": layer.how, "bytes": layer.bytes} for layer in push.layers]
+
+
+def show(built: Built, words: Output) -> None:
+    """Print what came of a build, for people."""
+    if built.ref is None:
+        words.line(f"job {built.job}: `lazyfarm attach {built.job}` follows it")
+        return
+    for name, image in built.images.items():
+        words.line(f"{name}  {image.digest}")
+    for name, push in built.pushes.items():
+        sent = [layer for layer in push.layers if layer.bytes]
+        moved = f"{count(len(sent), 'layer')}, {size(sum(layer.bytes for layer in sent))}" if sent else "no layer"
+        words.line(f"pushed {name}: {moved} uploaded")
+    for output in built.exports:
+        words.line(f"wrote {output}")
+    total_bytes = sum(layer.record.blob.size_bytes for layer in built.ref.layers)
+    lazy = sum(layer.is_lazy for layer in built.ref.layers)
+    words.line(f"ref {short(built.ref.id)}: {count(len(built.ref.layers), 'layer')}, {lazy} lazy, {size(total_bytes)}")
