@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
 
 import typer
 
+from cluster.cache_options import CacheSource, CacheTarget, parse_cache_source, parse_cache_target
 from cluster.errors import InvalidArgumentError, MissingSecretError
 from cluster.graph import Definition, RunOp
-from cluster.reference import parse_platform
+from cluster.reference import parse_platform, parse_reference
 from lazyfarm import graph
 from lazyfarm.cli import build_args, parts
 from lazyfarm.cli.boundary import reporting
@@ -166,8 +165,8 @@ def build(
             ),
             secrets=build_args.secrets(secret or (), environ),
             outputs=build_args.outputs(output or (), tag or (), push=push),
-            cache_from=_caches("parse_cache_source", cache_from or ()),
-            cache_to=_caches("parse_cache_target", cache_to or ()),
+            cache_from=_cache_sources(cache_from or (), plain_http or ()),
+            cache_to=_cache_targets(cache_to or (), plain_http or ()),
             no_cache=no_cache,
             detached=detach,
             labels=_job_labels(directory, file, target) | image_labels,
@@ -209,13 +208,18 @@ def _network(text: str) -> str:
     return _NETWORKS[text]
 
 
-def _caches(parser: str, texts: Sequence[str]) -> tuple[str, ...]:
-    """Check the names of remote caches, where this release knows them."""
-    if texts and find_spec("cluster.cache_options") is not None:
-        parse = getattr(import_module("cluster.cache_options"), parser)
-        for text in texts:
-            parse(text)
-    return tuple(texts)
+def _cache_sources(texts: Sequence[str], plain_http: Collection[str]) -> tuple[CacheSource, ...]:
+    sources = [parse_cache_source(text) for text in texts]
+    return tuple(replace(one, plain_http=_is_plain(one.ref, plain_http)) for one in sources)
+
+
+def _cache_targets(texts: Sequence[str], plain_http: Collection[str]) -> tuple[CacheTarget, ...]:
+    targets = [parse_cache_target(text) for text in texts]
+    return tuple(replace(one, plain_http=_is_plain(one.ref, plain_http)) for one in targets)
+
+
+def _is_plain(ref: str, plain_http: Collection[str]) -> bool:
+    return bool(ref) and parse_reference(ref).host in plain_http
 
 
 def _job_labels(directory: str, file: str | None, target: str) -> dict[str, str]:
@@ -241,8 +245,8 @@ class _Plan:
     #: Values never show.
     secrets: Mapping[str, bytes | Path] = field(repr=False)
     outputs: build_args.Outputs
-    cache_from: tuple[str, ...]
-    cache_to: tuple[str, ...]
+    cache_from: tuple[CacheSource, ...]
+    cache_to: tuple[CacheTarget, ...]
     no_cache: bool
     detached: bool
     labels: dict[str, str]

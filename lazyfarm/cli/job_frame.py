@@ -107,7 +107,8 @@ class JobFrame:
         """Return what comes below the last frame."""
         with self._lock:
             has_failed = self._view.failed is not None and self._view.end is not None
-            return repeat(self._view.failed) if has_failed and self._view.failed else []
+            failure = repeat(self._view.failed) if has_failed and self._view.failed else []
+            return [*(f"WARNING: {one_line(text)}" for text in self._view.warnings), *failure]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw."""

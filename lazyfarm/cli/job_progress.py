@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 import typer
 
-from cluster.job import JobEnded, JobEvent, VertexEvent, VertexLayers, VertexLog, VertexLogDropped, VertexState
+from cluster.job import (
+    JobEnded,
+    JobEvent,
+    JobWarning,
+    VertexEvent,
+    VertexLayers,
+    VertexLog,
+    VertexLogDropped,
+    VertexState,
+)
 from cluster.progress import LayerPhase
 from lazyfarm.cli.human import short, size
 from lazyfarm.cli.job_view import (
@@ -137,6 +146,8 @@ def document(event: JobEvent) -> dict[str, object]:
                 **({"detail": item.detail} if item.detail else {}),
                 "time": event.wall_s,
             }
+        case JobWarning():
+            return {"event": "warning", "text": event.text, "time": event.wall_s}
         case JobEnded():
             return {"event": "end", "state": event.state.value, **_error(event.error), "time": event.wall_s}
 
@@ -174,6 +185,8 @@ class PlainProgress:
         lines = self._view.handle(event)
         if isinstance(event, JobEnded):
             self._end()
+        elif isinstance(event, JobWarning):
+            self._stream.write(f"\nWARNING: {one_line(event.text)}\n")
         else:
             self._tell(self._view.vertices[event.vertex], event, before, lines)
         self._stream.flush()
@@ -186,7 +199,7 @@ class PlainProgress:
         self._stream.flush()
 
     def _state(self, event: JobEvent) -> VertexState | None:
-        known = None if isinstance(event, JobEnded) else self._view.vertices.get(event.vertex)
+        known = None if isinstance(event, JobEnded | JobWarning) else self._view.vertices.get(event.vertex)
         return None if known is None else known.state
 
     def _tell(self, vertex: VertexView, event: JobEvent, before: VertexState | None, lines: list[LogLine]) -> None:

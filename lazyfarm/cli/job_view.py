@@ -11,6 +11,7 @@ from cluster.errors import ClusterError, ProcessFailedError, WireError
 from cluster.job import (
     JobEnded,
     JobEvent,
+    JobWarning,
     LogStream,
     VertexEvent,
     VertexLayers,
@@ -152,6 +153,8 @@ class JobView:
         #: In the order in which they were first heard of.
         self.vertices: dict[Digest, VertexView] = {}
         self.end: JobEnded | None = None
+        #: What is not as it was asked for, of the job as a whole.
+        self.warnings: list[str] = []
         self.began_wall_s: float | None = None
         #: When the last event was told.
         self.last_wall_s = 0.0
@@ -179,6 +182,9 @@ class JobView:
             self.began_wall_s = event.wall_s
         if isinstance(event, JobEnded):
             self.end = event
+            return []
+        if isinstance(event, JobWarning):
+            self.warnings.append(event.text)
             return []
         vertex = self.vertices.get(event.vertex)
         if vertex is None:

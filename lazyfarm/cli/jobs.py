@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.errors import InvalidArgumentError, JobEndedError
-from cluster.job import JobEnded, JobEvent, JobState, VertexLog
+from cluster.job import JobEnded, JobEvent, JobState, JobWarning, VertexLog
 from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import count, duration
@@ -171,7 +171,7 @@ class JobLogs:
     def __call__(self, event: JobEvent) -> None:
         """Print the lines that an event completes."""
         lines = self._view.handle(event)
-        if isinstance(event, JobEnded):
+        if isinstance(event, JobEnded | JobWarning):
             return
         vertex = self._view.vertices[event.vertex]
         if not self._is_wanted(vertex):

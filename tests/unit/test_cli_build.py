@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
+from cluster.cache_options import parse_cache_source, parse_cache_target
 from cluster.digest import digest_of
 from cluster.errors import ManifestNotFoundError
 from cluster.graph import RunOp
@@ -200,8 +201,8 @@ def test_options_reach_the_graph_and_the_job(farm, context, tmp_path, monkeypatc
     assert options["labels"] == {"directory": context, "who": "me"}
     assert options["no_cache"] is True
     assert options["detached"] is False
-    assert options["cache_from"] == ("type=registry,ref=r.example/c:1",)
-    assert options["cache_to"] == ("type=registry,ref=r.example/c:2,mode=max",)
+    assert options["cache_from"] == (parse_cache_source("r.example/c:1"),)
+    assert options["cache_to"] == (parse_cache_target("type=registry,ref=r.example/c:2,mode=max"),)
     assert json.loads(options["config"])["config"]["Labels"] == {"who": "me"}
     assert "hunter2" not in result.output
 
