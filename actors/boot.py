@@ -27,6 +27,8 @@ from cluster.errors import ClusterError
 from cluster.fetch.access import AccessControl
 from cluster.messages import ActorRecord
 from cluster.ports import ProgressStore
+from storage.blobs import S3ContentStore
+from storage.bucket_caches import BucketCaches, Probers
 from storage.connect import connect
 from storage.faults import arm_from_environment
 from storage.flights import RedisFlightStore
@@ -79,12 +81,14 @@ class Stores:
     presence: Presence
     whereabouts: RedisWhereabouts
     registry: RegistryClient
+    buckets: BucketCaches
     access: AccessControl
     cache: CacheManager
 
     async def aclose(self) -> None:
         """Close every connection."""
         await self.registry.aclose()
+        self.buckets.close()
         await self.link.close()
 
 
@@ -96,7 +100,8 @@ def build_stores(config: Config) -> Stores:
     registry = RegistryClient(config, limiter=limiter)
     proofs = RedisProofStore(link, keys)
     refs = RedisRefStore(link, keys)
-    access = AccessControl(proofs, registry, proof_ttl_s=config.cache.proof_ttl_s)
+    buckets = BucketCaches(S3ContentStore(config.s3))
+    access = AccessControl(proofs, Probers(registry, buckets), proof_ttl_s=config.cache.proof_ttl_s)
     return Stores(
         link=link,
         refs=refs,
@@ -108,6 +113,7 @@ def build_stores(config: Config) -> Stores:
         presence=Presence(link, keys),
         whereabouts=RedisWhereabouts(link, keys),
         registry=registry,
+        buckets=buckets,
         access=access,
         cache=CacheManager(refs, access),
     )

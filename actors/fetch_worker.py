@@ -26,6 +26,7 @@ from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import ClusterError, InternalError, LeaseLostError
 from cluster.fetch.assemble import Assembler
+from cluster.fetch.bucket_cache import BucketPlace
 from cluster.fetch.cache_export import CacheExporter, CachePlace, RegistryPlace
 from cluster.fetch.cache_import import CacheImporter
 from cluster.fetch.extract import Extractor
@@ -152,6 +153,7 @@ class FetchWorker(SessionServer):
             store=store,
             flights=stores.flights,
             sources=BlobSource(config),
+            buckets=stores.buckets,
             limiter=stores.limiter,
             blobs=blobs,
             threads=threads,
@@ -408,13 +410,23 @@ class FetchWorker(SessionServer):
         parts = await self._started()
         wanted = parse_platform(request.platform) if request.platform else default_platform(platform.machine())
         async with self._serving("import_cache", request.session, source=request.source.name) as (authorizer, figures):
-            importer = CacheImporter(registry=parts.stores.registry, access=parts.stores.access)
+            importer = CacheImporter(
+                registry=parts.stores.registry, buckets=parts.stores.buckets, access=parts.stores.access
+            )
             imported = await importer.read(request.source, wanted, authorizer)
             figures.update({"results": len(imported.cache.entries), "warning": imported.warning})
             return imported
 
     def _place_of(self, parts: _Parts, target: CacheTarget) -> CachePlace:
         """Return where a cache goes; an inline one goes with its image, not by a call of its own."""
+        if target.bucket is not None:
+            return BucketPlace(
+                target.bucket,
+                buckets=parts.stores.buckets,
+                unlazier=parts.unlazier,
+                refs=parts.stores.refs,
+                access=parts.stores.access,
+            )
         if target.kind is not CacheKind.REGISTRY:
             raise InternalError(f"a cache of kind {target.kind.value} was to be exported by itself")
         reference = parse_reference(target.ref)

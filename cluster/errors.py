@@ -181,7 +181,7 @@ class InvalidPatternError(InputError):
 class CacheOptionError(InputError):
     """What is given for ``--cache-to`` or ``--cache-from`` can't be meant."""
 
-    _hint = "write type=registry,ref=HOST/REPOSITORY:TAG, or that name alone"
+    _hint = "write type=registry,ref=HOST/REPOSITORY:TAG, that name alone, or type=s3,bucket=…,prefix=…,name=…"
 
     def __init__(self, option: str, text: str, reason: str) -> None:
         super().__init__(option, text, reason)

@@ -205,7 +205,8 @@ class LayerPush:
     """How one layer got to the target."""
 
     digest: Digest
-    #: ``exists``, ``mounted``, ``uploaded`` or ``foreign`` (never pushed: the layer is non-distributable).
+    #: ``exists``, ``mounted``, ``uploaded``, ``copied`` (within S3) or ``foreign`` (never pushed: the layer is
+    #: non-distributable).
     how: str
     #: Bytes uploaded to the target.
     bytes: int

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from cluster.digest import Digest
 
+#: Kind, and in the place of the registry, of a remote cache in a bucket at the farm's S3 endpoint: the repository is
+#: ``BUCKET/PREFIX``. The farm's own credentials read it. No image reference has a host of that name.
+S3_KIND = "s3"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class ProviderHandle:
@@ -15,7 +19,8 @@ class ProviderHandle:
     A handle only says where; the caller's session says as whom, when it is used.
     """
 
-    #: ``registry`` (OCI distribution), ``urls`` (a foreign layer's own addresses), or ``farm`` (:data:`FARM`).
+    #: ``registry`` (OCI distribution), ``urls`` (a foreign layer's own addresses), ``farm`` (:data:`FARM`), or ``s3``
+    #: (:data:`S3_KIND`).
     kind: str = "registry"
     #: Host and, unless it is the scheme's own, port: ``registry-1.docker.io``, ``127.0.0.1:5000``.
     registry: str

@@ -7,24 +7,28 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, cast
 from uuid import uuid4
 
 from cluster.config import S3Config
-from cluster.errors import BlobNotFoundError, ConfigError, UnavailableError, UnsafeStoreError
+from cluster.errors import BlobNotFoundError, ClusterError, ConfigError, UnavailableError, UnsafeStoreError
 from cluster.ports import ObjectInfo, Part
 from storage.s3_errors import translated
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, CopySourceTypeDef
 
 _CONNECT_S = 10.0
 _PROBE_KEY = "doctor/probe-{nonce}"
 #: A stream that brought this much since its last break starts its count of tries anew.
 _PROGRESS_BYTES = 1024**2
+#: S3 copies objects of up to this size at once, larger ones in parts.
+_COPY_BYTES = 5 * 1024**3
+_COPY_PART_BYTES = 1024**3
 _BACKOFF_S = 0.1
 _BACKOFF_MAX_S = 5.0
 
@@ -55,8 +59,18 @@ class S3ContentStore:
 
     def __init__(self, config: S3Config) -> None:
         self._config = config
-        self._client_lock = threading.Lock()
-        self._made_client: S3Client | None = None
+        self._shared = _Client(config)
+
+    @property
+    def bucket(self) -> str:
+        """Return the bucket's name."""
+        return self._config.bucket
+
+    def in_bucket(self, bucket: str) -> S3ContentStore:
+        """Return a store on another bucket, over the same connections."""
+        other = S3ContentStore(replace(self._config, bucket=bucket))
+        other._shared = self._shared
+        return other
 
     def __repr__(self) -> str:
         return f"S3ContentStore({self._where})"
@@ -101,6 +115,43 @@ class S3ContentStore:
                 self._client.delete_object(Bucket=self._config.bucket, Key=key)
         except BlobNotFoundError:
             return
+
+    def copy_from(self, bucket: str, source: ObjectInfo, key: str) -> None:
+        """Copy an object of *bucket* here, within S3: no byte of it comes to this process.
+
+        Raises:
+            BlobNotFoundError: it is gone, or no longer the one that *source* is.
+            UnavailableError: no answer after retries; the copy may or may not be there.
+        """
+        origin: CopySourceTypeDef = {"Bucket": bucket, "Key": source.key}
+        if source.size_bytes <= _COPY_BYTES:
+            with translated(self._where, "copy to", key):
+                self._client.copy_object(
+                    Bucket=self._config.bucket, Key=key, CopySource=origin, CopySourceIfMatch=f'"{source.etag}"'
+                )
+            return
+        upload_id = self.begin_upload(key)
+        try:
+            parts = []
+            for number, start in enumerate(range(0, source.size_bytes, _COPY_PART_BYTES), start=1):
+                end = min(start + _COPY_PART_BYTES, source.size_bytes)
+                with translated(self._where, "copy to", key):
+                    answer = self._client.upload_part_copy(
+                        Bucket=self._config.bucket,
+                        Key=key,
+                        UploadId=upload_id,
+                        PartNumber=number,
+                        CopySource=origin,
+                        CopySourceRange=f"bytes={start}-{end - 1}",
+                        CopySourceIfMatch=f'"{source.etag}"',
+                    )
+                etag = _bare(answer["CopyPartResult"]["ETag"])
+                parts.append(Part(number=number, size_bytes=end - start, etag=etag))
+            self.complete_upload(key, upload_id, parts)
+        except BaseException:
+            with suppress(ClusterError):
+                self.abort_upload(key, upload_id)
+            raise
 
     def objects(self, prefix: str) -> Iterator[ObjectInfo]:
         """List the objects under *prefix*, page by page."""
@@ -245,17 +296,32 @@ class S3ContentStore:
 
     def close(self) -> None:
         """Close the connections; the next call opens new ones."""
-        with self._client_lock:
-            if self._made_client is not None:
-                self._made_client.close()
-                self._made_client = None
+        self._shared.close()
 
     @property
     def _client(self) -> S3Client:
-        with self._client_lock:  # boto3's default session is not safe to make clients from at once
-            if self._made_client is None:
-                self._made_client = _make_client(self._config)
-            return self._made_client
+        return self._shared.get()
+
+
+class _Client:
+    """One client, made on first use."""
+
+    def __init__(self, config: S3Config) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._made: S3Client | None = None
+
+    def get(self) -> S3Client:
+        with self._lock:  # boto3's default session is not safe to make clients from at once
+            if self._made is None:
+                self._made = _make_client(self._config)
+            return self._made
+
+    def close(self) -> None:
+        with self._lock:
+            if self._made is not None:
+                self._made.close()
+                self._made = None
 
 
 class S3ObjectStream:

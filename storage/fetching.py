@@ -28,13 +28,16 @@ from cluster.errors import (
 from cluster.fetch.runner import Caller, Fetched
 from cluster.flight.values import Fence, UploadState
 from cluster.ports import Authorization, AuthRequest, ByteStream, ContentStore, FlightStore, HostLimiter, ObjectInfo
+from cluster.provider import S3_KIND, ProviderHandle
 from cluster.ref import BlobRecord
+from storage.bucket_caches import BucketCaches
 from storage.local_blobs import ArrivingBlob, NodeBlobs
 from storage.registry.blob import BlobSource
 from storage.registry.endpoint import Endpoint
 from storage.transfer import (
     BlobTransfer,
     BufferPool,
+    Source,
     SourceResponse,
     TransferLimits,
     Transferred,
@@ -148,6 +151,19 @@ class _RegistrySource:
         )
 
 
+class _BucketSource:
+    """One blob of a cache in a bucket; the farm's own credentials read it, whoever the caller is."""
+
+    def __init__(self, handle: ProviderHandle, descriptor: Descriptor, buckets: BucketCaches) -> None:
+        self.name = self.origin = handle.source
+        self._handle = handle
+        self._descriptor = descriptor
+        self._buckets = buckets
+
+    def open(self, offset: int, length: int | None) -> AbstractContextManager[SourceResponse]:
+        return self._buckets.open(self._handle, self._descriptor.digest, offset, length)
+
+
 class _FlightJournal:
     """:class:`storage.transfer.Journal` over a flight."""
 
@@ -187,6 +203,7 @@ class ThreadedTransfers:
         store: ContentStore,
         flights: FlightStore,
         sources: BlobSource,
+        buckets: BucketCaches,
         limiter: HostLimiter,
         blobs: NodeBlobs,
         threads: concurrent.futures.Executor,
@@ -196,6 +213,7 @@ class ThreadedTransfers:
         self._store = store
         self._flights = flights
         self._sources = sources
+        self._buckets = buckets
         self._limiter = limiter
         self._blobs = blobs
         self._threads = threads
@@ -219,18 +237,10 @@ class ThreadedTransfers:
         if not live:
             raise SessionGoneError("of every caller")
         sources = [
-            _RegistrySource(
-                endpoint,
-                descriptor,
-                caller,
-                origin=handle.source,
-                blobs=self._sources,
-                limiter=self._limiter,
-                bridge=bridge,
-            )
+            source
             for caller in live
             for handle in caller.providers.get(digest, ())
-            for endpoint in self._sources.endpoints(handle)
+            for source in self._sources_at(handle, descriptor, caller, bridge)
         ]
         if not sources:
             raise NeedsRemoteProvidersError((digest,))
@@ -268,6 +278,24 @@ class ThreadedTransfers:
             bytes_fetched=done.bytes_fetched,
             source=done.source,
         )
+
+    def _sources_at(
+        self, handle: ProviderHandle, descriptor: Descriptor, caller: Caller, bridge: _Bridge
+    ) -> list[Source]:
+        if handle.kind == S3_KIND:
+            return [_BucketSource(handle, descriptor, self._buckets)]
+        return [
+            _RegistrySource(
+                endpoint,
+                descriptor,
+                caller,
+                origin=handle.source,
+                blobs=self._sources,
+                limiter=self._limiter,
+                bridge=bridge,
+            )
+            for endpoint in self._sources.endpoints(handle)
+        ]
 
     def settle(self, fetched: Fetched, *, committed: bool) -> None:
         """Keep the staged bytes as this node's copy, or drop them."""

@@ -10,6 +10,7 @@ from cluster.cache_options import CacheSource
 from cluster.digest import Digest
 from cluster.errors import ClusterError, InternalError, SessionGoneError
 from cluster.fetch.access import AccessControl
+from cluster.fetch.bucket_cache import CacheBuckets, read_from_bucket
 from cluster.fetch.pull import providers_of
 from cluster.image import Manifest
 from cluster.messages import ImportCacheResult
@@ -39,8 +40,9 @@ class CacheRegistry(Protocol):
 class CacheImporter:
     """Imports remote caches."""
 
-    def __init__(self, *, registry: CacheRegistry, access: AccessControl) -> None:
+    def __init__(self, *, registry: CacheRegistry, buckets: CacheBuckets, access: AccessControl) -> None:
         self._registry = registry
+        self._buckets = buckets
         self._access = access
 
     async def read(self, source: CacheSource, platform: Platform, authorizer: Authorizer) -> ImportCacheResult:
@@ -61,16 +63,20 @@ class CacheImporter:
             return ImportCacheResult(cache=RemoteCache(), warning=f"nothing is cached in {source.name}: {exc}")
 
     async def _read(self, source: CacheSource, platform: Platform, authorizer: Authorizer) -> ImportCacheResult:
-        reference = parse_reference(source.ref)
-        handle = reference.handle(plain_http=source.plain_http)
-        manifest, config = await self._registry.documents(
-            reference,
-            platform,
-            authorizer,
-            plain_http=source.plain_http,
-            max_config_bytes=MAX_CACHE_CONFIG_BYTES,
-        )
-        cache = read_cache(manifest, config, reference.name)
+        if source.bucket is not None:
+            handle = source.bucket.handle
+            manifest, config = await read_from_bucket(self._buckets, source.bucket)
+        else:
+            reference = parse_reference(source.ref)
+            handle = reference.handle(plain_http=source.plain_http)
+            manifest, config = await self._registry.documents(
+                reference,
+                platform,
+                authorizer,
+                plain_http=source.plain_http,
+                max_config_bytes=MAX_CACHE_CONFIG_BYTES,
+            )
+        cache = read_cache(manifest, config, source.name)
         await self._access.record(authorizer, handle, [manifest.descriptor.digest, manifest.config.digest])
         await self._access.record_named(authorizer, handle, list(dict.fromkeys(d.digest for d in cache.layers)))
         return ImportCacheResult(

@@ -54,7 +54,7 @@ class ImportBench:
     def __init__(self):
         self.registry, self.prober = FakeDocuments(), FakeProber()
         self.access = AccessControl(MemoryProofStore(Memory(FakeClock())), self.prober, proof_ttl_s=100.0)
-        self.importer = CacheImporter(registry=self.registry, access=self.access)
+        self.importer = CacheImporter(registry=self.registry, buckets=None, access=self.access)
 
     async def read(self, source=SOURCE, name="alice"):
         return await self.importer.read(source, parse_platform("linux/amd64"), FakeAuthorizer(name))
