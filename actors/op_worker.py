@@ -73,6 +73,8 @@ class OpWorker(SessionServer):
         stores = build_stores(config)
         keys = Keys(config.farm.name)
         threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ops")
+        # asyncio's own has six here, and an upload keeps one: ending a container must not wait for these.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="blocking"))
         root = node_root(boot)
         containers = Runc(root / "containers")
         snapshotter = await asyncio.to_thread(choose, root / "snapshots", config.node.snapshotter)
@@ -103,7 +105,7 @@ class OpWorker(SessionServer):
 
         def recover() -> list[str]:
             # Containers first: what still runs in one writes to what is removed next.
-            return [*containers.recover(), *performer.recover(), *snapshotter.recover()]
+            return [*containers.recover(), *snapshotter.recover(), *performer.recover()]
 
         if left := await asyncio.to_thread(recover):
             log.info("node.recovered", removed=len(left))

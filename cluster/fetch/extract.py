@@ -28,6 +28,8 @@ from cluster.ref import BlobRecord, RefRecord, RefState
 _MAX_TRIES = 4
 #: Seconds between looks for a parent's snapshot, which another process of the node may publish.
 _LOOK_EVERY_S = 1.0
+#: Seconds between telling how far an unpacking is.
+_TELL_EVERY_S = 0.5
 #: Seconds between looks whether a blob that waits to be unpacked has been lost meanwhile.
 _LOST_LOOK_S = 2.0
 
@@ -115,6 +117,8 @@ class Extractor:
         self._clock = clock
         self._notes = notes
         self._flights: Flights[None, Caller] = Flights("snapshots")
+        #: What is being unpacked, by chain ID.
+        self._unpacking: dict[Digest, _Stoppable] = {}
         #: Notified when a snapshot is published here, and when an unpacking is to stop.
         self._published = threading.Condition()
 
@@ -176,10 +180,13 @@ class Extractor:
         unpacking = asyncio.ensure_future(self._flights.run(key, lambda _context: self._unpack(record), caller=caller))
         try:
             fetch = await self._unlazy(record, caller)
+            looked_s = self._clock()
             while not unpacking.done():
-                await asyncio.wait({unpacking}, timeout=_LOST_LOOK_S)
-                if not unpacking.done():
+                await self._tell(caller, record, LayerPhase.EXTRACTING)
+                await asyncio.wait({unpacking}, timeout=_TELL_EVERY_S)
+                if not unpacking.done() and self._clock() - looked_s >= _LOST_LOOK_S:
                     fetch = await self._again_if_lost(record, caller, fetch)
+                    looked_s = self._clock()
             joined = unpacking.result().joined
         except asyncio.CancelledError:
             await self._drop(unpacking)
@@ -235,7 +242,7 @@ class Extractor:
 
     async def _apply(self, record: RefRecord, blob: LocalBlob) -> None:
         loop = asyncio.get_running_loop()
-        stream = _Stoppable(blob.open())
+        stream = self._unpacking[record.chain] = _Stoppable(blob.open())
 
         def await_parent() -> None:
             if record.parent_chain is not None:
@@ -260,6 +267,8 @@ class Extractor:
                 await applying
             raise
         finally:
+            if self._unpacking.get(record.chain) is stream:
+                del self._unpacking[record.chain]
             stream.close()
 
     def _await_published(self, chain: Digest, stream: _Stoppable) -> None:
@@ -286,10 +295,15 @@ class Extractor:
     async def _tell(self, caller: Caller, record: RefRecord, phase: LayerPhase, detail: str = "") -> None:
         if streams := caller.streams(record.blob.digest):
             size = record.blob.size_bytes
+            if phase is LayerPhase.EXTRACTING:
+                stream = self._unpacking.get(record.chain)
+                done = 0 if stream is None else stream.position
+            else:
+                done = 0 if phase in (LayerPhase.CANCELLED, LayerPhase.FAILED) else size
             item = ProgressItem(
                 item=f"extract:{self._node}:{record.chain}",
                 phase=phase,
-                current_bytes=0 if phase in (LayerPhase.CANCELLED, LayerPhase.FAILED) else size,
+                current_bytes=done,
                 total_bytes=size,
                 detail=detail,
             )
@@ -302,10 +316,14 @@ class _Stoppable:
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
         self._is_stopped = False
+        #: Bytes that were read.
+        self.position = 0
 
     def readinto(self, buffer: memoryview) -> int:
         self.raise_if_stopped()
-        return self._stream.readinto(buffer)
+        count = self._stream.readinto(buffer)
+        self.position += count
+        return count
 
     def raise_if_stopped(self) -> None:
         if self._is_stopped:
