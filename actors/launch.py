@@ -123,6 +123,7 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
             s3_credentials_file=config.s3.credentials_file,
             ray_address=config.ray.address,
             ray_token_file=config.ray.token_file,
+            ray_jobs_url="" if wanted.ray.address else services.jobs_url,
         )
         _link_root(settings)
         retired = _retire_elsewhere(settings, before, running, report)
@@ -191,7 +192,7 @@ def _wanted_nodes(services: LocalServices, wanted: Config, before: Running | Non
 
 def _running_nodes(services: LocalServices) -> int:
     """Return how many Ray nodes were brought up and not taken down, dead or alive."""
-    return sum(status.name.startswith("ray-") for status in services.status())
+    return sum(status.name.startswith("ray-n") for status in services.status())
 
 
 # -- actors --------------------------------------------------------------------------------------------------

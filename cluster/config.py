@@ -66,6 +66,8 @@ class RayConfig:
     node_memory_bytes: int = 2 * 1024**3
     #: Object store of each started node, in bytes: control traffic only.
     object_store_bytes: int = 96 * 1024**2
+    #: Start the part of Ray's dashboard that takes jobs (``ray job submit``).
+    dashboard: bool = True
     #: Seconds a call to an actor may take before it is given up, where nothing else bounds it.
     call_timeout_s: float = 60.0
 

@@ -338,6 +338,7 @@ RULES: dict[str, Callable[[Any], str]] = {
     "s3.region": _matches(_REGION, "1 to 64 letters, digits and -"),
     "s3.bucket": _matches(_BUCKET, "3 to 63 of a-z, 0-9, . and -, a letter or digit at both ends"),
     "ray.address": _ray_address,
+    "ray.dashboard": lambda _: "",
     "node.root": _absolute,
     "node.snapshotter": _one_of("auto", "overlay", "copying"),
     "build.compression": _one_of("gzip", "zstd", "none"),

@@ -38,6 +38,8 @@ class Running:
     ray_address: str
     #: "" for a cluster without one.
     ray_token_file: str = ""
+    #: ``http://HOST:PORT`` where the cluster that the farm started takes jobs; "" where nothing does.
+    ray_jobs_url: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,8 @@ trial mount, both removed at once.
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import platform
 import shutil
@@ -15,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -34,6 +37,8 @@ _PACKAGES = ("ray", "redis", "boto3", "aiohttp", "msgspec", "msgpack", "hiredis"
 _SERVER_PATHS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 _CONNECT_S = 2.0
 _COMMAND_S = 10.0
+#: A request to the job submission server is answered by another process of it.
+_JOBS_S = 5.0
 _LITTLE_DISK_BYTES = 10 * 1024**3
 _NO_DISK_BYTES = 1024**3
 #: S3 refuses signatures that are 15 minutes off; leases go by Redis's clock alone.
@@ -74,6 +79,7 @@ def examine(state_dir: Path | str | None, environ: Mapping[str, str]) -> list[Fi
         ("redis", _redis),
         ("s3", _s3),
         ("ray", _ray),
+        ("jobs", _jobs),
         ("actors", _actors),
     ]
     for name, check in checks:
@@ -183,14 +189,13 @@ def _runc(_settings: FarmSettings) -> Iterator[Finding]:
         yield Finding(
             check="runc",
             ok="warn",
-            detail="not found: images can be extracted, but nothing can be run in them",
-            advice="apt-get install runc",
+            detail="not found: builds can't run commands (their `run` ops fail); pull, extract and push do without",
+            advice="apt-get install runc, on every node that runs ops",
         )
         return
     told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_COMMAND_S, check=True)  # noqa: S603 - found on our own path
-    yield Finding(
-        check="runc", ok="ok", detail=f"{told.stdout.splitlines()[0].removeprefix('runc version ')} at {path}"
-    )
+    release = told.stdout.splitlines()[0].removeprefix("runc version ")
+    yield Finding(check="runc", ok="ok", detail=f"{release} at {path}, for the `run` ops of builds")
 
 
 def _overlay(settings: FarmSettings) -> Iterator[Finding]:
@@ -344,6 +349,35 @@ def _ray(settings: FarmSettings) -> Iterator[Finding]:
             detail=f"GCS at {settings.config.ray.address} accepts no connection",
             advice="lazyfarm up" if not settings.wanted.ray.address else "start the cluster, or mend ray.address",
         )
+
+
+def _jobs(settings: FarmSettings) -> Iterator[Finding]:
+    """Ask the job submission server who it is, as `ray job submit` does first."""
+    running = settings.running
+    if running is None or running.config.ray.address:
+        return  # none of ours
+    url = running.ray_jobs_url
+    if not url:
+        yield Finding(
+            check="jobs", ok="ok", detail="not asked for: ray.dashboard is false, `ray job submit` can't be used"
+        )
+        return
+    token = Path(running.ray_token_file).read_text().strip() if running.ray_token_file else ""
+    # Not urllib, which might show the token to a proxy.
+    connection = http.client.HTTPConnection(*url_address(url) or ("", 0), timeout=_JOBS_S)
+    try:
+        connection.request("GET", "/api/version", headers={"Authorization": f"Bearer {token}"})
+        answer = connection.getresponse()
+        said = answer.read()
+        if answer.status != HTTPStatus.OK:
+            raise ConnectionError(f"it answers {answer.status} {answer.reason}")
+        release = json.loads(said)["ray_version"]
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as exc:
+        yield Finding(check="jobs", ok="fail", detail=f"{url} takes no jobs: {exc}", advice="lazyfarm up")
+    else:
+        yield Finding(check="jobs", ok="ok", detail=f"{url} takes jobs (`ray job submit`, Ray {release})")
+    finally:
+        connection.close()
 
 
 def _actors(settings: FarmSettings) -> Iterator[Finding]:

@@ -32,7 +32,10 @@ _PLACES = {
     "s3_credentials_file": ("s3", "credentials_file"),
     "ray_address": ("ray", "address"),
     "ray_token_file": ("ray", "token_file"),
+    "ray_jobs_url": ("ray", "jobs_url"),
 }
+#: Fields that files of earlier releases lack.
+_LATER = {"ray_jobs_url"}
 
 
 def farm_file(state_dir: Path) -> Path:
@@ -62,7 +65,7 @@ def read_running(state_dir: Path) -> Running | None:
         value = table.get(key) if isinstance(table, dict) else None
         if isinstance(value, str):
             values[name] = value
-        else:
+        elif value is not None or name not in _LATER:
             faults.append(f"{section}.{key}: must be text, is {'absent' if value is None else type(value).__name__}")
     if faults:
         raise ConfigError(str(path), tuple(faults))

@@ -48,9 +48,8 @@ def show(settings: FarmSettings, out: Output, more: Mapping[str, object] | None 
     shown = {**document(settings, nodes, actors), **(more or {})}
     out.document({**shown, "problems": problems} if problems else shown)
     config = settings.config
-    out.table(
-        ("SERVICE", "ADDRESS"), [("redis", config.redis.url), ("s3", config.s3.endpoint), ("ray", config.ray.address)]
-    )
+    services = [("redis", config.redis.url), ("s3", config.s3.endpoint), ("ray", config.ray.address)]
+    out.table(("SERVICE", "ADDRESS"), [*services, *([("jobs", jobs_url)] if (jobs_url := _jobs_url(settings)) else [])])
     out.line("")
     out.table(
         ("NODE", "ADDRESS", "STATE"), [(node.id, node.address, "alive" if node.alive else "dead") for node in nodes]
@@ -72,6 +71,7 @@ def document(settings: FarmSettings, nodes: Sequence[NodeRecord], actors: Sequen
         "redis": config.redis.url,
         "s3": config.s3.endpoint,
         "ray": config.ray.address,
+        "jobs": _jobs_url(settings) or None,
         "actors": [
             {"name": actor.name, "kind": actor.kind, "node": actor.node, "pid": actor.pid, "state": actor.state}
             for actor in actors
@@ -96,5 +96,14 @@ def find_problems(settings: FarmSettings, nodes: Sequence[NodeRecord], actors: S
 
 def _addresses(settings: FarmSettings) -> list[tuple[str, Address]]:
     config = settings.config
-    found = [("ray", ray_address(config.ray.address)), ("s3", url_address(config.s3.endpoint))]
+    found = [
+        ("ray", ray_address(config.ray.address)),
+        ("s3", url_address(config.s3.endpoint)),
+        ("jobs", url_address(_jobs_url(settings))),
+    ]
     return [(name, address) for name, address in found if address is not None]
+
+
+def _jobs_url(settings: FarmSettings) -> str:
+    """Return where `ray job submit` goes; "" where nothing takes jobs that the farm would know of."""
+    return settings.running.ray_jobs_url if settings.running else ""

@@ -98,10 +98,15 @@ class LocalServices:
                     store.close()
             return Started(reached, ("s3",) if was_started else ())
 
-    def up_ray(self, nodes: int, *, include_dashboard: bool = False) -> Started[RayConfig]:
+    @property
+    def jobs_url(self) -> str:
+        """Return ``http://HOST:PORT`` where Ray takes jobs; "" where nothing was started that does."""
+        return self._ray.jobs_url
+
+    def up_ray(self, nodes: int) -> Started[RayConfig]:
         """Bring Ray to *nodes* nodes; errors as :meth:`up_redis`."""
         with self._state.lock("ray", deadline_s=_LOCK_S):
-            started, stopped = self._ray.start(self._config.ray, nodes, include_dashboard=include_dashboard)
+            started, stopped = self._ray.start(self._config.ray, nodes)
             reached = self._ray.reached_by(self._config.ray, nodes)
             return Started(reached, tuple(started), tuple(stopped))
 

@@ -26,6 +26,9 @@ FARM_MARK = "LAZYFARM_FARM_ID"
 SERVICE_MARK = "LAZYFARM_SERVICE"
 
 _ENV = "/usr/bin/env"
+#: Begins the variables that override the configuration, for the command that has them: what `up` was told is on
+#: record, and what it is told next time holds for what runs since this time, too.
+_OVERRIDE = "LAZYFARM__"
 _STOP_S = 10.0
 _KILL_S = 5.0
 _POLL_S = 0.03
@@ -101,7 +104,8 @@ class ServiceProcess:
 
         Args:
             command: Absolute path of the program and its arguments. No secrets: anyone can read them.
-            environment: Added to this process's environment. No secrets either: paths of their files.
+            environment: Added to this process's environment, less what overrides the configuration. No secrets
+                either: paths of their files.
             ports: What to record, so that a restart can ask for the same.
 
         Raises:
@@ -110,7 +114,7 @@ class ServiceProcess:
         self._state.create()
         self._end_marked()
         marked = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith(_OVERRIDE)},
             **(environment or {}),
             FARM_MARK: self._state.farm_id(),
             SERVICE_MARK: self.name,

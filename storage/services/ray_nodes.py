@@ -15,12 +15,14 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.config import RayConfig
 from cluster.errors import StartError
 from storage.services.loopback import choose_ports, is_listening
 from storage.services.process import FARM_MARK, SERVICE_MARK, ServiceProcess, marked_pids
+from storage.services.ray_dashboard import RayDashboard, RaySession
 from storage.services.state_dir import StateDir
 
 #: Which node a process belongs to, in the environment of all that runs on it: ``n0``, ``n1``, …
@@ -33,6 +35,8 @@ _READY_S = 90.0
 #: Seconds that a node may take to end by itself.
 _STOP_S = 2.0
 _STARTED = b"Ray runtime started."
+#: A raylet's argument.
+_CLUSTER_ID = "--cluster-id="
 #: Unix socket paths end at 107 bytes, and Ray's are some 70 long: no state directory is sure to be short.
 _SHORT_TEMP = Path("/tmp")  # noqa: S108 - a directory of mkdtemp's goes there
 
@@ -61,11 +65,27 @@ class RayNode:
         """
         if not self.process.is_alive():
             return False
-        marks = {FARM_MARK: self._state.farm_id(), SERVICE_MARK: self.process.name}
-        running = {_command_name(pid) for pid in marked_pids(marks)}
-        return {"raylet", "gcs_server"} <= running if self.index == 0 else "raylet" in running
+        running = self._commands()
+        return {"raylet", "gcs_server"} <= running.keys() if self.index == 0 else "raylet" in running
 
-    def start(self, config: RayConfig, temp: Path, gcs_port: int, *, include_dashboard: bool) -> None:
+    def cluster_id(self) -> str:
+        """Return the ID of the cluster that the node is in, in hexadecimal digits.
+
+        Raises:
+            StartError: its raylet doesn't run.
+        """
+        raylet = self._commands().get("raylet", 0)
+        for argument in _arguments(raylet):
+            if argument.startswith(_CLUSTER_ID):
+                return argument.removeprefix(_CLUSTER_ID)
+        raise StartError(self.process.name, "its raylet names no cluster", str(self.process.log))
+
+    def _commands(self) -> dict[str, int]:
+        """Return the names of the node's commands, each with one of its pids."""
+        marks = {FARM_MARK: self._state.farm_id(), SERVICE_MARK: self.process.name}
+        return {_command_name(pid): pid for pid in marked_pids(marks)}
+
+    def start(self, config: RayConfig, temp: Path, gcs_port: int) -> None:
         """Start the node and wait until the cluster knows it.
 
         Raises:
@@ -76,7 +96,11 @@ class RayNode:
         ports = choose_ports(["metrics"], before)
         if self.index == 0:
             ports["gcs"] = gcs_port
-            role = ["--head", f"--port={gcs_port}", f"--include-dashboard={str(include_dashboard).lower()}"]
+            role = ["--head", f"--port={gcs_port}", "--include-dashboard=false"]
+            if config.dashboard:
+                # Told to do without, Ray still runs a stump of a dashboard (75 MiB, 2 s), whose death ends the
+                # head. Where it can't have its port it goes on without any, and the agents find ours.
+                role.append("--dashboard-port=-1")
         else:
             role = [f"--address={RayNode(self._state, 0).ip}:{gcs_port}"]
         seen_bytes = self.process.log.stat().st_size if self.process.log.exists() else 0
@@ -90,6 +114,7 @@ class RayNode:
                 f"--memory={config.node_memory_bytes}",
                 f"--object-store-memory={config.object_store_bytes}",
                 f"--metrics-export-port={ports['metrics']}",
+                "--dashboard-agent-listen-port=0",  # any: with the default one, jobs of a second farm would fail
                 f"--labels={NODE_LABEL}={self.name}",
                 "--include-log-monitor=false", "--no-monitor", "--disable-usage-stats",
             ],
@@ -97,6 +122,8 @@ class RayNode:
                 **ray_environment(self._state),
                 NODE_VARIABLE: self.name,
                 STATE_VARIABLE: str(self._state.root),
+                # `python driver.py` of a job is this one, which has Ray and us.
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
                 "RAY_ADDRESS": "",  # of whoever runs `lazyfarm up`
                 # A worker costs 100 MiB and a second: none before it is needed.
                 "RAY_prestart_worker_first_driver": "0",
@@ -117,6 +144,12 @@ class RayService:
 
     def __init__(self, state: StateDir) -> None:
         self._state = state
+        self._dashboard = RayDashboard(state)
+
+    @property
+    def jobs_url(self) -> str:
+        """Return ``http://HOST:PORT`` that takes jobs; "" where none was started."""
+        return self._dashboard.url
 
     @property
     def nodes(self) -> list[RayNode]:
@@ -135,57 +168,59 @@ class RayService:
 
     @property
     def processes(self) -> list[ServiceProcess]:
-        """Return the nodes' processes."""
-        return [node.process for node in self.nodes]
+        """Return the nodes' processes, and the dashboard's where one was started."""
+        dashboard = [self._dashboard.process] if self._dashboard.url else []
+        return [*(node.process for node in self.nodes), *dashboard]
 
     def reached_by(self, config: RayConfig, nodes: int) -> RayConfig:
         """Return *config* with what is needed to reach this cluster."""
         head = RayNode(self._state, 0)
-        return RayConfig(
+        return replace(
+            config,
             address=f"{head.ip}:{head.process.ports.get('gcs', 0)}",
             token_file=str(self._token_file()),
             nodes=nodes,
-            node_cpus=config.node_cpus,
-            node_memory_bytes=config.node_memory_bytes,
-            object_store_bytes=config.object_store_bytes,
-            call_timeout_s=config.call_timeout_s,
         )
 
-    def start(self, config: RayConfig, nodes: int, *, include_dashboard: bool = False) -> tuple[list[str], list[str]]:
+    def start(self, config: RayConfig, nodes: int) -> tuple[list[str], list[str]]:
         """Bring the cluster to *nodes* nodes; return the processes that were started, and those that were ended.
 
-        A dead worker node is started alone. A dead head takes the cluster's state with it, so all start anew.
+        A dead worker node or dashboard is started alone. A dead head takes the cluster's state with it, so all
+        start anew.
 
         Args:
-            config: What each node offers.
+            config: What each node offers, and whether the dashboard is wanted.
             nodes: How many, the head included; what runs beyond is taken down.
-            include_dashboard: Start Ray's dashboard, which job submission needs (and ``ray[default]``).
 
         Raises:
-            StartError: a node did not start.
+            StartError: a part did not start.
         """
         wanted = [RayNode(self._state, index) for index in range(nodes)]
         head, workers = wanted[0], wanted[1:]
         stopped = self._stop(node for node in self.nodes if node.index >= nodes)
+        if not config.dashboard:
+            stopped += self._stop_dashboard()
         started: list[RayNode] = []
         if not (head.is_alive() and is_listening(head.process.ports.get("gcs", 0))):
+            self._stop_dashboard()
             self._stop(self.nodes)
-            self._start_head(head, config, include_dashboard=include_dashboard)
+            self._start_head(head, config)
             started.append(head)
         temp, gcs_port = self._temp_dir(), head.process.ports["gcs"]
-
-        def start(node: RayNode) -> None:
-            self._try(node, config, temp, gcs_port, include_dashboard=include_dashboard)
-
         dead = [node for node in workers if not node.is_alive()]
-        if dead:
-            with ThreadPoolExecutor(len(dead)) as pool:
-                list(pool.map(start, dead))
-        return [node.process.name for node in (*started, *dead)], stopped
+        has_dashboard = not config.dashboard or self._dashboard.is_alive()
+        with ThreadPoolExecutor(len(dead) + 1) as pool:
+            starts = [pool.submit(self._try, node, config, temp, gcs_port) for node in dead]
+            if not has_dashboard:
+                starts.append(pool.submit(self._start_dashboard, head, temp))
+        for start in starts:
+            start.result()
+        names = [node.process.name for node in (*started, *dead)]
+        return names if has_dashboard else [*names, self._dashboard.process.name], stopped
 
     def stop(self) -> list[str]:
         """End all nodes, the head last; return the names of the processes that ran."""
-        return self._stop(self.nodes)
+        return [*self._stop_dashboard(), *self._stop(self.nodes)]
 
     def purge(self) -> None:
         """Remove sockets and logs; nothing runs."""
@@ -194,7 +229,18 @@ class RayService:
             shutil.rmtree(link.readlink(), ignore_errors=True)
             link.unlink()
 
-    def _start_head(self, head: RayNode, config: RayConfig, *, include_dashboard: bool) -> None:
+    def _start_dashboard(self, head: RayNode, temp: Path) -> None:
+        session = RaySession(
+            gcs_address=f"{head.ip}:{head.process.ports['gcs']}",
+            cluster_id=head.cluster_id(),
+            directory=(temp / head.name / "session_latest").resolve(),
+        )
+        self._dashboard.start(session, ray_environment(self._state))
+
+    def _stop_dashboard(self) -> list[str]:
+        return [self._dashboard.process.name] if self._dashboard.url and self._dashboard.stop() else []
+
+    def _start_head(self, head: RayNode, config: RayConfig) -> None:
         temp = self._temp_dir()
         for node_dir in temp.glob("n*"):
             # Names a cluster that is gone, and makes a new head refuse to start.
@@ -204,16 +250,16 @@ class RayService:
         # Not the port of the cluster that is gone: its drivers would ask this one thousands of times a second, each
         # time with the other's ID.
         gcs_port = choose_ports(["gcs"], {})["gcs"]
-        self._try(head, config, temp, gcs_port, include_dashboard=include_dashboard)
+        self._try(head, config, temp, gcs_port)
 
-    def _try(self, node: RayNode, config: RayConfig, temp: Path, gcs_port: int, *, include_dashboard: bool) -> None:
+    def _try(self, node: RayNode, config: RayConfig, temp: Path, gcs_port: int) -> None:
         try:
-            node.start(config, temp, gcs_port, include_dashboard=include_dashboard)
+            node.start(config, temp, gcs_port)
         except StartError:
             # Once more: Ray takes ports that it saw free and finds them taken, or gives up under load.
             if node.index == 0:
                 gcs_port = choose_ports(["gcs"], node.process.ports)["gcs"]
-            node.start(config, temp, gcs_port, include_dashboard=include_dashboard)
+            node.start(config, temp, gcs_port)
 
     @staticmethod
     def _stop(nodes: Iterable[RayNode]) -> list[str]:
@@ -257,11 +303,20 @@ def ray_environment(state: StateDir) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(_token_file(state)),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        # A process title over the environment would hide the marks by which its process is found and ended.
+        "SPT_NOENV": "1",
     }
 
 
 def _token_file(state: StateDir) -> Path:
     return state.secret_file("ray-token", lambda: secrets.token_hex(32))
+
+
+def _arguments(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return []
 
 
 def _command_name(pid: int) -> str:

@@ -31,7 +31,6 @@ def processes(farm):
             continue
         with contextlib.suppress(OSError):  # it has ended
             environment = (entry / "environ").read_text(errors="replace").split("\0")
-            # Ray's agents write their titles over the end of their environment.
             if mark in environment:
                 service = next((x for x in environment if x.startswith(f"{SERVICE_MARK}=")), "").partition("=")[2]
                 found[int(entry.name)] = (service, (entry / "comm").read_text().strip())
@@ -135,6 +134,7 @@ def actor(kind):
         pytest.param(by_name("ray-n2", "raylet"), id="raylet"),
         pytest.param(by_name("ray-n1", "python"), id="ray start"),
         pytest.param(by_name("ray-n0", "gcs_server"), id="gcs"),
+        pytest.param(by_name("ray-dashboard", "python"), id="ray dashboard"),
     ],
 )
 def test_up_repairs_what_kill_9_ended(farm, registry, lazy, victims):
@@ -180,7 +180,7 @@ def test_down_ends_all_of_the_farm_and_nothing_else_and_up_finds_its_data(farm, 
         assert mounts(farm) or os.geteuid() != 0
         told = farm.cli_json("down")
         assert set(told) == {"stopped"}
-        assert {"redis", "s3-proxy", "ray-n0", "ray-n1", "ray-n2"} <= set(told["stopped"])
+        assert {"redis", "s3-proxy", "ray-n0", "ray-n1", "ray-n2", "ray-dashboard"} <= set(told["stopped"])
         until_gone(before)
         assert processes(farm) == {}
         assert mounts(farm) == []

@@ -397,27 +397,40 @@ def test_the_s3_environment_is_made_once_by_several_at_once(tmp_path):
 @pytest.mark.cluster
 @pytest.mark.timeout(240)
 def test_ray_is_started_once_and_repaired(tmp_path):
-    """Two nodes come up; a second up is a no-op; a killed worker's raylet or the head's GCS is made good."""
-    services = LocalServices(tmp_path / "farm", Config(ray=RayConfig(node_cpus=1, node_memory_bytes=512 * 1024**2)))
-    try:
-        first = services.up_ray(2)
-        assert first.started == ("ray-n0", "ray-n1")
-        assert services.up_ray(2).started == ()
-        head = pid_of(services, "ray-n0")
+    """Two nodes and a dashboard come up; a second up is a no-op; what was killed is made good.
 
+    A worker's raylet and the dashboard alone, whose deaths are nothing to the head; with the head's GCS all. A
+    dashboard that is wanted no more is ended, alone, too.
+    """
+    ray = RayConfig(node_cpus=1, node_memory_bytes=512 * 1024**2)
+    services = LocalServices(tmp_path / "farm", Config(ray=ray))
+    try:
+        assert services.jobs_url == ""
+        first = services.up_ray(2)
+        assert first.started == ("ray-n0", "ray-n1", "ray-dashboard")
+        assert services.up_ray(2).started == ()
+        head, url = pid_of(services, "ray-n0"), services.jobs_url
+
+        os.kill(pid_of(services, "ray-dashboard"), signal.SIGKILL)
         os.kill(child_of(services, "ray-n1", "raylet"), signal.SIGKILL)
-        assert services.up_ray(2).started == ("ray-n1",)
-        assert pid_of(services, "ray-n0") == head
+        assert services.up_ray(2).started == ("ray-n1", "ray-dashboard")
+        assert (pid_of(services, "ray-n0"), services.jobs_url) == (head, url)
 
         os.kill(child_of(services, "ray-n0", "gcs_server"), signal.SIGKILL)
         again = services.up_ray(2)
-        assert again.started == ("ray-n0", "ray-n1")
+        assert again.started == ("ray-n0", "ray-n1", "ray-dashboard")
         # At another port: the drivers of the cluster that is gone must not ask this one.
         assert again.config.address != first.config.address
         assert replace(again.config, address=first.config.address) == first.config
 
+        head = pid_of(services, "ray-n0")
+        without = LocalServices(tmp_path / "farm", Config(ray=replace(ray, dashboard=False))).up_ray(2)
+        assert (without.started, without.stopped) == ((), ("ray-dashboard",))
+        assert (pid_of(services, "ray-n0"), services.jobs_url) == (head, "")
+        assert services.up_ray(2).started == ("ray-dashboard",)
+
         temp = (tmp_path / "farm" / "ray").readlink()
-        assert set(services.down()) == {"ray-n0", "ray-n1"}
+        assert set(services.down()) == {"ray-n0", "ray-n1", "ray-dashboard"}
         assert marked_pids({FARM_MARK: services.farm_id}) == []
     finally:
         services.purge()

@@ -15,6 +15,7 @@ from cluster.digest import digest_of
 from cluster.errors import ClusterError
 from cluster.faultpoints import FaultPoint
 from cluster.provider import DescHandler
+from tests.doubles.at_rest import in_files, in_gcs, in_processes, in_redis
 from tests.doubles.faults import MIB, PART_BYTES, RANGES, BrokenFarm, assert_extracted, eventually
 from tests.doubles.registry import HTPASSWD_PASSWORD, HTPASSWD_USER, docker_registry, htpasswd_config
 from tests.doubles.registry_faults import Hang, Respond, blobs, registry_fault_proxy
@@ -219,54 +220,28 @@ async def test_i8_no_credential_is_at_rest_or_in_a_log(lab: BrokenFarm, token_re
 
     # A search that could find nothing would prove nothing.
     known = {b"fetch-worker-n1"}
-    assert await _in_redis(lab, known)
+    assert await in_redis(lab.redis, known)
     assert await asyncio.to_thread(_in_s3, lab, {b"rootfs"})
-    assert await asyncio.to_thread(_in_files, lab.running.state_dir, known)
-    assert _in_processes(lab.processes(), {b"RAY_AUTH_MODE"})
-    assert await asyncio.to_thread(_in_gcs, lab.processes(), known)
+    assert await asyncio.to_thread(in_files, lab.running.state_dir, known)
+    assert in_processes(lab.processes(), {b"RAY_AUTH_MODE"})
+    assert await asyncio.to_thread(in_gcs, lab.processes(), known)
 
-    assert not await _in_redis(lab, secrets)
+    assert not await in_redis(lab.redis, secrets)
     assert not await asyncio.to_thread(_in_s3, lab, secrets)
-    assert not await asyncio.to_thread(_in_files, lab.running.state_dir, secrets)
-    assert not _in_processes(lab.processes(), secrets)
-    assert not await asyncio.to_thread(_in_gcs, lab.processes(), secrets)
+    assert not await asyncio.to_thread(in_files, lab.running.state_dir, secrets)
+    assert not in_processes(lab.processes(), secrets)
+    assert not await asyncio.to_thread(in_gcs, lab.processes(), secrets)
     own = {path.read_bytes().strip(): path for path in (lab.running.state_dir / "secrets").iterdir() if path.is_file()}
     assert own
     for path in own.values():
         assert path.stat().st_mode & 0o077 == 0, f"{path} can be read by others"
-    assert not _in_processes(lab.processes(), set(own))
-    assert not await asyncio.to_thread(_in_files, lab.running.state_dir / "logs", set(own))
+    assert not in_processes(lab.processes(), set(own))
+    assert not await asyncio.to_thread(in_files, lab.running.state_dir / "logs", set(own))
     await lab.assert_whole()
 
 
 def _basic() -> str:
     return "Basic " + base64.b64encode(f"{HTPASSWD_USER}:{HTPASSWD_PASSWORD}".encode()).decode()
-
-
-async def _in_redis(lab: BrokenFarm, secrets: set[bytes]) -> list[str]:
-    """Return what of Redis holds a secret: keys, and values in their serialized form."""
-    found = []
-    cursor = b"0"
-    while True:
-        cursor, keys = await lab.redis("SCAN", cursor, "COUNT", 1000)
-        for key in keys:
-            value = key + b"\0" + await _value(lab, key)
-            found += [key.decode(errors="replace") for secret in secrets if secret in value]
-        if int(cursor) == 0:
-            return found
-
-
-async def _value(lab: BrokenFarm, key: bytes) -> bytes:
-    read = {
-        b"string": ("GET", key),
-        b"hash": ("HGETALL", key),
-        b"set": ("SMEMBERS", key),
-        b"zset": ("ZRANGE", key, 0, -1),
-        b"list": ("LRANGE", key, 0, -1),
-        b"stream": ("XRANGE", key, "-", "+"),
-    }
-    kind = await lab.redis("TYPE", key)
-    return b"" if kind == b"none" else repr(await lab.redis(*read[kind])).encode()
 
 
 def _in_s3(lab: BrokenFarm, secrets: set[bytes]) -> list[str]:
@@ -282,52 +257,6 @@ def _in_s3(lab: BrokenFarm, secrets: set[bytes]) -> list[str]:
                     filled += count
             held += bytes(buffer)
         found += [info.key for secret in secrets if secret in held]
-    return found
-
-
-def _in_files(root: Path, secrets: set[bytes]) -> list[str]:
-    """Return the files under *root*, and behind its links to directories, that hold a secret."""
-    found = []
-    for where, directories, files in os.walk(root, followlinks=True):
-        # Mounted and unpacked layers, and Swift's own copy of them: what the test made.
-        directories[:] = [name for name in directories if name not in ("mnt", "fs", "sockets")]
-        for name in files:
-            path = Path(where, name)
-            if path.is_file() and path.stat().st_size < 64 * MIB:
-                data = path.read_bytes()
-                found += [str(path) for secret in secrets if secret in data]
-    return found
-
-
-def _in_processes(pids: set[int], secrets: set[bytes]) -> list[str]:
-    """Return the processes whose command line or environment holds a secret."""
-    found = []
-    for pid in pids:
-        for what in ("cmdline", "environ"):
-            try:
-                data = Path(f"/proc/{pid}/{what}").read_bytes()
-            except OSError:
-                continue  # it has ended meanwhile
-            found += [f"{what} of {pid}" for secret in secrets if secret in data]
-    return found
-
-
-def _in_gcs(pids: set[int], secrets: set[bytes]) -> list[str]:
-    """Return where the memory of the GCS holds a secret; what can't be read is left out."""
-    (gcs,) = [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == "gcs_server"]
-    found = []
-    with Path(f"/proc/{gcs}/mem").open("rb", buffering=0) as memory:
-        for line in Path(f"/proc/{gcs}/maps").read_text().splitlines():
-            span, rights, *_ = line.split()
-            start, end = (int(edge, 16) for edge in span.split("-"))
-            if not rights.startswith("rw") or end - start > 512 * MIB:
-                continue
-            try:
-                memory.seek(start)
-                data = memory.read(end - start)
-            except (OSError, ValueError):
-                continue
-            found += [f"{line}" for secret in secrets if secret in data]
     return found
 
 

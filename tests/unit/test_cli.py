@@ -181,6 +181,7 @@ def running(port):
         s3_region="us-east-1",
         s3_bucket="lazyfarm",
         ray_address=f"127.0.0.1:{port}",
+        ray_jobs_url=f"http://127.0.0.1:{port}",
     )
 
 
@@ -300,6 +301,7 @@ def test_status_tells_nodes_services_and_actors(records, running):
         "redis": running.redis_url,
         "s3": running.s3_endpoint,
         "ray": running.ray_address,
+        "jobs": running.ray_jobs_url,
         "actors": [{"name": "supervisor-0.1.0", "kind": "supervisor", "node": "n0", "pid": 42, "state": "ready"}],
     }
     assert records.is_closed
@@ -574,14 +576,24 @@ def test_status_exits_1_and_names_what_is_wrong(change, says, records):
     assert result.stderr.startswith(f"error: {says} (hint: ")
 
 
-def test_status_notices_a_service_that_accepts_no_connection(records, state_dir, running):
-    """S3 is not read from, but it is asked whether it is there."""
+@pytest.mark.parametrize(("service", "recorded"), [("s3", "s3_endpoint"), ("jobs", "ray_jobs_url")])
+def test_status_notices_a_service_that_accepts_no_connection(service, recorded, records, state_dir, running):
+    """It is not read from, but it is asked whether it is there."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = server.getsockname()[1]
-    write_running(state_dir, Running(**{**_fields(running), "s3_endpoint": f"http://127.0.0.1:{free}"}))
+    write_running(state_dir, Running(**{**_fields(running), recorded: f"http://127.0.0.1:{free}"}))
     told, code = document("status")
     assert code == 1
-    assert told["problems"] == [f"s3 at 127.0.0.1:{free} accepts no connection"]
+    assert told["problems"] == [f"{service} at 127.0.0.1:{free} accepts no connection"]
+
+
+def test_status_tells_where_jobs_go(records, state_dir, running):
+    """What `ray job submit` takes as address; a farm that takes no jobs says nothing of it, and nothing is wrong."""
+    assert f"jobs     {running.ray_jobs_url}" in run("status").stdout
+    write_running(state_dir, Running(**{**_fields(running), "ray_jobs_url": ""}))
+    told, code = document("status")
+    assert (code, told["jobs"]) == (0, None)
+    assert "jobs" not in run("status").stdout
 
 
 # -- for people ----------------------------------------------------------------------------------

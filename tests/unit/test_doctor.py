@@ -1,12 +1,19 @@
 """What the doctor says of what it finds; against a real farm it is tried in tests/cluster."""
 
+import json
 import os
 import shutil
 import socket
+import subprocess
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
 
+from cluster.config import Config, RayConfig
 from lazyfarm import doctor
 from lazyfarm.doctor import examine
 from lazyfarm.settings import Running
@@ -16,6 +23,24 @@ from storage.farm_file import write_running
 @pytest.fixture
 def environ(tmp_path):
     return {"LAZYFARM_STATE_DIR": str(tmp_path / "state"), "PATH": os.environ["PATH"]}
+
+
+@pytest.fixture
+def running(tmp_path):
+    """What `up` recorded, of services that are gone."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    (tmp_path / "state").mkdir()
+    return Running(
+        farm_id="x",
+        farm_name="lazyfarm",
+        redis_url=f"redis://127.0.0.1:{free}/0",
+        s3_endpoint=f"http://127.0.0.1:{free}",
+        s3_region="us-east-1",
+        s3_bucket="lazyfarm",
+        ray_address=f"127.0.0.1:{free}",
+        ray_jobs_url=f"http://127.0.0.1:{free}",
+    )
 
 
 def by_check(findings):
@@ -40,26 +65,74 @@ def test_every_finding_that_is_not_ok_says_what_to_do(environ):
     assert [finding for finding in findings if finding.ok != "ok" and not finding.advice] == []
 
 
-def test_services_that_are_gone_are_named(environ, tmp_path):
+def test_services_that_are_gone_are_named(environ, running, tmp_path):
     """One finding each, and none of them hides another."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        free = server.getsockname()[1]
-    (tmp_path / "state").mkdir()
-    write_running(
-        tmp_path / "state",
-        Running(
-            farm_id="x",
-            farm_name="lazyfarm",
-            redis_url=f"redis://127.0.0.1:{free}/0",
-            s3_endpoint=f"http://127.0.0.1:{free}",
-            s3_region="us-east-1",
-            s3_bucket="lazyfarm",
-            ray_address=f"127.0.0.1:{free}",
-        ),
-    )
+    write_running(tmp_path / "state", running)
     found = by_check(examine(None, environ))
-    assert {name for name in ("redis", "s3", "ray") if found[name].ok == "fail"} == {"redis", "s3", "ray"}
-    assert found["s3"].advice == "lazyfarm up"
+    gone = {"redis", "s3", "ray", "jobs"}
+    assert {name for name in gone if found[name].ok == "fail"} == gone
+    assert found["s3"].advice == found["jobs"].advice == "lazyfarm up"
+
+
+@contextmanager
+def job_server(token):
+    """A server that says its release to who has the token, as Ray's does."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            is_known = self.path == "/api/version" and self.headers["Authorization"] == f"Bearer {token}"
+            body = json.dumps({"ray_version": "2.60.0"}).encode() if is_known else b"Unauthorized"
+            self.send_response(200 if is_known else 401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_job_submission_is_tried_with_the_farm_s_token(environ, running, tmp_path):
+    """A server that answers nobody, and one that refuses the farm's own token, take no jobs; no finding shows it."""
+    token = tmp_path / "ray-token"
+    token.write_text("t0k3n\n")
+    with job_server("t0k3n") as url:
+        write_running(tmp_path / "state", replace(running, ray_token_file=str(token), ray_jobs_url=url))
+        found = by_check(examine(None, environ))["jobs"]
+        assert (found.ok, url in found.detail, "2.60.0" in found.detail) == ("ok", True, True)
+        token.write_text("another")
+        found = by_check(examine(None, environ))["jobs"]
+        assert (found.ok, found.advice) == ("fail", "lazyfarm up")
+        assert "401" in found.detail
+        assert "another" not in found.detail
+
+
+def test_job_submission_that_nobody_asked_for_is_no_fault(environ, running, tmp_path):
+    """Turned off, it is said to be; a cluster of somebody else's is not looked at."""
+    off = replace(running, ray_jobs_url="", config=Config(ray=RayConfig(dashboard=False)))
+    write_running(tmp_path / "state", off)
+    found = by_check(examine(None, environ))["jobs"]
+    assert (found.ok, "ray.dashboard" in found.detail) == ("ok", True)
+    write_running(tmp_path / "state", replace(off, config=Config(ray=RayConfig(address=running.ray_address))))
+    assert "jobs" not in by_check(examine(None, environ))
+
+
+def test_runc_is_named_as_what_run_ops_need(environ, monkeypatch):
+    """With it and without."""
+    said = subprocess.CompletedProcess([], 0, stdout="runc version 1.1.5\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_arguments, **_options: said)
+    for path, verdict in (("/usr/sbin/runc", "ok"), (None, "warn")):
+        monkeypatch.setattr(doctor, "_which", lambda _command, path=path: path)
+        found = by_check(examine(None, environ))["runc"]
+        assert (found.ok, "`run` ops" in found.detail) == (verdict, True)
 
 
 @pytest.mark.parametrize(

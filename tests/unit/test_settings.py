@@ -40,6 +40,7 @@ def running(**changes):
         "s3_credentials_file": "/state/secrets/s3",
         "ray_address": "127.0.0.1:7003",
         "ray_token_file": "/state/secrets/ray",
+        "ray_jobs_url": "http://127.0.0.1:7004",
     }
     return Running(**{**values, **changes})
 
@@ -83,6 +84,7 @@ _EXAMPLES = {
     "s3.region": ("eu", "eu"),
     "s3.bucket": ("abc", "abc"),
     "ray.address": ("h:1", "h:1"),
+    "ray.dashboard": ("false", False),
     "node.root": ("/r", "/r"),
     "node.snapshotter": ("copying", "copying"),
     "log.level": ("debug", "debug"),
@@ -205,6 +207,13 @@ def test_what_runs_survives_writing_and_reading(state):
     forget_running(state)
     forget_running(state)
     assert read_running(state) is None
+
+
+def test_a_record_of_an_earlier_release_is_read(state):
+    """What it has no word of is not there: the farm takes no jobs until the next `up`."""
+    path = write_running(state, running())
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "jobs_url" not in line))
+    assert read_running(state) == running(ray_jobs_url="")
 
 
 def test_what_runs_is_filled_in_but_what_was_wanted_stays_known(state):

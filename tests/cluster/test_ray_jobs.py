@@ -1,0 +1,257 @@
+"""Drivers that are Ray jobs: submitted as Ray's documentation says, to a farm that was merely brought up."""
+
+import asyncio
+import base64
+import http.client
+import json
+import os
+import secrets
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from cluster.lease import LeaseId
+from storage.connect import connect
+from storage.services.process import FARM_MARK, marked_pids
+from tests.doubles.at_rest import in_files, in_gcs, in_processes, in_redis
+from tests.doubles.farm import RunningFarm
+from tests.doubles.registry import random_image
+
+pytestmark = [pytest.mark.cluster, pytest.mark.registry, pytest.mark.timeout(240)]
+
+#: Ray gives a driver 3 s to end, and its leases another few.
+SOON_S = 60.0
+
+
+@dataclass
+class Jobs:
+    """Ray's command line, pointed at a farm as docs/operations.md says."""
+
+    farm: RunningFarm
+    url: str
+    token_file: Path
+
+    def ray(self, *arguments, cwd=None):
+        """Run ``ray job …`` and return how it went; what it prints is one text."""
+        return subprocess.run(
+            [Path(sys.executable).with_name("ray"), "job", *arguments],
+            cwd=cwd,
+            env={
+                **os.environ,
+                "RAY_API_SERVER_ADDRESS": self.url,
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(self.token_file),
+                "RAY_USAGE_STATS_ENABLED": "0",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def get(self, path, token=None):
+        """Ask the server itself; return status and document."""
+        address = urlsplit(self.url)
+        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=30)
+        sent = self.token_file.read_text().strip() if token is None else token
+        try:
+            connection.request("GET", path, headers={"Authorization": f"Bearer {sent}"} if sent else {})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
+
+    def details(self, submission_id):
+        """Return what Ray knows of a job, as ``ray job list`` does."""
+        _, text = self.get("/api/jobs/")
+        (job,) = [job for job in json.loads(text) if job["submission_id"] == submission_id]
+        return job
+
+    def until(self, submission_id, *statuses):
+        """Wait until a job has come to one of *statuses*."""
+        give_up_s = time.monotonic() + SOON_S
+        while (job := self.details(submission_id))["status"] not in statuses:
+            assert time.monotonic() < give_up_s, job
+            time.sleep(0.1)
+        return job
+
+
+@pytest.fixture
+def jobs(farm):
+    """The shared farm, which takes jobs although nobody asked for it."""
+    status = farm.cli_json("status")
+    return Jobs(farm, status["jobs"], farm.state_dir / "secrets" / "ray-token")
+
+
+def write_driver(directory, text):
+    directory.mkdir()
+    (directory / "driver.py").write_text(textwrap.dedent(text))
+    return directory
+
+
+def test_a_driver_uses_the_docker_login_of_where_it_runs_and_leaves_no_trace_of_it(jobs, token_registry, tmp_path):
+    """`ray job submit --working-dir . -- python driver.py` pulls a private image; the job is told the path of a login.
+
+    The login is in no place afterwards: what Ray knows of the job, its sessions, logs and GCS, Redis, the state
+    directory, a command line or an environment.
+    """
+    password = secrets.token_urlsafe(24)
+    token_registry.tokens.allow("alice", password, {"*": {"pull"}})
+    login = base64.b64encode(f"alice:{password}".encode()).decode()
+    registry = token_registry.registry
+    registry.push("jobs/private", "1", random_image(secrets.randbits(64), layers=2))
+    docker = tmp_path / "docker"
+    docker.mkdir()
+    (docker / "config.json").write_text(json.dumps({"auths": {registry.host: {"auth": login}}}))
+    directory = write_driver(
+        tmp_path / "work",
+        """
+        import asyncio, sys
+        from lazyfarm import Farm
+
+        async def main():
+            async with await Farm.connect() as farm:
+                ref = await farm.pull(sys.argv[1])
+                await ref.unlazy()
+                print("pulled", ref.id, "lazy" if ref.is_lazy else "present")
+
+        asyncio.run(main())
+        """,
+    )
+    job_id, image = f"pull-{secrets.token_hex(4)}", f"{registry.host}/jobs/private:1"
+    environment = json.dumps({"env_vars": {"DOCKER_CONFIG": str(docker)}})
+    command = ["submit", "--submission-id", job_id, "--runtime-env-json", environment, "--working-dir", "."]
+    done = jobs.ray(*command, "--", "python", "driver.py", image, cwd=directory)
+    assert done.returncode == 0, done.stdout
+    pulled = next(line for line in done.stdout.splitlines() if line.startswith("pulled "))
+    assert pulled.endswith(" present")
+    assert any(request.user == "alice" and request.status == 200 for request in token_registry.tokens.requests)
+
+    job = jobs.details(job_id)
+    assert (job["status"], job["driver_exit_code"]) == ("SUCCEEDED", 0)
+    # What the driver joined as is this submission, and nothing beside it.
+    assert job["driver_info"]["id"] == job["job_id"]
+    assert job["runtime_env"]["env_vars"] == {"DOCKER_CONFIG": str(docker)}
+
+    secret = {password.encode(), login.encode()}
+    pids = set(marked_pids({FARM_MARK: (jobs.farm.state_dir / "farm-id").read_text().strip()}))
+    # A search that could find nothing would prove nothing.
+    known = {job_id.encode()}
+    assert in_files(jobs.farm.state_dir, known)
+    assert in_gcs(pids, known)
+    assert _in_redis(jobs.farm, {b"jobs/private"})
+    assert in_processes(pids, {b"RAY_AUTH_MODE"})
+    assert _in_ray(jobs, known)
+
+    assert not in_files(jobs.farm.state_dir, secret)
+    assert not in_gcs(pids, secret)
+    assert not _in_redis(jobs.farm, secret)
+    assert not in_processes(pids, secret)
+    assert not _in_ray(jobs, secret)
+
+
+def _in_redis(farm, wanted):
+    async def search():
+        link = connect(farm.settings.config.redis)
+        try:
+            return await in_redis(link.execute, wanted)
+        finally:
+            await link.close()
+
+    return asyncio.run(search())
+
+
+def _in_ray(jobs, wanted):
+    return [text for text in wanted if text.decode() in jobs.get("/api/jobs/")[1]]
+
+
+def test_a_driver_that_fails_is_told_of_with_its_exit_code_and_words(jobs, tmp_path):
+    """Here, because a folder in the working directory hides one of our packages: its log names it."""
+    directory = write_driver(
+        tmp_path / "work",
+        """
+        import sys
+        try:
+            import lazyfarm
+        except ImportError as exc:
+            print("refused:", exc)
+            sys.exit(3)
+        """,
+    )
+    (directory / "cluster").mkdir()
+    (directory / "cluster" / "__init__.py").touch()
+    job_id = f"fail-{secrets.token_hex(4)}"
+    done = jobs.ray(
+        "submit", "--submission-id", job_id, "--working-dir", ".", "--", "python", "driver.py", cwd=directory
+    )
+    assert done.returncode == 1
+    assert "exit code 3" in done.stdout
+    job = jobs.details(job_id)
+    assert (job["status"], job["driver_exit_code"]) == ("FAILED", 3)
+    logs = jobs.ray("logs", job_id).stdout
+    assert "refused: /" in logs
+    assert "hides lazyfarm's own package 'cluster'" in logs
+
+
+def test_a_job_that_is_stopped_leaves_no_lease(jobs, tmp_path):
+    """`ray job stop` ends the driver; what it held is let go when its lease has lapsed."""
+    directory = write_driver(
+        tmp_path / "work",
+        """
+        import asyncio
+        from lazyfarm import Farm
+
+        async def main():
+            async with await Farm.connect() as farm:
+                print("session", farm.session_id)
+                await asyncio.Event().wait()
+
+        asyncio.run(main())
+        """,
+    )
+    job_id = f"stop-{secrets.token_hex(4)}"
+    environment = json.dumps({"env_vars": {"LAZYFARM__CACHE__LEASE_TTL_S": "3"}})
+    command = ["submit", "--no-wait", "--submission-id", job_id, "--runtime-env-json", environment]
+    done = jobs.ray(*command, "--working-dir", ".", "--", "python", "driver.py", cwd=directory)
+    assert done.returncode == 0, done.stdout
+    lease = LeaseId(f"driver-{_session(jobs, job_id)}")
+    assert lease in _leases(jobs.farm)
+
+    assert jobs.ray("stop", job_id).returncode == 0
+    assert jobs.until(job_id, "STOPPED", "FAILED", "SUCCEEDED")["status"] == "STOPPED"
+    give_up_s = time.monotonic() + SOON_S
+    while lease in _leases(jobs.farm):
+        assert time.monotonic() < give_up_s, f"{lease} is still there"
+        time.sleep(0.2)
+
+
+def _session(jobs, job_id):
+    """Wait until the driver of a job has joined the farm, and return its session's ID."""
+    give_up_s = time.monotonic() + SOON_S
+    while True:
+        status, text = jobs.get(f"/api/jobs/{job_id}/logs")
+        words = (json.loads(text)["logs"] if status == 200 else "").split()
+        if "session" in words[:-1]:
+            return words[words.index("session") + 1]
+        assert time.monotonic() < give_up_s, (jobs.details(job_id), text)
+        time.sleep(0.2)
+
+
+def _leases(farm):
+    with farm.records() as records:
+        return {lease.id for lease in records.leases()}
+
+
+def test_who_has_no_token_submits_nothing(jobs):
+    """On loopback only, and not to every process there."""
+    assert urlsplit(jobs.url).hostname == "127.0.0.1"
+    assert jobs.get("/api/jobs/", token="")[0] == 401
+    assert jobs.get("/api/jobs/", token="guessed")[0] == 403
+    assert jobs.get("/api/jobs/")[0] == 200
