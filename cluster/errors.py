@@ -139,6 +139,20 @@ class InvalidArgumentError(InputError):
         return f"{self.name} can't be {self.value}: {self.reason}"
 
 
+class InvalidOutputError(InputError):
+    """An output of a build doesn't say where to."""
+
+    _hint = "write it as type=oci|tar|local|image|registry,dest=PATH,name=IMAGE, or as DIR, or - for standard output"
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(text, reason)
+        self.text = text
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"invalid output {self.text!r}: {self.reason}"
+
+
 class InvalidDescriptorError(InputError):
     """A descriptor lacks something or contradicts itself."""
 
@@ -1103,6 +1117,23 @@ class LimitUnavailableError(ContainerError):
     """A node can't keep a container to the limit that is asked for; nothing was run without it."""
 
     _hint = "give the node's processes a writable cgroup hierarchy, or leave the limit out"
+
+
+# -- exports ------------------------------------------------------------------------------------------
+
+
+class ExportError(ClusterError):
+    """What was exported can't be put where it was to go: the disk refuses, or something else is there."""
+
+    _hint = "name another destination, or make room for it; what was complete in a directory stays there"
+
+    def __init__(self, destination: str, reason: str) -> None:
+        super().__init__(destination, reason)
+        self.destination = destination
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"export to {self.destination}: {self.reason}"
 
 
 # -- the farm itself ----------------------------------------------------------------------------------
