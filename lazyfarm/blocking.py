@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
+from typing import BinaryIO, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from cluster.cache_options import CacheSource, CacheTarget
 from cluster.descriptor import Descriptor
@@ -28,6 +28,7 @@ from lazyfarm.graph import Resolved, State
 from lazyfarm.job import EventCallback
 from lazyfarm.lease import FarmLease as AsyncFarmLease
 from lazyfarm.operation import ProgressCallback
+from lazyfarm.outputs import Output
 from storage.registry.credentials import CredentialSource
 
 T = TypeVar("T")
@@ -311,6 +312,19 @@ class Farm(_Twin[asynchronous.Farm]):
         """Make an image of a result; see :meth:`lazyfarm.farm.Farm.tag`."""
         original = result._original  # noqa: SLF001  # its own twin
         return Ref(self._loop.run(lambda: self._original.tag(original, name, created_s=created_s)), self._loop)
+
+    def export(
+        self,
+        result: Result | Ref,
+        output: str | Output,
+        *,
+        names: Sequence[str] = (),
+        stdout: BinaryIO | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """Write a result or an image to this machine; see :meth:`lazyfarm.farm.Farm.export`."""
+        original = result._original  # noqa: SLF001  # its own twin
+        self._loop.run(lambda: self._original.export(original, output, names=names, stdout=stdout, progress=progress))
 
     def get_by_blob(
         self,

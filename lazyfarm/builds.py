@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from actors.handles import SchedulerHandle
 from actors.version import VERSION
 from cluster.cache_options import CacheSource, CacheTarget
 from cluster.config import Config
 from cluster.digest import Digest, digest_of
-from cluster.errors import ClusterError, InvalidArgumentError
+from cluster.errors import ClusterError, InvalidArgumentError, InvalidOutputError, NotAnImageError
 from cluster.graph import Definition, ImageOp, LocalOp, encode_definition, pinned
 from cluster.job import JobEvent, JobId, JobRecord, JobSpec, JobState, registries_of
 from cluster.job_result import decode_result
@@ -28,6 +28,8 @@ from cluster.reference import ImageReference, parse_reference
 from cluster.remote_cache import CacheEntry, embed
 from lazyfarm.graph import Resolved, State, resolve
 from lazyfarm.job import EventCallback, Job, Result, read_secrets
+from lazyfarm.operation import ProgressCallback
+from lazyfarm.outputs import Output, OutputKind, parse_output
 from lazyfarm.ref import Ref
 from storage.job_events import RedisJobEvents
 from storage.jobs import RedisJobStore
@@ -275,3 +277,35 @@ class Builds:
             lambda worker: worker.assemble(request, timeout_s=self._config.flight.deadline_s)
         )
         return Ref(self._farm, ref.layers, record, ref.handlers)
+
+    async def export(
+        self,
+        result: Result | Ref,
+        output: str | Output,
+        *,
+        names: Sequence[str],
+        stdout: BinaryIO | None,
+        progress: ProgressCallback | None,
+    ) -> None:
+        """Write a result or image to this machine."""
+        from lazyfarm.export import Exporter  # noqa: PLC0415 - S3 and the unpackers, which few drivers need
+        from storage.blobs import S3ContentStore  # noqa: PLC0415 - likewise
+
+        wanted = parse_output(output) if isinstance(output, str) else output
+        if wanted.kind is OutputKind.IMAGE:
+            raise InvalidOutputError(str(output), "it names no file or directory: tag or push images of the farm")
+        wanted = replace(wanted, names=wanted.names or tuple(parse_reference(name).name for name in names))
+        if isinstance(result, Result):
+            # The farm needs a name for every image; a reader of the layout is told of none that the user didn't give.
+            found = await self.tag(result, f"localhost/lazyfarm/build:{result.job}", created_s=None)
+        else:
+            found = result
+        if found.record is None:
+            raise NotAnImageError(found.id)
+        record = replace(found.record, name="") if isinstance(result, Result) else found.record
+        await found.unlazy(progress=progress)
+        store = S3ContentStore(self._config.s3)
+        try:
+            await Exporter(store, self._farm.ref_store).export(record, wanted, stdout=stdout, progress=progress)
+        finally:
+            await asyncio.to_thread(store.close)

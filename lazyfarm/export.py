@@ -247,8 +247,11 @@ class _Work:
                 **({"variant": platform.variant} if platform.variant else {}),
             },
         }
+        names = self.output.names or ((self.image.name,) if self.image.name else ())
+        if not names:
+            return [described]
         entries = []
-        for name in self.output.names or (self.image.name,):
+        for name in names:
             tag = parse_reference(name).tag
             annotations = {_IMAGE_NAME: name, **({_REF_NAME: tag} if tag else {})}
             entries.append({**described, "annotations": annotations})

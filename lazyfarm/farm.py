@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import BinaryIO, Self, TypeVar
 
 from actors.handles import CacheShardHandle, FetchWorkerHandle, SessionServerHandle
 from actors.join import join_in_time
@@ -55,6 +55,7 @@ from lazyfarm.graph import Resolved, State
 from lazyfarm.job import EventCallback, Job, Result
 from lazyfarm.lease import FarmLease
 from lazyfarm.operation import Operation, ProgressCallback
+from lazyfarm.outputs import Output
 from lazyfarm.ref import Ref
 from lazyfarm.session import Session
 from lazyfarm.settings import load_settings
@@ -418,6 +419,33 @@ class Farm:
         self._raise_if_closed()
         return await self._builds.tag(result, name, created_s=created_s)
 
+    async def export(
+        self,
+        result: Result | Ref,
+        output: str | Output,
+        *,
+        names: Sequence[str] = (),
+        stdout: BinaryIO | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """Write what a build came to, or an image, to this machine: layers are made present first.
+
+        Args:
+            result: A result with one target, or an image's ref.
+            output: ``oci:DIR``, ``oci-archive:FILE``, ``local:DIR`` and the other forms that
+                :func:`lazyfarm.outputs.parse_output` has, but those of images: for them there are :meth:`tag` and
+                :meth:`push`.
+            names: What a layout or archive calls the image.
+            stdout: Where an archive goes that is written to standard output; None: to this process's own.
+            progress: Called with each blob's progress.
+
+        Raises:
+            InvalidOutputError: *output* doesn't parse, or names nothing of this machine.
+            NotAnImageError: a ref of no image. ExportError: it can't be written there.
+        """
+        self._raise_if_closed()
+        await self._builds.export(result, output, names=names, stdout=stdout, progress=progress)
+
     async def job(self, job: str) -> Job:
         """Return the job of an ID, whoever submitted it; JobNotFoundError if there is none."""
         self._raise_if_closed()
@@ -503,6 +531,11 @@ class Farm:
     async def chain(self, ref_id: RefId) -> list[RefState]:
         """Return a ref and all below it, lowest first."""
         return await self._refs.chain(ref_id)
+
+    @property
+    def ref_store(self) -> RedisRefStore:
+        """Return where refs are recorded."""
+        return self._refs
 
     async def hold(self, ref_ids: Sequence[RefId]) -> None:
         """Attach refs to this driver's lease."""

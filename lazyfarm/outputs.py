@@ -40,6 +40,9 @@ class Output:
     #: Push it to the registries of its names; for images of the farm.
     push: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.kind.value}:{self.dest or ','.join(self.names)}"
+
 
 _DIRECTORIES = (OutputKind.OCI_LAYOUT, OutputKind.LOCAL)
 #: Short forms: ``oci:DIR``.

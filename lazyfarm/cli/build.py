@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,22 +23,24 @@ from lazyfarm.cli.human import count, short, size
 from lazyfarm.cli.job_progress import check_mode, showing
 from lazyfarm.cli.layers import watching
 from lazyfarm.cli.options import JsonOption, ProgressOption, StateDirOption, command_app, example
-from lazyfarm.cli.output import Output
+from lazyfarm.cli.output import Output as Printed
 from lazyfarm.dockerfile.convert import EPOCH_ARG, BuildOptions
 from lazyfarm.dockerfile.frontend import (
     STDIN,
     BuildSource,
-    ImageResolver,
     build_options,
     check_source,
     convert_source,
     read_source,
 )
+from lazyfarm.outputs import STDOUT, Output
 
 if TYPE_CHECKING:
     from cluster.job import JobEvent
     from cluster.messages import PushResult
-    from cluster.ref import RefState
+    from lazyfarm.farm import Farm
+    from lazyfarm.job import Job
+    from lazyfarm.ref import Ref
 
 app = command_app()
 
@@ -173,15 +175,20 @@ def build(
         )
         plan.check()
         checked = asyncio.run(check_source(plan.source, plan.options))
-        # Events alone are on stdout where they were asked for as documents.
-        words = _on_stderr(out) if progress == "json" else out
+        # What was asked for as documents, or as an archive, is alone on stdout.
+        has_archive = any(export.dest == STDOUT for export in plan.outputs.exports)
+        if has_archive and (as_json or progress == "json" or out.stdout.isatty()):
+            reason = "--json and --progress=json go there too, and a terminal can't show it: name a file"
+            raise InvalidArgumentError("--output", "written to standard output", reason)
+        words = _on_stderr(out) if progress == "json" or has_archive else out
+        shown = words if has_archive else out
         if checked is not None and checked.unused_args and not as_json:
             unused = ", ".join(checked.unused_args)
             out.stderr.write(f"warning: build arguments that no ARG asks for: {unused}\n")
         settings = parts.running_settings(state_dir)
 
-        async def act(farm: object) -> Built:
-            return await carry_out(cast("BuildFarm", farm), plan, out, words, progress)
+        async def act(farm: Farm) -> Built:
+            return await carry_out(farm, plan, shown, words, progress)
 
         built = parts.acting(settings, out, "build", act)
         out.document(document(built))
@@ -227,8 +234,8 @@ def _job_labels(directory: str, file: str | None, target: str) -> dict[str, str]
     return {name: text for name, text in named.items() if text}
 
 
-def _on_stderr(out: Output) -> Output:
-    words = Output(as_json=False)
+def _on_stderr(out: Printed) -> Printed:
+    words = Printed(as_json=False)
     words.stdout, words.stderr = out.stderr, out.stderr
     return words
 
@@ -273,59 +280,20 @@ _NOWHERE = build_args.Outputs(exports=(), tags=(), pushes=())
 # -- what is done -----------------------------------------------------------------------------------------
 
 
-class BuiltRef(Protocol):
-    """The part of a ref that is shown."""
-
-    @property
-    def id(self) -> str:
-        """Return its ID."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """Return the digest of its image's manifest."""
-        ...
-
-    @property
-    def layers(self) -> tuple[RefState, ...]:
-        """Return its layers, lowest first."""
-        ...
-
-
-class BuildFarm(ImageResolver, Protocol):
-    """The part of a farm that builds. Any: its jobs, results and operations, which are passed from one to another."""
-
-    def solve(self, resolved: graph.Resolved, /, **options: Any) -> Any:
-        """Return the job that builds a graph."""
-        ...
-
-    def push(self, ref: Any, target: str, **options: Any) -> Any:
-        """Return the push of an image."""
-        ...
-
-    async def tag(self, result: Any, name: str, *, created_s: int | None = None) -> Any:
-        """Make an image of a result."""
-        ...
-
-    async def export(self, result: Any, output: str, *, name: str = "") -> Any:
-        """Write a result to this machine."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
     """What came of a build."""
 
     job: str
     #: None: nobody waited for it.
-    ref: BuiltRef | None = None
+    ref: Ref | None = None
     #: Under each name.
-    images: Mapping[str, BuiltRef] = field(default_factory=dict)
+    images: Mapping[str, Ref] = field(default_factory=dict)
     pushes: Mapping[str, PushResult] = field(default_factory=dict)
-    exports: tuple[str, ...] = ()
+    exports: tuple[Output, ...] = ()
 
 
-async def carry_out(farm: BuildFarm, plan: _Plan, out: Output, words: Output, progress: str) -> Built:
+async def carry_out(farm: Farm, plan: _Plan, out: Printed, words: Printed, progress: str) -> Built:
     """Build, name, push and write what *plan* asks for.
 
     Raises:
@@ -336,7 +304,7 @@ async def carry_out(farm: BuildFarm, plan: _Plan, out: Output, words: Output, pr
     resolved = await asyncio.to_thread(graph.resolve, [converted.state])
     _check_secrets(resolved.definition, plan.secrets)
 
-    def solve(watch: Callable[[JobEvent], None] | None) -> Any:
+    def solve(watch: Callable[[JobEvent], None] | None) -> Job:
         return farm.solve(
             resolved,
             config=converted.config,
@@ -364,7 +332,8 @@ async def carry_out(farm: BuildFarm, plan: _Plan, out: Output, words: Output, pr
         with watching(words) as look:
             pushes[one.name] = await farm.push(images[one.name], one.name, plain_http=is_plain, progress=look)
     for output in outputs.exports:
-        await farm.export(result, output, name=next(iter(images), ""))
+        with watching(words) as look:
+            await farm.export(result, output, names=list(images), progress=look)
     return Built(job=job.id, ref=result.ref, images=images, pushes=pushes, exports=outputs.exports)
 
 
@@ -394,7 +363,7 @@ def document(built: Built) -> dict[str, object]:
             {"name": name, "digest": image.digest, "pushed": _pushed(built.pushes.get(name))}
             for name, image in built.images.items()
         ],
-        "outputs": list(built.exports),
+        "outputs": [str(output) for output in built.exports],
     }
 
 
@@ -404,7 +373,7 @@ def _pushed(push: PushResult | None) -> list[dict[str, object]] | None:
     return [{"digest": layer.digest, "how": layer.how, "bytes": layer.bytes} for layer in push.layers]
 
 
-def show(built: Built, words: Output) -> None:
+def show(built: Built, words: Printed) -> None:
     """Print what came of a build, for people."""
     if built.ref is None:
         words.line(f"job {built.job}: `lazyfarm attach {built.job}` follows it")
@@ -416,7 +385,8 @@ def show(built: Built, words: Output) -> None:
         moved = f"{count(len(sent), 'layer')}, {size(sum(layer.bytes for layer in sent))}" if sent else "no layer"
         words.line(f"pushed {name}: {moved} uploaded")
     for output in built.exports:
-        words.line(f"wrote {output}")
+        if output.dest != STDOUT:
+            words.line(f"wrote {output}")
     total_bytes = sum(layer.record.blob.size_bytes for layer in built.ref.layers)
     lazy = sum(layer.is_lazy for layer in built.ref.layers)
     words.line(f"ref {short(built.ref.id)}: {count(len(built.ref.layers), 'layer')}, {lazy} lazy, {size(total_bytes)}")

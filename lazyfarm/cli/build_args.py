@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.errors import InvalidArgumentError, InvalidReferenceError
 from cluster.reference import ImageReference, parse_reference
-
-#: Kinds of ``--output`` that a farm writes, by what buildx calls them.
-_EXPORTS = ("oci", "oci-archive", "local")
-_TRUE = frozenset({"1", "t", "true"})
-_FALSE = frozenset({"0", "f", "false"})
+from lazyfarm.outputs import STDOUT, Output, OutputKind, parse_output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
     """Where what is built goes."""
 
-    #: ``oci:DIR``, ``oci-archive:FILE``, ``local:DIR``.
-    exports: tuple[str, ...]
+    #: What is written to this machine.
+    exports: tuple[Output, ...]
     #: What the image is called.
     tags: tuple[ImageReference, ...]
     #: Of these, what is pushed.
@@ -112,33 +108,36 @@ def outputs(output: Sequence[str], tags: Sequence[str], *, push: bool) -> Output
     """Return where what is built goes.
 
     Args:
-        output: ``oci:DIR``, ``oci-archive:FILE``, ``local:DIR``, a directory alone, or in buildx's form
-            ``type=local,dest=DIR``, ``type=oci,dest=FILE[,tar=false]``, ``type=image,name=NAME[,push=true]``,
-            ``type=registry[,name=NAME]``.
+        output: As :func:`lazyfarm.outputs.parse_output` has them.
         tags: Names of the image.
         push: Push it under each of them.
 
     Raises:
         InvalidReferenceError: a name doesn't parse, or has a digest.
-        InvalidArgumentError: an output can't be meant, or there is no name to push to.
+        InvalidOutputError: an output can't be meant.
+        InvalidArgumentError: there is no name to push to, or several outputs go to standard output.
     """
-    exports: list[str] = []
+    exports: dict[Output, None] = {}
     named = {reference.name: reference for reference in map(_tag, tags)}
     pushed = set(named) if push else set()
     pushes_all = push
     for text in output:
-        export, names, is_pushed = _output(text)
-        if export:
-            exports.append(export)
+        parsed = parse_output(text)
+        names = [_tag(name) for name in parsed.names]
+        if parsed.kind is not OutputKind.IMAGE:
+            exports[parsed if parsed.dest == STDOUT else replace(parsed, dest=_path(parsed.dest))] = None
+            continue
         for reference in names:
             named.setdefault(reference.name, reference)
-        if is_pushed:
+        if parsed.push:
             pushes_all = pushes_all or not names
             pushed |= {reference.name for reference in names} or set(named)
+    if sum(export.dest == STDOUT for export in exports) > 1:
+        raise InvalidArgumentError("--output", "several", "one alone can go to standard output")
     if pushes_all and not pushed:
         raise InvalidArgumentError("--push", "given without a name", "say with --tag where to: HOST/REPOSITORY:TAG")
     return Outputs(
-        exports=tuple(dict.fromkeys(exports)),
+        exports=tuple(exports),
         tags=tuple(named.values()),
         pushes=tuple(reference for name, reference in named.items() if name in pushed),
     )
@@ -151,40 +150,8 @@ def _tag(text: str) -> ImageReference:
     return reference
 
 
-def _output(text: str) -> tuple[str, tuple[ImageReference, ...], bool]:
-    """Return an output's export, its names, and whether it is pushed."""
-    kind, colon, path = text.partition(":")
-    if colon and kind in _EXPORTS:
-        return f"{kind}:{_path(text, path)}", (), False
-    if "=" not in text:
-        return f"local:{_path(text, text)}", (), False
-    fields = _fields("--output", text, {"type", "dest", "name", "push", "tar"})
-    names = tuple(_tag(name.strip()) for name in fields.get("name", "").split(",") if name.strip())
-    match fields.get("type"):
-        case "local":
-            return f"local:{_path(text, fields.get('dest', ''))}", (), False
-        case "oci":
-            kind = "oci-archive" if _is_true(text, fields.get("tar", "true")) else "oci"
-            return f"{kind}:{_path(text, fields.get('dest', ''))}", (), False
-        case "registry":
-            return "", names, True
-        case "image":
-            return "", names, _is_true(text, fields.get("push", "false"))
-        case other:
-            reason = f"its type is {other or 'missing'}; local, oci, image and registry are supported"
-            raise InvalidArgumentError("--output", repr(text), reason)
-
-
-def _path(text: str, path: str) -> str:
-    if not path or path == "-":
-        raise InvalidArgumentError("--output", repr(text), "it names no file or directory")
-    return str(Path(path).expanduser().absolute())
-
-
-def _is_true(text: str, value: str) -> bool:
-    if value.lower() in _TRUE | _FALSE:
-        return value.lower() in _TRUE
-    raise InvalidArgumentError("--output", repr(text), f"{value!r} is neither true nor false")
+def _path(text: str) -> str:
+    return str(Path(text).expanduser().absolute())
 
 
 def _fields(option: str, text: str, known: set[str]) -> dict[str, str]:

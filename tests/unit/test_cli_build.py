@@ -100,8 +100,8 @@ class FakeFarm:
         )
         return PushResult(target=target, digest=ref.digest, layers=pushed)
 
-    async def export(self, result, output, *, name=""):
-        self.did.append(f"exported {output} {name}")
+    async def export(self, result, output, *, names=(), stdout=None, progress=None):
+        self.did.append(f"exported {output} {' '.join(names)}")
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def test_arguments_that_nobody_asks_for_are_warned_of(farm, context):
         (["--secret", "id=nosuch"], "InvalidArgumentError"),
         (["-t", "UPPER"], "InvalidReferenceError"),
         (["--push"], "InvalidArgumentError"),
-        (["-o", "type=docker"], "InvalidArgumentError"),
+        (["-o", "type=docker"], "InvalidOutputError"),
         (["--detach", "-t", "x"], "InvalidArgumentError"),
         (["--detach", "--secret", "id=PATH"], "InvalidArgumentError"),
     ],
