@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets as random
+import sys
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
@@ -306,6 +307,8 @@ class Builds:
         await found.unlazy(progress=progress)
         store = S3ContentStore(self._config.s3)
         try:
-            await Exporter(store, self._farm.ref_store).export(record, wanted, stdout=stdout, progress=progress)
+            await Exporter(store, self._farm.ref_store).export(
+                record, wanted, stdout=stdout or sys.stdout.buffer, progress=progress
+            )
         finally:
             await asyncio.to_thread(store.close)
