@@ -218,6 +218,7 @@ class FetchWorker(SessionServer):
                 unlazier=unlazier,
                 refs=stores.refs,
                 blobs=stored,
+                arriving=blobs,
                 progress=stores.progress,
                 access=stores.access,
                 spawn=self._starter.background.spawn,

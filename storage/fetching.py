@@ -244,6 +244,8 @@ class ThreadedTransfers:
         ]
         if not sources:
             raise NeedsRemoteProvidersError((digest,))
+        # What an earlier owner uploaded may be from anywhere.
+        origins = frozenset({""} if upload is not None else {source.origin for source in sources})
         transfer = BlobTransfer(
             descriptor,
             sources,
@@ -252,7 +254,7 @@ class ThreadedTransfers:
             limits=self._limits,
             journal=_FlightJournal(self._flights, fence, bridge, report),
             new_key=lambda: new_key(digest),
-            new_staging=lambda: self._blobs.begin(digest, descriptor.size_bytes),
+            new_staging=lambda: self._blobs.begin(digest, descriptor.size_bytes, origins),
             resume=upload,
         )
         running = loop.run_in_executor(self._threads, transfer.run)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -31,8 +33,11 @@ class ArrivingBlob:
     A staging file whose end the event loop hears of. Made by :meth:`NodeBlobs.begin` only.
     """
 
-    def __init__(self, digest: Digest, staging: StagingFile, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, digest: Digest, staging: StagingFile, loop: asyncio.AbstractEventLoop, origins: frozenset[str]
+    ) -> None:
         self.digest = digest
+        self._origins = origins
         self._staging = staging
         self._loop = loop
         self._error: ClusterError | None = None
@@ -76,7 +81,7 @@ class ArrivingBlob:
     def try_follow(self) -> FollowedBlob | None:
         """Open it for one reader; None where it has ended meanwhile, well or not."""
         try:
-            return FollowedBlob(self._staging.open_reader(), self.settled)
+            return FollowedBlob(self._staging.open_reader(), self.settled, self._origins)
         except UnavailableError:
             return None
 
@@ -84,9 +89,13 @@ class ArrivingBlob:
 class FollowedBlob:
     """A blob that arrives, opened for one reader: from the start, as far as it is here, and on as it comes."""
 
-    def __init__(self, stream: ByteStream, settled: asyncio.Future[ClusterError | None]) -> None:
+    def __init__(
+        self, stream: ByteStream, settled: asyncio.Future[ClusterError | None], origins: frozenset[str]
+    ) -> None:
         self._stream = stream
         self._settled = settled
+        #: ``registry/repository`` of each place that some of its bytes may be from; "" where that isn't known.
+        self.origins = origins
 
     def open(self) -> ByteStream:
         """Read it; once."""
@@ -168,13 +177,18 @@ class NodeBlobs:
 
     # -- what the byte path says -----------------------------------------------------------------------
 
-    def begin(self, digest: Digest, size_bytes: int) -> ArrivingBlob:
+    def begin(self, digest: Digest, size_bytes: int, origins: frozenset[str] = frozenset({""})) -> ArrivingBlob:
         """Make room for a fetch that begins; called from its thread.
+
+        Args:
+            digest: Of which blob.
+            size_bytes: How much room.
+            origins: See :class:`FollowedBlob`.
 
         Raises:
             UnavailableError: the disk has no room for it.
         """
-        arriving = ArrivingBlob(digest, self._cache.staging(digest, size_bytes), self._loop)
+        arriving = ArrivingBlob(digest, self._cache.staging(digest, size_bytes), self._loop, origins)
         self._loop.call_soon_threadsafe(self._note_arriving, arriving)
         return arriving
 
@@ -198,10 +212,30 @@ class NodeBlobs:
             UnavailableError: the content store or the ref store does not answer, or the disk has no room.
                 Told to those who wait when it happens; who comes later tries anew.
         """
+        with self._waiting(digest) as wanted:
+            return await self._get(digest, wanted)
+
+    async def follow(self, digest: Digest) -> FollowedBlob:
+        """Wait until the blob's bytes arrive here, whoever has them brought. Brings none itself.
+
+        Waits for ever where nobody does: the caller knows when that is in vain, and cancels.
+        """
+        with self._waiting(digest) as wanted:
+            while True:
+                changed = wanted.changed  # read first: what changes from here on is not missed
+                arriving = self._arriving.get(digest)
+                followed = None if arriving is None else arriving.try_follow()
+                if followed is not None:
+                    return followed
+                await asyncio.wait({changed})
+
+    @contextlib.contextmanager
+    def _waiting(self, digest: Digest) -> Iterator[_Wanted]:
+        """Be told, while the body runs, when something changes."""
         wanted = self._wanted.setdefault(digest, _Wanted(self._loop.create_future()))
         wanted.waiting += 1
         try:
-            return await self._get(digest, wanted)
+            yield wanted
         finally:
             wanted.waiting -= 1
             if not wanted.waiting:
@@ -275,7 +309,7 @@ class NodeBlobs:
             self._wake(digest)
 
     def _copy(self, blob: BlobRecord) -> None:
-        arriving = self.begin(blob.digest, blob.size_bytes)
+        arriving = self.begin(blob.digest, blob.size_bytes, frozenset({blob.source}))
         try:
             self._copy_into(arriving, blob)
             arriving.publish()

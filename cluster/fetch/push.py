@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from cluster.errors import (
 )
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.access import AccessControl
+from cluster.fetch.extract import LocalBlob
 from cluster.fetch.runner import Caller, Unlazier
 from cluster.messages import LayerPush, PushResult
 from cluster.ports import Authorizer, ByteStream, ProgressStore, RefStore
@@ -27,6 +29,9 @@ from cluster.progress import LayerPhase, ProgressItem
 from cluster.provider import ProviderHandle
 from cluster.ref import BlobRecord, ImageRecord
 from cluster.reference import ImageReference
+
+#: Layers from this size on are forwarded while they arrive: smaller ones are here before there is a piece to send.
+_FORWARD_FROM_BYTES = 16 * 1024**2
 
 
 class PushTarget(Protocol):
@@ -53,6 +58,19 @@ class PushTarget(Protocol):
         """Upload a blob in bounded memory."""
         ...
 
+    async def forward_blob(
+        self,
+        target: ProviderHandle,
+        descriptor: Descriptor,
+        open_stream: Callable[[], AbstractContextManager[ByteStream]],
+        authorizer: Authorizer,
+        on_progress: Callable[[int], None] | None = None,
+        *,
+        verified: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Upload a blob in pieces while it arrives; it is there only once *verified* has returned. One try."""
+        ...
+
     async def push_manifest(
         self, target: ProviderHandle, reference: str, media_type: str, data: bytes, authorizer: Authorizer
     ) -> Digest:
@@ -72,6 +90,23 @@ class StoredBlobs(Protocol):
         ...
 
 
+class ArrivingBlob(LocalBlob, Protocol):
+    """A blob whose bytes arrive on this node."""
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """Return ``registry/repository`` of each place that some of its bytes may be from; "" for one not known."""
+        ...
+
+
+class ArrivingBlobs(Protocol):
+    """What arrives on this node."""
+
+    async def follow(self, digest: Digest) -> ArrivingBlob:
+        """Wait until the blob's bytes arrive here; for ever where nobody brings them."""
+        ...
+
+
 class Pusher:
     """Pushes images whose manifests and configs are in the content store."""
 
@@ -82,6 +117,7 @@ class Pusher:
         unlazier: Unlazier,
         refs: RefStore,
         blobs: StoredBlobs,
+        arriving: ArrivingBlobs,
         progress: ProgressStore,
         access: AccessControl,
         spawn: Callable[[Awaitable[None]], object],
@@ -90,6 +126,7 @@ class Pusher:
         self._unlazier = unlazier
         self._refs = refs
         self._blobs = blobs
+        self._arriving = arriving
         self._progress = progress
         self._access = access
         self._spawn = spawn
@@ -179,7 +216,12 @@ class Pusher:
             # A repository that this token can't read must not fail the push (BuildKit #2530, #3509).
             if is_mountable and await self._mounted(target, layer.digest, source.repository, caller):
                 return LayerPush(digest=layer.digest, how="mounted", bytes=0)
-        await self._unlazier.unlazy(layer, caller)
+        (present,) = await self._refs.blobs([layer.digest])
+        if present is None and layer.size_bytes >= _FORWARD_FROM_BYTES:
+            if await self._unlazy_and_forward(layer, target, caller):
+                return LayerPush(digest=layer.digest, how="uploaded", bytes=layer.size_bytes)
+        else:
+            await self._unlazier.unlazy(layer, caller)
         await ahit(FaultPoint.PUSH_UPLOAD_BEFORE)
         if not await self._upload(layer, target, caller):
             # Its object had gone behind our back: it is lazy again, and comes from its provider.
@@ -187,6 +229,42 @@ class Pusher:
             if not await self._upload(layer, target, caller):
                 raise BlobDamagedError(layer.digest, "it was lost twice while it was being pushed")
         return LayerPush(digest=layer.digest, how="uploaded", bytes=layer.size_bytes)
+
+    async def _unlazy_and_forward(self, layer: Descriptor, target: ProviderHandle, caller: Caller) -> bool:
+        """Make a layer present, sending its bytes on as they arrive; False where that came to nothing.
+
+        Then it can be uploaded from the content store. The flight never waits for the target: what arrives lies on
+        this node's disk until it is sent.
+
+        Raises:
+            ClusterError: as :meth:`Unlazier.unlazy`.
+        """
+        began = asyncio.Event()
+        forwarding = asyncio.create_task(self._forward(layer, target, caller, began))
+        try:
+            await self._unlazier.unlazy(layer, caller)
+            # Not begun: it came by way of another node, or was here too soon.
+            return began.is_set() and await forwarding
+        finally:
+            forwarding.cancel()
+            await asyncio.wait({forwarding})
+
+    async def _forward(self, layer: Descriptor, target: ProviderHandle, caller: Caller, began: asyncio.Event) -> bool:
+        """Send a layer on that arrives; tell whether the target has it."""
+        try:
+            arriving = await self._arriving.follow(layer.digest)
+            # Another's flight may bring it, from where this caller must not read: asked before a byte is handed on.
+            for origin in sorted(arriving.origins):
+                await self._unlazier.admit(layer, caller, origin)
+            await ahit(FaultPoint.PUSH_UPLOAD_BEFORE)
+            began.set()
+            with self._moving(layer, caller) as moved:
+                await self._target.forward_blob(
+                    target, layer, lambda: _opened(arriving), caller.authorizer, moved, verified=arriving.verified
+                )
+        except ClusterError:
+            return False  # whatever it was, what can be done about it is done by the upload that follows
+        return True
 
     async def _mounted(self, target: ProviderHandle, digest: Digest, repository: str, caller: Caller) -> bool:
         try:
@@ -206,6 +284,19 @@ class Pusher:
         (blob,) = await self._refs.blobs([descriptor.digest])
         if blob is None:
             return False
+        try:
+            with self._moving(descriptor, caller) as moved:
+                await self._target.upload_blob(
+                    target, descriptor, lambda: self._blobs.stream(blob), caller.authorizer, moved
+                )
+        except (BlobNotFoundError, BlobDamagedError) as exc:
+            await self._refs.mark_absent(blob, str(exc))
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _moving(self, descriptor: Descriptor, caller: Caller) -> Iterator[Callable[[int], None]]:
+        """Lend what tells of an upload's progress."""
         is_over = False
 
         async def tell_moved(done: int) -> None:
@@ -216,19 +307,9 @@ class Pusher:
             self._spawn(tell_moved(done))
 
         try:
-            await self._target.upload_blob(
-                target,
-                descriptor,
-                lambda: self._blobs.stream(blob),
-                caller.authorizer,
-                moved,
-            )
-        except (BlobNotFoundError, BlobDamagedError) as exc:
-            await self._refs.mark_absent(blob, str(exc))
-            return False
+            yield moved
         finally:
             is_over = True
-        return True
 
     async def _read(self, digest: Digest) -> bytes:
         (blob,) = await self._refs.blobs([digest])
@@ -252,3 +333,14 @@ class Pusher:
                 detail=detail,
             )
             await self._progress.publish(streams, item)
+
+
+@contextlib.contextmanager
+def _opened(blob: LocalBlob) -> Iterator[ByteStream]:
+    stream = blob.open()
+    try:
+        yield stream
+    finally:
+        close = getattr(stream, "close", None)
+        if close is not None:
+            close()

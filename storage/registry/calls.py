@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
+
+import aiohttp
 
 from cluster.config import Config
 from cluster.errors import AccessDeniedError, ClusterError, RateLimitedError, RegistryProtocolError
@@ -31,9 +33,12 @@ class Call:
     #: What is being asked for; for messages.
     what: str
     headers: Mapping[str, str] = field(default_factory=dict)
-    data: bytes | None = None
+    #: The body: in one, or in pieces that are sent one after the other.
+    data: bytes | Sequence[bytes] | None = None
     #: Bytes of the answer that are wanted at most.
     max_bytes: int = 1024**2
+    #: None: those of control requests.
+    limits: aiohttp.ClientTimeout | None = None
 
 
 class RegistryCalls:
@@ -106,14 +111,21 @@ class RegistryCalls:
                     what=call.what,
                     authorization=authorization,
                     headers=call.headers,
-                    data=call.data,
+                    # Anew with each try, as an iterator is read once.
+                    data=call.data if isinstance(call.data, bytes | None) else _each(call.data),
                     max_bytes=call.max_bytes,
+                    limits=call.limits,
                 )
             except ClusterError as exc:
                 await self.tell_limiter(call.endpoint, exc)
                 raise
             await self.tell_limiter(call.endpoint, None)
             return answer
+
+
+async def _each(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
 
 
 def expect(answer: Answer, status: int, *, doing: str) -> None:

@@ -368,6 +368,42 @@ class RegistryClient:
             )
         )
 
+    async def forward_blob(
+        self,
+        target: ProviderHandle,
+        descriptor: Descriptor,
+        open_stream: Callable[[], AbstractContextManager[ByteStream]],
+        authorizer: Authorizer,
+        on_progress: Callable[[int], None] | None = None,
+        *,
+        verified: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Upload a blob whose bytes still arrive, in pieces, each once it is here. One try, and not every registry.
+
+        No slot of the host's is held while bytes are waited for. The blob is there only once its last piece is,
+        which is sent after *verified* returned: what has turned out wrong is dropped, as after any other error.
+
+        Args:
+            target: Where to.
+            descriptor: Its digest and size, which the registry checks.
+            open_stream: Opens the blob from its first byte; called in a thread, once.
+            authorizer: Who uploads.
+            on_progress: Called on the event loop with the bytes sent so far.
+            verified: Returns once the bytes have proven to be right; raises where they haven't.
+
+        Raises:
+            ClusterError: what the stream or *verified* raised, unchanged; or this registry doesn't take it so, and
+                may well by :meth:`upload_blob`.
+        """
+        upload = Upload(
+            endpoint=origin(self._config, target),
+            descriptor=descriptor,
+            open_stream=open_stream,
+            authorizer=authorizer,
+            on_progress=on_progress or _ignore,
+        )
+        await self._uploader.forward(upload, verified)
+
     async def push_manifest(
         self, target: ProviderHandle, selector: str, media_type: str, data: bytes, authorizer: Authorizer
     ) -> Digest:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urljoin, urlsplit
 
 import aiohttp
@@ -33,6 +33,10 @@ from storage.registry.transport import Answer, Transport, retrying
 _STALL_S = 120.0
 #: Seconds that a registry may take to commit a blob whose last byte it has: it may hash or copy it.
 _COMMIT_S = 600.0
+#: Bytes of one piece of a blob that is forwarded, unless the registry wants larger ones; that much is in memory.
+PIECE_BYTES = 8 * 1024**2
+#: The largest pieces that a registry may want.
+_MOST_PIECE_BYTES = 32 * 1024**2
 #: Seconds that dropping a begun upload may take.
 _CANCEL_S = 10.0
 
@@ -102,7 +106,74 @@ class Uploader:
 
         await retrying(self._calls.policy(upload.endpoint), attempt)
 
-    async def _upload_once(self, upload: Upload) -> None:
+    async def forward(self, upload: Upload, verified: Callable[[], Awaitable[None]]) -> None:
+        """Upload a blob in pieces, each once it is here, and the last once *verified* returns. One try.
+
+        OCI distribution-spec v1.1, "Pushing a blob in chunks". Each piece is a request of its own, and whole in
+        memory before that begins: the host's slots are never held by who waits for bytes, which may need a slot of
+        the same host, or of one whose slots wait for ours (BuildKit 7153f5a9b).
+        """
+        begun, location = await self._begin(upload)
+        pieces = _Pieces(location)
+        try:
+            await self._forward_to(upload, pieces, _piece_bytes(upload, begun), verified)
+        except BaseException:
+            await asyncio.shield(self._drop(upload.endpoint, pieces.location, upload.authorizer))
+            raise
+
+    async def _forward_to(
+        self, upload: Upload, pieces: _Pieces, piece_bytes: int, verified: Callable[[], Awaitable[None]]
+    ) -> None:
+        size_bytes = upload.descriptor.size_bytes
+        async with StreamPump(upload.open_stream) as pump:
+            async for chunk in pump.chunks():
+                pieces.held.append(chunk)
+                if pieces.sent_bytes + pieces.held_bytes > size_bytes:
+                    break
+                # The last piece is never sent on its own: it goes with the request that makes a blob of them.
+                if pieces.held_bytes >= piece_bytes and pieces.sent_bytes + pieces.held_bytes < size_bytes:
+                    answer = await self._send_piece(upload, "PATCH", pieces.location, pieces, deadline_s=_STALL_S)
+                    expect(answer, ACCEPTED, doing=upload.what)
+                    pieces.sent(_location(upload.endpoint, pieces.location, answer))
+                    upload.on_progress(pieces.sent_bytes)
+        if pieces.sent_bytes + pieces.held_bytes != size_bytes:
+            raise SizeMismatchError(
+                upload.descriptor.digest, size_bytes, pieces.sent_bytes + pieces.held_bytes, "the stream to upload"
+            )
+        await verified()
+        url = _with_digest(pieces.location, upload.descriptor.digest)
+        answer = await self._send_piece(upload, "PUT", url, pieces, deadline_s=_COMMIT_S)
+        expect(answer, CREATED, doing=f"ending the {upload.what}")
+
+    async def _send_piece(self, upload: Upload, method: str, url: str, pieces: _Pieces, *, deadline_s: float) -> Answer:
+        if not _is_own(upload.endpoint, url):
+            # The caller's authorization would go along with each piece.
+            raise RegistryProtocolError(upload.what, ACCEPTED, "it takes the blob's bytes at another host")
+        first, count = pieces.sent_bytes, pieces.held_bytes
+        call = Call(
+            method=method,
+            url=url,
+            endpoint=upload.endpoint,
+            scopes=upload.scopes,
+            authorizer=upload.authorizer,
+            what=upload.what,
+            headers={
+                "Content-Type": "application/octet-stream",
+                "Content-Length": str(count),
+                **({"Content-Range": f"{first}-{first + count - 1}"} if count else {}),
+            },
+            data=pieces.held if count else b"",
+            # aiohttp has no limit on writing: the deadline is ours.
+            limits=aiohttp.ClientTimeout(total=None, sock_connect=_STALL_S, sock_read=_COMMIT_S),
+        )
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self._calls.once(call)
+        except TimeoutError as exc:
+            raise DeadlineExceededError(upload.what, f"a piece was not taken in {deadline_s:.0f} s") from exc
+
+    async def _begin(self, upload: Upload) -> tuple[Answer, str]:
+        """Begin an upload; return the answer and where its bytes go."""
         url = upload.endpoint.upload_url()
         begun = await self._calls.once(
             Call(
@@ -116,11 +187,12 @@ class Uploader:
             )
         )
         expect(begun, ACCEPTED, doing=f"beginning the {upload.what}")
-        location = _location(upload.endpoint, url, begun)
+        return begun, _location(upload.endpoint, url, begun)
+
+    async def _upload_once(self, upload: Upload) -> None:
+        _begun, location = await self._begin(upload)
         try:
-            await self._put(
-                upload, f"{location}{'&' if urlsplit(location).query else '?'}digest={upload.descriptor.digest}"
-            )
+            await self._put(upload, _with_digest(location, upload.descriptor.digest))
         except BaseException:
             # Also when cancelled: an upload that nobody ends stays in the registry's storage for a week.
             await asyncio.shield(self._drop(upload.endpoint, location, upload.authorizer))
@@ -204,6 +276,39 @@ class Uploader:
         with suppress(ClusterError, TimeoutError):
             async with asyncio.timeout(_CANCEL_S):
                 await self._calls.once(call)
+
+
+@dataclass(slots=True)
+class _Pieces:
+    """How far a blob that is forwarded has come."""
+
+    #: Where the next piece goes: the registry may say another address with each.
+    location: str
+    sent_bytes: int = 0
+    #: What is here and not sent.
+    held: list[bytes] = field(default_factory=list)
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(map(len, self.held))
+
+    def sent(self, location: str) -> None:
+        """Note that what was held is there, and where the next piece goes."""
+        self.sent_bytes += self.held_bytes
+        self.held = []
+        self.location = location
+
+
+def _piece_bytes(upload: Upload, begun: Answer) -> int:
+    least = begun.headers.get("OCI-Chunk-Min-Length", "")
+    wanted = int(least) if least.isdecimal() else 0
+    if wanted > _MOST_PIECE_BYTES:
+        raise RegistryProtocolError(upload.what, begun.status, f"it takes no pieces of less than {wanted} bytes")
+    return max(PIECE_BYTES, wanted)
+
+
+def _with_digest(location: str, digest: Digest) -> str:
+    return f"{location}{'&' if urlsplit(location).query else '?'}digest={digest}"
 
 
 def _location(endpoint: Endpoint, url: str, answer: Answer) -> str:

@@ -200,3 +200,58 @@ async def test_a_file_that_was_replaced_meanwhile_does_not_vouch_for_the_one_tha
         await two.verified()
     one.open().close()
     two.open().close()
+
+
+# -- following -------------------------------------------------------------------------------------------------
+
+
+async def test_what_arrives_is_followed_from_its_start_with_where_it_is_from(node):
+    """Also by who asks when half of it is here; it is verified once it is published."""
+    early = asyncio.create_task(node.blobs.follow(DIGEST))
+    await eventually(lambda: node.blobs._wanted)
+    arriving = await asyncio.to_thread(node.blobs.begin, DIGEST, len(DATA), frozenset({"r.example/app"}))
+    arriving.pwrite(0, memoryview(DATA))
+    arriving.advance(5)
+    followers = [await early, await node.blobs.follow(DIGEST)]
+    assert [followed.origins for followed in followers] == [frozenset({"r.example/app"})] * 2
+    buffer = memoryview(bytearray(64))
+    for followed in followers:
+        assert buffer[: followed.open().readinto(buffer)] == DATA[:5]
+    arriving.advance(len(DATA))
+    arriving.publish()
+    for followed in followers:
+        await followed.verified()
+        assert buffer[: followed.open().readinto(buffer)] == DATA[5:]
+
+
+async def test_what_is_given_up_fails_its_followers_and_the_next_try_is_followed(node):
+    """Wrong bytes: the error reaches who reads and who waits for the verdict; then others come."""
+    wrong = node.blobs.begin(DIGEST, len(DATA))
+    followed = await node.blobs.follow(DIGEST)
+    assert followed.origins == {""}
+    wrong.fail(DigestMismatchError(DIGEST, digest_of(b"other"), "r.example/app"))
+    wrong.discard()
+    with pytest.raises(DigestMismatchError):
+        await followed.verified()
+    with pytest.raises(DigestMismatchError):
+        followed.open().readinto(memoryview(bytearray(1)))
+    again = asyncio.create_task(node.blobs.follow(DIGEST))
+    await eventually(lambda: node.blobs._wanted)
+    right = node.blobs.begin(DIGEST, len(DATA))
+    assert (await again).origins == {""}
+    right.discard()
+    await eventually(lambda: not node.blobs._arriving)
+    node.assert_forgotten()
+
+
+async def test_to_follow_brings_nothing(node):
+    """A blob that is present is read from the content store by who wants it; nothing is kept of who left."""
+    node.store_blob()
+    following = asyncio.create_task(node.blobs.follow(DIGEST))
+    await eventually(lambda: node.blobs._wanted)
+    node.blobs.note_present(node.memory.blobs[DIGEST])
+    following.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await following
+    assert node.store.opened == 0
+    node.assert_forgotten()

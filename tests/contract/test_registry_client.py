@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import threading
 from dataclasses import dataclass, field
 
 import pytest
@@ -57,6 +58,7 @@ from tests.doubles.registry_faults import (
     registry_fault_proxy,
     uploads,
 )
+from tests.doubles.stores import eventually
 
 pytestmark = pytest.mark.registry
 
@@ -598,6 +600,177 @@ async def test_a_cancelled_upload_leaves_nothing_behind(registry_proxy, registry
     assert limits.held == 0
     assert [seen.method for seen in registry_proxy.seen] == ["POST", "PUT", "DELETE"]
     hang.proceed.set()
+
+
+# -- forwarding ------------------------------------------------------------------------------------------------
+
+MIB = 1024**2
+
+
+class Arriving:
+    """A stream whose bytes come when the test says so, and a verdict on them."""
+
+    def __init__(self, data):
+        self.data = data
+        self.frontier = 0
+        self.changed = threading.Condition()
+        self.verdict = asyncio.get_running_loop().create_future()
+        self.at = 0
+
+    def come(self, frontier):
+        with self.changed:
+            self.frontier = frontier
+            self.changed.notify_all()
+
+    def readinto(self, buffer):
+        with self.changed:
+            while self.at >= self.frontier and self.at < len(self.data):
+                assert self.changed.wait(20), "no more bytes came"
+            count = min(len(buffer), self.frontier - self.at)
+        buffer[:count] = self.data[self.at : self.at + count]
+        self.at += count
+        return count
+
+    @contextlib.contextmanager
+    def open(self):
+        yield self
+
+    async def verified(self):
+        await self.verdict
+
+
+def requests(proxy):
+    return [seen.method for seen in proxy.seen]
+
+
+async def test_a_blob_is_forwarded_while_it_arrives(registry_proxy, registry, make, limits):
+    """A piece goes when it is here; the last one, which makes a blob of them, when all have proven to be right."""
+    data = bytes(range(256)) * (20 * MIB // 256)
+    arriving, moved = Arriving(data), []
+    client, authorizer = make()
+    target = ProviderHandle(registry=registry_proxy.host, repository="forward/comes")
+    forwarding = asyncio.create_task(
+        client.forward_blob(
+            target, descriptor_of(data), arriving.open, authorizer, moved.append, verified=arriving.verified
+        )
+    )
+    arriving.come(9 * MIB)
+    await eventually(lambda: moved == [8 * MIB])
+    # While bytes are waited for nothing is under way, and no slot is held.
+    assert (requests(registry_proxy), limits.held) == (["POST", "PATCH"], 0)
+    arriving.come(len(data))
+    await eventually(lambda: arriving.at == len(data) and len(moved) == 2)
+    assert registry.call("HEAD", f"/v2/forward/comes/blobs/{digest_of(data)}")[0] == 404
+    assert (requests(registry_proxy), limits.held) == (["POST", "PATCH", "PATCH"], 0)
+    arriving.verdict.set_result(None)
+    await forwarding
+    assert requests(registry_proxy) == ["POST", "PATCH", "PATCH", "PUT"]
+    assert await client.blob_exists(target, digest_of(data), authorizer) == len(data)
+
+
+@pytest.mark.parametrize("size", [0, 1, 8 * MIB, 16 * MIB, 16 * MIB + 1])
+async def test_blobs_of_every_size_can_be_forwarded(registry, make, size):
+    """Less than a piece, whole pieces, and a byte more."""
+    data = b"f" * size
+    arriving = Arriving(data)
+    arriving.come(size)
+    arriving.verdict.set_result(None)
+    client, authorizer = make()
+    target = ProviderHandle(registry=registry.host, repository="forward/sizes")
+    await client.forward_blob(target, descriptor_of(data), arriving.open, authorizer, verified=arriving.verified)
+    assert await client.blob_exists(target, digest_of(data), authorizer) == size
+
+
+async def test_bytes_that_turn_out_wrong_never_become_a_blob(registry_proxy, registry, make):
+    """The end is withheld, and what was sent is dropped."""
+    data = b"w" * (9 * MIB)
+    arriving = Arriving(data)
+    arriving.come(len(data))
+    arriving.verdict.set_exception(DigestMismatchError(digest_of(b"a"), digest_of(b"b"), "the source"))
+    client, authorizer = make()
+    target = ProviderHandle(registry=registry_proxy.host, repository="forward/wrong")
+    with pytest.raises(DigestMismatchError):
+        await client.forward_blob(target, descriptor_of(data), arriving.open, authorizer, verified=arriving.verified)
+    assert requests(registry_proxy) == ["POST", "PATCH", "DELETE"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (Respond(405), RegistryProtocolError),
+        (Respond(416), RegistryProtocolError),
+        (Respond(503), UnavailableError),
+        (Reset(), UnavailableError),
+    ],
+    ids=["no pieces", "out of range", "unavailable", "reset"],
+)
+async def test_a_registry_that_takes_no_pieces_is_asked_once(registry_proxy, make, fault, error):
+    """There is another way to upload: nothing is tried again here, and nothing is left behind."""
+    data = b"n" * (9 * MIB)
+    registry_proxy.script(fault, of=lambda seen: seen.method == "PATCH", times=None)
+    arriving = Arriving(data)
+    arriving.come(len(data))
+    client, authorizer = make()
+    target = ProviderHandle(registry=registry_proxy.host, repository="forward/refused")
+    with pytest.raises(error):
+        await client.forward_blob(target, descriptor_of(data), arriving.open, authorizer, verified=arriving.verified)
+    assert requests(registry_proxy) == ["POST", "PATCH", "DELETE"]
+    arriving.verdict.cancel()
+
+
+async def test_pieces_go_to_no_other_host(registry_proxy, make):
+    """The caller's authorization would go along with each; and one that wants huge pieces is not served from memory."""
+    data = b"h" * (9 * MIB)
+    client, authorizer = make()
+    target = ProviderHandle(registry=registry_proxy.host, repository="forward/elsewhere")
+    for headers in (
+        {"Location": "http://127.0.0.2:1/v2/x"},
+        {"Location": f"{registry_proxy.url}/v2/forward/elsewhere/blobs/uploads/x", "OCI-Chunk-Min-Length": "99999999"},
+    ):
+        registry_proxy.forget()
+        registry_proxy.script(Respond(202, headers), of=lambda seen: seen.method == "POST")
+        arriving = Arriving(data)
+        arriving.come(len(data))
+        with pytest.raises(RegistryProtocolError):
+            await client.forward_blob(
+                target, descriptor_of(data), arriving.open, authorizer, verified=arriving.verified
+            )
+        assert "PATCH" not in requests(registry_proxy)
+        arriving.verdict.cancel()
+
+
+@pytest.mark.parametrize("there", [-1, 1], ids=["fewer", "more"])
+async def test_a_forwarded_stream_of_another_length_is_refused(registry, make, there):
+    """Not the blob that was meant; nothing becomes of it."""
+    data = b"l" * (9 * MIB)
+    arriving = Arriving(data[:there] if there < 0 else data + b"l")
+    arriving.come(len(arriving.data))
+    client, authorizer = make()
+    target = ProviderHandle(registry=registry.host, repository="forward/length")
+    with pytest.raises(SizeMismatchError):
+        await client.forward_blob(target, descriptor_of(data), arriving.open, authorizer, verified=arriving.verified)
+    arriving.verdict.cancel()
+
+
+async def test_a_forwarding_that_is_cancelled_leaves_nothing_behind(registry_proxy, make, limits):
+    """What was begun at the registry is dropped."""
+    data = b"c" * (20 * MIB)
+    arriving, moved = Arriving(data), []
+    client, authorizer = make()
+    target = ProviderHandle(registry=registry_proxy.host, repository="forward/cancel")
+    forwarding = asyncio.create_task(
+        client.forward_blob(
+            target, descriptor_of(data), arriving.open, authorizer, moved.append, verified=arriving.verified
+        )
+    )
+    arriving.come(9 * MIB)
+    await eventually(lambda: moved)
+    forwarding.cancel()
+    arriving.come(len(data))
+    with pytest.raises(asyncio.CancelledError):
+        await forwarding
+    assert (requests(registry_proxy), limits.held) == (["POST", "PATCH", "DELETE"], 0)
+    arriving.verdict.cancel()
 
 
 async def test_a_pushed_manifest_can_be_pulled(registry, make):

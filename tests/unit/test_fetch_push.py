@@ -1,12 +1,21 @@
 """Push: by mount or not at all where that will do; bytes move only where the target lacks them."""
 
 import asyncio
+import io
+from dataclasses import replace
 
 import pytest
 
 from cluster.descriptor import CONFIG_OCI, MANIFEST_OCI, Descriptor
 from cluster.digest import digest_of
-from cluster.errors import AccessDeniedError, BlobDamagedError, BlobNotFoundError, OtherDigestError, UnavailableError
+from cluster.errors import (
+    AccessDeniedError,
+    BlobDamagedError,
+    BlobNotFoundError,
+    NeedsRemoteProvidersError,
+    OtherDigestError,
+    UnavailableError,
+)
 from cluster.fetch.access import AccessControl, Wanted
 from cluster.fetch.push import Pusher
 from cluster.fetch.runner import Unlazier
@@ -28,6 +37,8 @@ from tests.doubles.stores import FakeClock, eventually
 
 SOURCE, TARGET, AFAR = handle("app"), handle("copy"), handle("app", "afar.example")
 A, B = layer_of(b"A"), layer_of(b"B")
+#: Large enough to be forwarded while it arrives.
+BIG = replace(layer_of(b"big"), size_bytes=20 * 1024**2)
 FOREIGN = layer_of(b"windows", media_type="application/vnd.docker.image.rootfs.foreign.diff.tar.gzip")
 MANIFEST, CONFIG = b"{manifest}", b"{config}"
 
@@ -44,6 +55,9 @@ class FakeTarget(FakeProber):
         self.mount_answers = {}
         self.lost_uploads = 0
         self.gate = None
+        self.forwards = []
+        self.forward_gate = None
+        self.forward_error = None
 
     async def mount_blob(self, target, digest, from_repository, authorizer):
         self.mounts.append((digest, from_repository))
@@ -62,6 +76,16 @@ class FakeTarget(FakeProber):
         with open_stream():
             self.uploads.append(descriptor.digest)
 
+    async def forward_blob(self, target, descriptor, open_stream, authorizer, on_progress=None, *, verified):
+        with open_stream():
+            on_progress(1)
+        if self.forward_gate is not None:
+            await self.forward_gate.wait()
+        if self.forward_error is not None:
+            raise self.forward_error
+        await verified()
+        self.forwards.append(descriptor.digest)
+
     async def push_manifest(self, target, reference, media_type, data, authorizer):
         self.manifests[target.source, reference] = data
         return digest_of(data)
@@ -75,12 +99,48 @@ class FakeStored:
         return MANIFEST
 
 
-class Bench:
+class FakeArriving:
+    """What arrives on this node: nothing, until the test says so."""
+
     def __init__(self):
+        self.coming = {}
+        self.asked = asyncio.Event()
+        self.changed = asyncio.Event()
+
+    async def follow(self, digest):
+        self.asked.set()
+        while digest not in self.coming:
+            await self.changed.wait()
+        return self.coming[digest]
+
+    def come(self, digest, *origins):
+        self.coming[digest] = blob = FakeComing(origins)
+        self.changed.set()
+        return blob
+
+
+class FakeComing:
+    """A blob that arrives, and what becomes of it."""
+
+    def __init__(self, origins):
+        self.origins = frozenset(origins)
+        self.verdict = asyncio.get_running_loop().create_future()
+        self.opened = 0
+
+    def open(self):
+        self.opened += 1
+        return io.BytesIO(b"")
+
+    async def verified(self):
+        await asyncio.shield(self.verdict)
+
+
+class Bench:
+    def __init__(self, doors=None):
         self.memory = Memory(FakeClock())
         self.refs, flights = MemoryRefStore(self.memory), MemoryFlightStore(self.memory)
         self.leases, progress = MemoryLeaseStore(self.memory), MemoryProgressStore(self.memory)
-        self.target, self.transfers = FakeTarget(), FakeTransfers()
+        self.target, self.transfers, self.arriving = FakeTarget(), FakeTransfers(), FakeArriving()
         self.transfers.holds = False
         self.access = AccessControl(MemoryProofStore(self.memory), FakeProber(), proof_ttl_s=100.0)
         self.spawned = set()
@@ -93,7 +153,7 @@ class Bench:
             renewer=ManualRenewer(flights),
             progress=progress,
             transfers=self.transfers,
-            access=OpenDoors(),
+            access=doors or OpenDoors(),
             new_token=lambda: f"t{next(tokens)}",
             ttl_s=6.0,
             poll_s=0.5,
@@ -106,6 +166,7 @@ class Bench:
             unlazier=unlazier,
             refs=self.refs,
             blobs=FakeStored(),
+            arriving=self.arriving,
             progress=progress,
             access=self.access,
             spawn=lambda work: self.spawned.add(asyncio.ensure_future(work)),
@@ -281,3 +342,130 @@ async def test_a_config_that_is_not_there_is_named(bench):
     with pytest.raises(BlobDamagedError) as caught:
         await bench.push(A)
     assert caught.value.digest == digest_of(CONFIG)
+
+
+# -- forwarding ------------------------------------------------------------------------------------------------
+
+
+async def test_a_lazy_layer_is_forwarded_while_it_arrives(bench):
+    """Once: what the target has of it is not uploaded again from the content store."""
+    bench.transfers.holds = True
+    pushing = asyncio.ensure_future(bench.push(BIG, providers=(AFAR,)))
+    fetch = await bench.transfers.arrival()
+    coming = bench.arriving.come(BIG.digest, AFAR.source)
+    await eventually(lambda: coming.opened)
+    assert bench.target.forwards == []
+    coming.verdict.set_result(None)
+    fetch.proceed.set()
+    assert how(await pushing) == ["uploaded"]
+    assert bench.target.forwards == [BIG.digest]
+    assert bench.target.uploads == [digest_of(CONFIG)]
+    assert len(bench.transfers.fetches) == 1
+    await asyncio.gather(*bench.spawned)
+    assert bench.ends()[f"push:{BIG.digest}"] == "done"
+
+
+async def test_a_forwarding_goes_on_when_its_blob_is_present(bench):
+    """The target is slower than the content store: the rest is sent from this node's disk."""
+    bench.target.forward_gate = asyncio.Event()
+    bench.transfers.holds = True
+    pushing = asyncio.ensure_future(bench.push(BIG, providers=(AFAR,)))
+    fetch = await bench.transfers.arrival()
+    coming = bench.arriving.come(BIG.digest, AFAR.source)
+    await eventually(lambda: coming.opened)
+    coming.verdict.set_result(None)
+    fetch.proceed.set()
+    await eventually(lambda: BIG.digest in bench.memory.blobs)
+    assert not pushing.done()
+    bench.target.forward_gate.set()
+    await pushing
+    assert bench.target.forwards == [BIG.digest]
+
+
+async def test_what_fails_while_it_is_forwarded_is_uploaded_from_the_content_store(bench):
+    """Whatever it was: a registry that takes no pieces, or bytes that were wrong and came again."""
+    bench.transfers.holds = True
+    bench.target.forward_error = UnavailableError("r.example", "it takes no pieces")
+    pushing = asyncio.ensure_future(bench.push(BIG, providers=(AFAR,)))
+    fetch = await bench.transfers.arrival()
+    coming = bench.arriving.come(BIG.digest, AFAR.source)
+    await eventually(lambda: coming.opened)
+    fetch.proceed.set()
+    assert how(await pushing) == ["uploaded"]
+    assert (bench.target.forwards, bench.target.uploads) == ([], [BIG.digest, digest_of(CONFIG)])
+    assert len(bench.transfers.fetches) == 1
+
+
+async def test_what_comes_by_way_of_another_node_is_uploaded_from_the_content_store(bench):
+    """It never arrives here: nobody waits for that any longer than until it is present."""
+    assert how(await bench.push(BIG, providers=(AFAR,))) == ["uploaded"]
+    assert (bench.target.forwards, bench.target.uploads) == ([], [BIG.digest, digest_of(CONFIG)])
+
+
+async def test_a_present_layer_and_a_small_one_are_not_forwarded(bench):
+    """The one is in the content store, the other would be here before there is a piece of it."""
+    bench.make_present(BIG.digest, BIG.size_bytes)
+    await bench.push(BIG, A, providers=(AFAR,))
+    assert not bench.arriving.asked.is_set()
+
+
+async def test_a_fetch_that_fails_fails_the_push_and_ends_the_forwarding(bench):
+    """The error is the fetch's, which names the provider; nothing goes on behind it."""
+    bench.transfers.holds = True
+    bench.transfers.plan = [BlobNotFoundError(BIG.digest, "afar.example/app")]
+    bench.target.forward_gate = asyncio.Event()
+    pushing = asyncio.ensure_future(bench.push(BIG, providers=(AFAR,)))
+    fetch = await bench.transfers.arrival()
+    coming = bench.arriving.come(BIG.digest, AFAR.source)
+    await eventually(lambda: coming.opened)
+    fetch.proceed.set()
+    with pytest.raises(BlobNotFoundError):
+        await pushing
+    bench.target.forward_gate.set()
+    assert (bench.target.forwards, bench.target.manifests) == ([], {})
+
+
+async def test_a_cancelled_push_ends_its_forwarding(bench):
+    """Nothing is sent on for nobody."""
+    bench.transfers.holds = True
+    bench.target.forward_gate = asyncio.Event()
+    pushing = asyncio.ensure_future(bench.push(BIG, providers=(AFAR,)))
+    await bench.transfers.arrival()
+    coming = bench.arriving.come(BIG.digest, AFAR.source)
+    await eventually(lambda: coming.opened)
+    pushing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await pushing
+    bench.target.forward_gate.set()
+    coming.verdict.set_result(None)
+    await eventually(lambda: bench.ends() == {f"push:{BIG.digest}": "cancelled"})
+    assert bench.target.forwards == []
+
+
+class Doors:
+    """Lets callers have what came from open sources only."""
+
+    def __init__(self, *open_sources):
+        self.open_sources = open_sources
+        self.asked = []
+
+    async def admit(self, authorizer, blob, providers, came_from):
+        self.asked.append(came_from)
+        if came_from not in self.open_sources:
+            raise NeedsRemoteProvidersError((blob.digest,))
+
+
+@pytest.mark.parametrize("origins", [("private.example/app",), ("afar.example/app", "private.example/app"), ("",)])
+async def test_not_a_byte_is_handed_on_that_may_be_from_where_the_caller_may_not_read(origins):
+    """Another's flight brings it: who only named the blob gets it when it is whole and known to be from his own."""
+    bench = Bench(Doors(AFAR.source))
+    bench.transfers.holds = True
+    pushing = asyncio.ensure_future(bench.push(BIG, providers=(AFAR,)))
+    fetch = await bench.transfers.arrival()
+    fetch.came_from = AFAR.source
+    coming = bench.arriving.come(BIG.digest, *origins)
+    await asyncio.sleep(0)
+    fetch.proceed.set()
+    assert how(await pushing) == ["uploaded"]
+    assert coming.opened == 0
+    assert (bench.target.forwards, bench.target.uploads) == ([], [BIG.digest, digest_of(CONFIG)])
