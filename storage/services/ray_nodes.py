@@ -98,7 +98,7 @@ class RayNode:
             ports["gcs"] = gcs_port
             role = ["--head", f"--port={gcs_port}", "--include-dashboard=false"]
             if config.dashboard:
-                # Told to do without, Ray still runs a stump of a dashboard (75 MiB, 2 s), whose death ends the
+                # Told to do without, Ray still runs a stump of a dashboard (70 MiB, 1.6 s of CPU), whose death ends the
                 # head. Where it can't have its port it goes on without any, and the agents find ours.
                 role.append("--dashboard-port=-1")
         else:
