@@ -122,6 +122,7 @@ class Builds:
         #: By job: what it may ask for, and the config of what is built.
         self._secrets: dict[JobId, Mapping[str, bytes]] = {}
         self._configs: dict[JobId, bytes] = {}
+        self._pokes: set[asyncio.Task[None]] = set()
 
     # -- before --------------------------------------------------------------------------------------------------
 
@@ -211,7 +212,10 @@ class Builds:
             labels=dict(options.labels),
         )
         await self._store.submit(spec, payload)
-        await self._poke(job)
+        # Not waited for: a scheduler that takes the job at once answers when it has read it.
+        poke = asyncio.create_task(self._poke(job))
+        self._pokes.add(poke)
+        poke.add_done_callback(self._pokes.discard)
 
     async def _pin(self, definition: Definition) -> Definition:
         """Name every image by what its tag stands for now, so that all of the job, and later ones, mean the same."""
