@@ -171,9 +171,15 @@ class RemoteCaches:
             handlers=tuple(dict.fromkeys(handlers)),
             lease_id=lease_id,
         )
-        result: ExportCacheResult = await self._workers.on_any(
-            lambda worker: session.calling(worker, worker.export_cache(request, timeout_s=self._deadline_s))
-        )
+        try:
+            result: ExportCacheResult = await self._workers.on_any(
+                lambda worker: session.calling(worker, worker.export_cache(request, timeout_s=self._deadline_s))
+            )
+        except ClusterError as exc:
+            if not target.ignores_error:
+                raise
+            # What the exporter itself fails at it has turned into a warning.
+            return ExportCacheResult(target=target.name, digest=None, warning=f"no cache was exported: {exc}")
         log.info("cache.exported", job=spec.id, target=target.name, results=result.results, digest=result.digest or "")
         return result
 
