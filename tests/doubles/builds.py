@@ -23,8 +23,8 @@ from tests.doubles.observed import ObservedFarm, eventually
 
 T = TypeVar("T")
 
-#: Seconds for what ends after a job has: releases, and what other schedulers learn when they renew.
-_ENDS_WITHIN_S = 10.0
+#: Seconds for what ends after a job has: what a dead scheduler began goes on until its session counts as gone.
+_ENDS_WITHIN_S = 30.0
 
 
 # -- what is told of a job ------------------------------------------------------------------------------------

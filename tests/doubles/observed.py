@@ -81,3 +81,7 @@ class ObservedFarm:
         finally:
             await link.close()
         return [actor for actor in actors if actor.state == "ready"]
+
+    async def pids(self, kind: str) -> dict[str, int]:
+        """Return the pids of actors of a kind, by name."""
+        return {actor.name: actor.pid for actor in await self.actors() if actor.kind == kind}

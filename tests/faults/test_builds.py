@@ -14,9 +14,7 @@ from cluster.errors import ProcessFailedError
 from cluster.job import JobState, VertexState
 from lazyfarm.graph import State, image, merge, scratch
 from tests.doubles.builds import BuildFarm, Gate, cgroups_of, log_of, said, state_of, states, wait_for
-from tests.doubles.faults import eventually
-from tests.doubles.registry import Registry
-from tests.doubles.registry_faults import registry_fault_proxy
+from tests.doubles.faults import BrokenFarm, eventually
 
 pytestmark = [
     pytest.mark.cluster,
@@ -36,7 +34,9 @@ _ABANDONED_WITHIN_S = 30.0 + 10.0
 
 
 @pytest.mark.parametrize("is_alone", [False, True], ids=["another-takes-over", "none-is-left"])
-async def test_a_job_outlives_its_scheduler_in_the_middle_of_an_op(builds: BuildFarm, base: str, is_alone: bool):
+async def test_a_job_outlives_its_scheduler_in_the_middle_of_an_op(
+    lab: BrokenFarm, builds: BuildFarm, base: str, is_alone: bool
+):
     """Its scheduler is killed while a command runs, or all are: whoever claims the job next ends it.
 
     What had completed is looked up, not run again: another driver saw its result before, and it is the same.
@@ -44,7 +44,7 @@ async def test_a_job_outlives_its_scheduler_in_the_middle_of_an_op(builds: Build
     gate, events = Gate(builds), []
     first = image(base, plain_http=True).run(_RANDOM).named("first")
     second = first.run(f"{gate.command}; {_RANDOM}", mounts=[gate.mount]).named("second")
-    async with await builds.running.connect() as driver, await builds.running.connect() as witness:
+    async with lab.driver() as driver, lab.driver() as witness:
         job = driver.solve([first, second.run(_RANDOM).named("third")], on_event=events.append)
         waiting = asyncio.ensure_future(wait_for(job))
         await log_of(job, "at the gate")
@@ -60,13 +60,13 @@ async def test_a_job_outlives_its_scheduler_in_the_middle_of_an_op(builds: Build
     await builds.are_back(*killed)
 
 
-async def test_a_job_outlives_its_schedulers_between_ops(builds: BuildFarm, base: str):
+async def test_a_job_outlives_its_schedulers_between_ops(lab: BrokenFarm, builds: BuildFarm, base: str):
     """All are killed when the first op has completed, and again: each op's result is the first one it came to."""
     events = []
     steps = [image(base, plain_http=True).run(_RANDOM).named("step 0")]
     for number in range(1, 4):
         steps.append(steps[-1].run(_RANDOM).named(f"step {number}"))
-    async with await builds.running.connect() as driver, await builds.running.connect() as witness:
+    async with lab.driver() as driver, lab.driver() as witness:
         job = driver.solve(steps, on_event=events.append)
         waiting = asyncio.ensure_future(wait_for(job))
         for number in (0, 2):
@@ -84,11 +84,11 @@ async def test_a_job_outlives_its_schedulers_between_ops(builds: BuildFarm, base
 # -- workers ----------------------------------------------------------------------------------------------------
 
 
-async def test_an_op_outlives_its_worker(builds: BuildFarm, base: str):
+async def test_an_op_outlives_its_worker(lab: BrokenFarm, builds: BuildFarm, base: str):
     """Its worker is killed while its command runs: it is done again, and nothing of the dead one is left."""
     gate, events = Gate(builds), []
     graph = image(base, plain_http=True).run(f"{gate.command}; {_RANDOM}", mounts=[gate.mount]).named("op")
-    async with await builds.running.connect() as driver:
+    async with lab.driver() as driver:
         job = driver.solve(graph.run(_RANDOM), on_event=events.append)
         waiting = asyncio.ensure_future(wait_for(job))
         await log_of(job, "at the gate")
@@ -105,34 +105,28 @@ async def test_an_op_outlives_its_worker(builds: BuildFarm, base: str):
         assert not cgroups_of(container)
 
 
-async def test_an_op_outlives_the_fetch_worker_that_brings_its_inputs(builds: BuildFarm, registry: Registry, base: str):
+async def test_an_op_outlives_the_fetch_worker_that_brings_its_inputs(lab: BrokenFarm, builds: BuildFarm, base: str):
     """It is killed in the middle of a layer: the layer is fetched to its end, and the op runs, once."""
     gate = Gate(builds)
-    with registry_fault_proxy(registry.url) as proxy:
-        proxy.bytes_per_s = 1024 * 1024
-        name = base.replace(registry.host, proxy.host)
-        graph = image(name, plain_http=True).run(f"{gate.command}; {_RANDOM}", mounts=[gate.mount])
-        async with await builds.running.connect() as driver:
-            job = driver.solve(graph)
-            waiting = asyncio.ensure_future(wait_for(job))
+    lab.proxy.bytes_per_s = 512 * 1024
+    graph = image(base, plain_http=True).run(f"{gate.command}; {_RANDOM}", mounts=[gate.mount])
+    async with lab.driver() as driver:
+        waiting = asyncio.ensure_future(wait_for(driver.solve(graph)))
 
-            async def fetching() -> str | None:
-                if max(proxy.blob_bytes.values(), default=0) < 256 * 1024:
-                    return None
-                for key in await builds.keys("flight:blob:*"):
-                    digest = key.removeprefix("flight:blob:")
-                    if proxy.blob_bytes[digest] >= 256 * 1024:
-                        owner = await builds.redis("HGET", f"{builds.prefix}:{key}", "owner")
-                        return owner and owner.decode().partition("/")[0]
-                return None
+        async def fetching() -> str | None:
+            for digest, fetched in lab.proxy.blob_bytes.items():
+                if fetched >= 256 * 1024 and (owner := await lab.owner_of(digest)):
+                    return owner
+            return None
 
-            victim = await builds.worker("fetch-worker", await eventually(fetching, "a fetch"))
-            await builds.kill(victim)
-            proxy.bytes_per_s = None
-            result = await gate.open_until(waiting)
+        victim = await builds.worker("fetch-worker", await eventually(fetching, "a fetch"))
+        await builds.kill(victim)
+        lab.proxy.bytes_per_s = None
+        result = await gate.open_until(waiting)
     assert len(result.ref.layers) == 4
     assert gate.came() == 1
     await builds.are_back(victim)
+    await lab.assert_whole()
 
 
 # -- drivers ----------------------------------------------------------------------------------------------------
@@ -153,7 +147,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_job_whose_driver_was_killed_is_cancelled_and_no_other(builds: BuildFarm, base: str):
+async def test_a_job_whose_driver_was_killed_is_cancelled_and_no_other(lab: BrokenFarm, builds: BuildFarm, base: str):
     """Within the time that a driver may be silent its job has ended, and its own command is gone.
 
     Another driver's job shares a vertex with it, whose run the killed one's job began: it goes on, and is not
@@ -165,7 +159,7 @@ async def test_a_job_whose_driver_was_killed_is_cancelled_and_no_other(builds: B
     program = [sys.executable, "-c", _DRIVER, *arguments]
     process = await asyncio.create_subprocess_exec(*program, stdout=asyncio.subprocess.PIPE)
     try:
-        async with await builds.running.connect() as driver:
+        async with lab.driver() as driver:
             assert process.stdout is not None
             theirs = await driver.job((await process.stdout.readline()).decode().strip())
             await asyncio.gather(log_of(theirs, "at the gate"), log_of(theirs, "mine"))
@@ -208,12 +202,14 @@ def _deterministic(base: str, salt: str) -> State:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-async def test_a_build_that_is_broken_at_random_ends_as_one_that_is_not(builds: BuildFarm, base: str, seed: int):
+async def test_a_build_that_is_broken_at_random_ends_as_one_that_is_not(
+    lab: BrokenFarm, builds: BuildFarm, base: str, seed: int
+):
     """Schedulers and op workers are killed at moments that a seed says: the layers are those of a quiet build."""
     dice = random.Random(seed)  # noqa: S311 -- what is killed when, not secrets
     graph = _deterministic(base, f"salt {seed}")
     killed = []
-    async with await builds.running.connect() as driver:
+    async with lab.driver() as driver:
         waiting = asyncio.ensure_future(wait_for(driver.solve(graph)))
         for _ in range(3):
             await asyncio.wait([waiting], timeout=dice.uniform(0.2, 2.5))  # the moment itself
@@ -237,12 +233,14 @@ async def test_a_build_that_is_broken_at_random_ends_as_one_that_is_not(builds: 
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["completes", "fails"])
-async def test_schedulers_run_a_vertex_that_their_jobs_share_once(builds: BuildFarm, base: str, fails: bool):
+async def test_schedulers_run_a_vertex_that_their_jobs_share_once(
+    lab: BrokenFarm, builds: BuildFarm, base: str, fails: bool
+):
     """Jobs that two schedulers have wait for one run of a vertex, and share what it comes to, be it a failure."""
     gate = Gate(builds)
     graph = image(base, plain_http=True)
     graph = graph.run(f"{gate.command}; {_RANDOM}; exit {3 if fails else 0}", mounts=[gate.mount]).named("shared")
-    async with await builds.running.connect() as driver:
+    async with lab.driver() as driver:
         jobs, waiting, events, owners = [], [], [], set()
         while len(owners) < 2:
             assert len(jobs) < 20, "one scheduler takes every job"
