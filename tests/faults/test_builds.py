@@ -249,7 +249,7 @@ async def test_schedulers_run_a_vertex_that_their_jobs_share_once(
             waiting.append(asyncio.ensure_future(wait_for(jobs[-1])))
             if len(jobs) == 1:
                 await log_of(jobs[-1], "at the gate")
-            await state_of(jobs[-1], "shared", VertexState.WAITING)
+            await eventually(lambda: states(events[-1], "shared"), "the job to come to it")
             owners.add((await jobs[-1].record()).owner)
 
         async def is_waited_for() -> bool:
