@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -30,6 +30,7 @@ from cluster.errors import (
     ClusterError,
     ContainerError,
     InternalError,
+    MissingSecretError,
     NodeDiskError,
     NodeNotFoundError,
     OpError,
@@ -196,7 +197,8 @@ class OpDispatcher:
             case _:
                 pass
         if ignores_cache:
-            return OpResult(result=await self._on_some_node(use, inputs, keys))
+            stale = frozenset(await self._keys.lookup(keys))
+            return OpResult(result=await self._on_some_node(use, inputs, keys, stale))
         return await self._once(use, keys, lambda: self._on_some_node(use, inputs, keys))
 
     async def keep(self, job: JobId, vertex: Vertex, result: Result, opts: Mapping[str, bytes]) -> None:
@@ -303,6 +305,8 @@ class OpDispatcher:
                         if found is not None:
                             return OpResult(result=found, was_cached=True)
                         return OpResult(result=await work())
+                    except MissingSecretError:
+                        raise  # another's driver may give it
                     except OpError as exc:
                         failure = exc
                         raise
@@ -316,9 +320,11 @@ class OpDispatcher:
                 case Present():
                     raise InternalError(f"{key} is no blob")
 
-    async def _found(self, use: VertexUse, keys: Sequence[Digest]) -> Result | None:
-        """Return a result that was published under one of *keys* since these were looked up."""
-        records = await self._keys.lookup(keys)
+    async def _found(
+        self, use: VertexUse, keys: Sequence[Digest], stale: Collection[CacheRecord] = ()
+    ) -> Result | None:
+        """Return a result that was published under one of *keys* since these were looked up, but for *stale* ones."""
+        records = [record for record in await self._keys.lookup(keys) if record not in stale]
         for record in sorted(records, key=lambda record: record.created_wall_s, reverse=True):
             with contextlib.suppress(ClusterError):
                 opts = await self._opts(use, record.result)
@@ -353,7 +359,14 @@ class OpDispatcher:
 
     # -- on a node ---------------------------------------------------------------------------------------------------
 
-    async def _on_some_node(self, use: VertexUse, inputs: Sequence[Result | None], keys: Sequence[Digest]) -> Result:
+    async def _on_some_node(
+        self,
+        use: VertexUse,
+        inputs: Sequence[Result | None],
+        keys: Sequence[Digest],
+        stale: Collection[CacheRecord] = (),
+    ) -> Result:
+        """Run an op on a node; what is published under *keys* already, and won't do, is *stale*."""
         chains = [await self._chain(each) for each in inputs]
         session = self._sessions.asking(lambda: _jobs(use))
         config = next((each.config for each in inputs[:1] if each is not None), None)
@@ -361,7 +374,7 @@ class OpDispatcher:
 
         async def on(node: str) -> Result:
             nonlocal lost
-            if lost and (found := await self._found(use, keys)) is not None:
+            if lost and (found := await self._found(use, keys, stale)) is not None:
                 return found  # the worker that was lost had done it
             await self._bring(use, node, chains, session)
             use.began()
@@ -402,10 +415,11 @@ class OpDispatcher:
         while True:
             await asyncio.sleep(_LOOK_S)
             for job in use.beneficiaries():
-                if job not in told:
-                    told.add(job)
-                    with contextlib.suppress(ClusterError):
-                        await worker.watch_op(WatchOpRequest(run_id=run_id, job=job), timeout_s=_CALL_S)
+                if job in told:
+                    continue
+                with contextlib.suppress(ClusterError):
+                    if await worker.watch_op(WatchOpRequest(run_id=run_id, job=job), timeout_s=_CALL_S):
+                        told.add(job)
 
     async def _bring(
         self, use: VertexUse, node: str, chains: Iterable[Sequence[RefState]], session: WorkSession
@@ -449,9 +463,10 @@ class OpDispatcher:
     ) -> T:
         """Do something on the node that suits best; on the next best where that one fails to."""
         give_up_s: float | None = None
+        late = 0
         avoided: set[str] = set()
         while True:
-            node = ""
+            node, begun_s = "", time.monotonic()
             try:
                 async with self._placement.placed(use.vertex.digest, chains, avoided) as node:
                     return await on(node)
@@ -460,8 +475,12 @@ class OpDispatcher:
                     raise  # nobody is left that could answer; else it was this scheduler that was silent
                 log.warning("op.again", vertex=use.vertex.digest, node=node, error=str(exc))
                 now_s = time.monotonic()
+                if now_s - begun_s > RETRY_S:
+                    # It had gone well for long: the time for tries begins anew, though not for ever.
+                    late += 1
+                    give_up_s = None
                 give_up_s = give_up_s or now_s + RETRY_S
-                if now_s > give_up_s:
+                if now_s > give_up_s or late >= _MAX_LOST:
                     raise
                 avoided.add(node)
                 await asyncio.sleep(RETRY_PAUSE_S)

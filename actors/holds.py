@@ -57,15 +57,14 @@ class Holds:
         """Renew all of them, until cancelled."""
         while True:
             await asyncio.sleep(self._ttl_s / _RENEWALS)
-            made = [(name, task.result()) for name, task in self._held.items() if _is_made(task)]
-            renewals = (self._leases.renew(lease_id, ttl_s=self._ttl_s) for _, lease_id in made)
-            for (name, lease_id), lost in zip(
-                made, await asyncio.gather(*renewals, return_exceptions=True), strict=True
-            ):
-                if isinstance(lost, LeaseLostError):
+            made = [(name, task) for name, task in self._held.items() if _is_made(task)]
+            renewals = (self._leases.renew(task.result(), ttl_s=self._ttl_s) for _, task in made)
+            for (name, task), lost in zip(made, await asyncio.gather(*renewals, return_exceptions=True), strict=True):
+                # One that was let go of meanwhile is gone, too; another may have its name by now.
+                if isinstance(lost, LeaseLostError) and self._held.get(name) is task:
                     # Redis lost it, or the process was paused: what it held may be collected, its user will miss it.
-                    log.warning("hold.lost", lease=lease_id)
-                    self._held.pop(name, None)
+                    log.warning("hold.lost", lease=task.result())
+                    del self._held[name]
 
 
 def _is_made(task: asyncio.Task[LeaseId]) -> bool:

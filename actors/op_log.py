@@ -17,6 +17,8 @@ _log = structlog.get_logger()
 
 #: What is kept for jobs that come later, in characters; the start of it is, as of a job's stream.
 _KEPT = 1 << 20
+#: Events that are told at once: a script of the store runs by itself.
+_AT_ONCE = 256
 
 
 class OpLog:
@@ -31,16 +33,22 @@ class OpLog:
         self._jobs = dict.fromkeys(jobs)
         self._said: list[VertexLog] = []
         self._room = _KEPT
+        #: Something was said that is not kept.
+        self._is_cut = False
         #: Nobody comes in between while something is told.
         self._order = asyncio.Lock()
 
     async def tell(self, lines: Sequence[LogLine]) -> None:
         """Tell lines to all jobs."""
+        if not lines:
+            return
         events = self._events_of(lines)
         async with self._order:
             if self._room > 0:
                 self._said += events
                 self._room -= sum(len(event.text) for event in events)
+            else:
+                self._is_cut = True
             await asyncio.gather(*(self._publish(job, events) for job in self._jobs))
 
     async def add(self, job: JobId) -> None:
@@ -49,7 +57,7 @@ class OpLog:
             if job in self._jobs:
                 return
             self._jobs[job] = None
-            cut = [] if self._room > 0 else [VertexLogDropped(vertex=self._vertex)]
+            cut = [VertexLogDropped(vertex=self._vertex)] if self._is_cut else []
             await self._publish(job, [*self._said, *cut])
 
     def _events_of(self, lines: Sequence[LogLine]) -> list[VertexLog]:
@@ -64,9 +72,8 @@ class OpLog:
         return events
 
     async def _publish(self, job: JobId, events: Sequence[VertexLog | VertexLogDropped]) -> None:
-        if not events:
-            return
         try:
-            await self._events.publish(job, events)
+            for start in range(0, len(events), _AT_ONCE):
+                await self._events.publish(job, events[start : start + _AT_ONCE])
         except ClusterError as exc:
             _log.warning("op_log.untold", job=job, events=len(events), error=str(exc))

@@ -54,15 +54,15 @@ class Placement:
             NodeNotFoundError: no node is alive.
         """
         run_id = new_token()
-        async with self._choosing:
-            node = await self._choose(vertex, chains, avoided)
-            self._running[run_id] = node
-            await self._tell(self._whereabouts.begin_op(node, run_id, ttl_s=_TTL_S))
         try:
+            async with self._choosing:
+                node = self._running[run_id] = await self._choose(vertex, chains, avoided)
+                await self._tell(self._whereabouts.begin_op(node, run_id, ttl_s=_TTL_S))
             yield node
         finally:
-            del self._running[run_id]
-            await self._tell(self._whereabouts.end_op(node, run_id))
+            # Also where it is cancelled while that is told.
+            if (chosen := self._running.pop(run_id, None)) is not None:
+                await self._tell(self._whereabouts.end_op(chosen, run_id))
 
     async def renew_forever(self) -> None:
         """Go on telling what runs, until cancelled."""

@@ -12,7 +12,7 @@ from actors.workers import Workers
 from cluster.cache.runner import CacheManager
 from cluster.cache_options import CacheKind, CacheMode, CacheSource, CacheTarget
 from cluster.digest import Digest
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, first_error
 from cluster.fetch.cache_import import ImportedResult, results_of
 from cluster.job import JobEvent, JobId, JobSpec, JobWarning
 from cluster.job_result import InlineEntry
@@ -144,7 +144,15 @@ class RemoteCaches:
             self._inline[spec.id] = await self._inline_entries(candidates)
         targets = [target for target in spec.cache_to if target.kind is not CacheKind.INLINE]
         passed = (*handlers, *(h for known in self._handlers.get(spec.id, {}).values() for h in known))
-        results = await asyncio.gather(*(self._write(spec, target, candidates, passed, lease_id) for target in targets))
+        try:
+            # Where one fails the job has failed, and with it goes all that is under way for it.
+            async with asyncio.TaskGroup() as group:
+                writes = [
+                    group.create_task(self._write(spec, target, candidates, passed, lease_id)) for target in targets
+                ]
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from errors
+        results = [write.result() for write in writes]
         await self._warn(job, [f"{result.target}: {result.warning}" for result in results if result.warning])
 
     async def _write(
@@ -163,9 +171,15 @@ class RemoteCaches:
             handlers=tuple(dict.fromkeys(handlers)),
             lease_id=lease_id,
         )
-        result: ExportCacheResult = await self._workers.on_any(
-            lambda worker: session.calling(worker, worker.export_cache(request, timeout_s=self._deadline_s))
-        )
+        try:
+            result: ExportCacheResult = await self._workers.on_any(
+                lambda worker: session.calling(worker, worker.export_cache(request, timeout_s=self._deadline_s))
+            )
+        except ClusterError as exc:
+            if not target.ignores_error:
+                raise
+            # What the exporter itself fails at it has turned into a warning.
+            return ExportCacheResult(target=target.name, digest=None, warning=f"no cache was exported: {exc}")
         log.info("cache.exported", job=spec.id, target=target.name, results=result.results, digest=result.digest or "")
         return result
 

@@ -70,6 +70,11 @@ class _Run:
     spec: JobSpec
     #: Another has it, or it has ended: nothing is told of it any more.
     is_lost: bool = False
+    #: It is to end as soon as it can.
+    is_stopping: bool = False
+    #: Reads the caches that it names, before the solver knows of it.
+    reading: asyncio.Task[None] | None = None
+    #: All that was done for it here has ended.
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -170,12 +175,12 @@ class SolverScheduler(SessionServer):
                         await self._poked.wait()
 
     def _take(self, parts: _Parts, claimed: ClaimedJob) -> None:
-        run = self._runs.get(claimed.claim.job)
-        if run is not None and not run.is_lost:
-            run.claim = claimed.claim  # its claim had lapsed, and nobody was faster
+        former = self._runs.get(claimed.claim.job)
+        if former is not None and not former.is_lost:
+            former.claim = claimed.claim  # its claim had lapsed, and nobody was faster
             return
         run = self._runs[claimed.claim.job] = _Run(claimed.claim, claimed.record.spec)
-        self._starter.background.spawn(self._build_job(parts, run, claimed))
+        self._starter.background.spawn(self._build_job(parts, run, claimed, former))
 
     async def _renew_forever(self, parts: _Parts) -> None:
         ttl_s = self._starter.boot.config.build.claim_ttl_s
@@ -197,12 +202,20 @@ class SolverScheduler(SessionServer):
                     continue
                 run.is_lost = state is ClaimState.LOST
                 log.info("job.stopping", job=run.claim.job, why=state.value)
+                run.is_stopping = True
+                if run.reading is not None:
+                    run.reading.cancel()
                 parts.solver.cancel(run.claim.job)
 
     # -- one job ---------------------------------------------------------------------------------------------------
 
-    async def _build_job(self, parts: _Parts, run: _Run, claimed: ClaimedJob) -> None:
+    async def _build_job(self, parts: _Parts, run: _Run, claimed: ClaimedJob, former: _Run | None) -> None:
         job = run.claim.job
+        if former is not None:
+            # t=0  this scheduler is stopped for a while; another claims the job, and dies
+            # t=5  this one learns that it has lost the job, and begins to stop what it does for it
+            # t=6  it claims the job again: what is known here under its ID is still the first run's to forget
+            await former.ended.wait()
         bound = log.bind(job=job, trace=run.spec.session.trace)
         bound.info("job.started", fence=run.claim.fence, detached=run.spec.is_detached)
         try:
@@ -227,13 +240,25 @@ class SolverScheduler(SessionServer):
                 job_lease(spec.id), ttl_s=self._starter.boot.config.cache.lease_ttl_s, labels=labels
             )
             with parts.sessions.of(spec, registries_of(definition, spec.cache_from, spec.cache_to)):
-                await parts.caches.read(spec)
+                if not await self._read_caches(parts, run):
+                    return JobStopped()
                 return await parts.solver.solve(spec.id, definition, no_cache=spec.no_cache)
         except ClusterError as exc:
             return JobFailed(exc, None)
         except Exception as exc:
             log.exception("job.bug", job=spec.id)
             return JobFailed(InternalError(f"job {spec.id}: {type(exc).__name__}: {exc}"), None)
+
+    async def _read_caches(self, parts: _Parts, run: _Run) -> bool:
+        """Read the caches that a job names; return False once it is to stop."""
+        if not run.is_stopping:
+            run.reading = asyncio.ensure_future(parts.caches.read(run.spec))
+            try:
+                await run.reading
+            except asyncio.CancelledError:
+                if not run.is_stopping:
+                    raise
+        return not run.is_stopping
 
     async def _end(self, parts: _Parts, run: _Run, outcome: JobOutcome) -> None:
         """Record how a job has ended; while Redis is away, for as long as the job is this scheduler's."""

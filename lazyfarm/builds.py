@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import secrets as random
 import sys
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
 
-from actors.handles import SchedulerHandle
+from actors.handles import FetchWorkerHandle, SchedulerHandle
 from actors.version import VERSION
 from cluster.cache_options import CacheSource, CacheTarget
 from cluster.config import Config
@@ -22,16 +22,19 @@ from cluster.errors import ClusterError, InvalidArgumentError, InvalidOutputErro
 from cluster.graph import Definition, ImageOp, LocalOp, encode_definition, pinned
 from cluster.job import JobEvent, JobId, JobRecord, JobSpec, JobState, registries_of
 from cluster.job_result import decode_result
-from cluster.messages import AssembleRequest, ResolveRequest, ResolveResult
+from cluster.lease import LeaseId
+from cluster.messages import AssembleRequest, ResolveRequest, ResolveResult, SessionInfo
+from cluster.ports import RefStore
 from cluster.provider import registries_of as provider_registries
-from cluster.ref import ImageRecord
+from cluster.ref import ImageRecord, RefId, RefState
 from cluster.reference import ImageReference, parse_reference
 from cluster.remote_cache import CacheEntry, embed
 from lazyfarm.graph import Resolved, State, resolve
 from lazyfarm.job import EventCallback, Job, Result, read_secrets
+from lazyfarm.jobs import FarmJobs
 from lazyfarm.operation import ProgressCallback
 from lazyfarm.outputs import Output, OutputKind, parse_output
-from lazyfarm.ref import Ref
+from lazyfarm.ref import Ref, RefFarm
 from storage.job_events import RedisJobEvents
 from storage.jobs import RedisJobStore
 from storage.keys import Keys
@@ -39,8 +42,9 @@ from storage.link import RedisLink
 
 if TYPE_CHECKING:
     from lazyfarm.context import ScannedTree
-    from lazyfarm.farm import Farm
     from lazyfarm.session import Session
+
+T = TypeVar("T")
 
 #: Ops that only say where something comes from: to run them afresh would come to the same.
 _SOURCES = (ImageOp, LocalOp)
@@ -75,20 +79,50 @@ class BuildOptions:
     detached: bool = False
 
 
+class BuildingFarm(RefFarm, Protocol):
+    """What builds ask of their farm."""
+
+    @property
+    def ref_store(self) -> RefStore:
+        """Return where refs are recorded."""
+        ...
+
+    async def info(self, registries: Iterable[str]) -> SessionInfo:
+        """Return what a call says of its caller."""
+        ...
+
+    def lease_id(self) -> LeaseId:
+        """Return the lease of this driver, if it is live."""
+        ...
+
+    async def on_worker(self, call: Callable[[FetchWorkerHandle], Awaitable[T]]) -> T:
+        """Make an idempotent call at any node's worker."""
+        ...
+
+    async def chain(self, ref_id: RefId) -> list[RefState]:
+        """Return a ref and all below it, lowest first."""
+        ...
+
+    async def hold(self, ref_ids: Sequence[RefId]) -> None:
+        """Attach refs to this driver's lease."""
+        ...
+
+
 class Builds:
     """The jobs of one driver."""
 
-    def __init__(self, farm: Farm, config: Config, session: Session, link: RedisLink) -> None:
+    def __init__(self, farm: BuildingFarm, config: Config, session: Session, link: RedisLink) -> None:
         self._farm = farm
         self._config = config
         self._session = session
         self._link = link
         self._keys = Keys(config.farm.name)
-        self._jobs = RedisJobStore(link, self._keys)
-        self._events = RedisJobEvents(link, self._keys)
+        self._store = RedisJobStore(link, self._keys)
+        self._jobs = FarmJobs(self._store, RedisJobEvents(link, self._keys))
         #: By job: what it may ask for, and the config of what is built.
         self._secrets: dict[JobId, Mapping[str, bytes]] = {}
         self._configs: dict[JobId, bytes] = {}
+        self._pokes: set[asyncio.Task[None]] = set()
 
     # -- before --------------------------------------------------------------------------------------------------
 
@@ -117,12 +151,12 @@ class Builds:
         )
 
     async def find(self, job: str) -> Job:
-        """Return the job of an ID, whoever submitted it.
+        """Return the job of an ID, or of the start of one, whoever submitted it.
 
         Raises:
-            JobNotFoundError: there is none.
+            JobNotFoundError, AmbiguousJobError: there is none, or there are several.
         """
-        record = await self._jobs.get(JobId(job))
+        record = await self._jobs.find(job)
         return Job(self, record.id, submit=None, is_detached=record.spec.is_detached)
 
     async def resolve(self, image: str, *, platform: str | None, plain_http: bool) -> ResolvedImage:
@@ -177,8 +211,11 @@ class Builds:
             is_detached=options.detached,
             labels=dict(options.labels),
         )
-        await self._jobs.submit(spec, payload)
-        await self._poke(job)
+        await self._store.submit(spec, payload)
+        # Not waited for: a scheduler that takes the job at once answers when it has read it.
+        poke = asyncio.create_task(self._poke(job))
+        self._pokes.add(poke)
+        poke.add_done_callback(self._pokes.discard)
 
     async def _pin(self, definition: Definition) -> Definition:
         """Name every image by what its tag stands for now, so that all of the job, and later ones, mean the same."""
@@ -226,15 +263,15 @@ class Builds:
 
     def follow_job(self, job: JobId) -> AsyncIterator[JobEvent]:
         """Yield a job's events."""
-        return self._events.follow(job, deadline_s=self._config.build.op_timeout_s * 10)
+        return self._jobs.events(job)
 
     async def cancel_job(self, job: JobId) -> JobState:
         """Ask for a job to be cancelled."""
-        return await self._jobs.request_cancel(job)
+        return await self._jobs.cancel(job)
 
     async def get_job(self, job: JobId) -> JobRecord:
         """Return a job's record."""
-        return await self._jobs.get(job)
+        return await self._store.get(job)
 
     # -- after ------------------------------------------------------------------------------------------------------
 

@@ -113,7 +113,15 @@ class Job:
         if self._submit is not None:
             if self._submitting is None:
                 self._submitting = asyncio.ensure_future(self._submit())
-            await asyncio.shield(self._submitting)
+            submitting = self._submitting
+            try:
+                await asyncio.shield(submitting)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if submitting.cancelled() and task is not None and not task.cancelling():
+                    # By another who awaited it, and was cancelled: here that is the job's end, not the caller's.
+                    raise JobCancelledError(self._id) from None
+                raise
         return self
 
     async def events(self) -> AsyncIterator[JobEvent]:
@@ -148,11 +156,21 @@ class Job:
         except asyncio.CancelledError:
             if not self._is_detached and self._submit is not None:
                 with contextlib.suppress(Exception):
-                    await asyncio.shield(self._farm.cancel_job(self._id))
+                    await asyncio.shield(self._withdraw())
             raise
         if state is JobState.FAILED:
             raise decode_error(error)
         raise JobCancelledError(self._id)
+
+    async def _withdraw(self) -> None:
+        """Have nothing done for the job any more, also where it is still being submitted."""
+        submitting = self._submitting
+        if submitting is not None and not submitting.done():
+            self._submitting = None
+            submitting.cancel()
+            await asyncio.wait([submitting])
+        # Also after that: it may have been cancelled when the farm had the job, and before it said so.
+        await self._farm.cancel_job(self._id)
 
     async def _end(self) -> tuple[JobState, bytes]:
         """Look on to the end; return how it ended."""

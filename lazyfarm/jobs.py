@@ -81,6 +81,10 @@ class FarmJobs:
         """Ask for a job to be cancelled; return its state after that. JobNotFoundError if it is unknown."""
         return await self._store.request_cancel(job)
 
+    def events(self, job: JobId) -> AsyncIterator[JobEvent]:
+        """Yield a job's events from the first one to its end; raises as :meth:`follow`."""
+        return self._events.follow(job, deadline_s=_FOLLOW_S)
+
     async def follow(self, job: JobId, on_event: Callable[[JobEvent], object]) -> JobEnded:
         """Tell *on_event* of each of a job's events from the first one on; return the last one.
 
@@ -89,7 +93,7 @@ class FarmJobs:
             DeadlineExceededError: it has not ended within a week.
         """
         end: JobEnded | None = None
-        async for event in self._events.follow(job, deadline_s=_FOLLOW_S):
+        async for event in self.events(job):
             on_event(event)
             if isinstance(event, JobEnded):
                 end = event

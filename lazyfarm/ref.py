@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cluster.digest import EMPTY_CHAIN
 from cluster.errors import RefReleasedError
-from cluster.messages import ExtractResult, UnlazyResult
+from cluster.messages import ExtractResult, NodeRecord, UnlazyResult
 from cluster.provider import DescHandler
 from cluster.ref import ImageRecord, RefId, RefState
-from lazyfarm.operation import Operation, ProgressCallback
+from lazyfarm.operation import Operation, ProgressCallback, ProgressStreams
 
-if TYPE_CHECKING:
-    from lazyfarm.farm import Farm
+
+class RefFarm(ProgressStreams, Protocol):
+    """What refs ask of their farm."""
+
+    async def nodes(self) -> list[NodeRecord]:
+        """Return the cluster's nodes."""
+        ...
+
+    async def states(self, ref_ids: Sequence[RefId]) -> list[RefState | None]:
+        """Return the records of refs, in bulk."""
+        ...
+
+    async def unlazy_chain(self, ref: Ref, stream: str | None) -> UnlazyResult:
+        """Unlazy a ref's whole chain."""
+        ...
+
+    async def extract_chain(self, ref: Ref, node: str | None, stream: str | None) -> ExtractResult:
+        """Extract a ref's chain on a node."""
+        ...
 
 
 class Ref:
@@ -24,7 +41,7 @@ class Ref:
     """
 
     def __init__(
-        self, farm: Farm, layers: Sequence[RefState], image: ImageRecord | None, handlers: Sequence[DescHandler] = ()
+        self, farm: RefFarm, layers: Sequence[RefState], image: ImageRecord | None, handlers: Sequence[DescHandler] = ()
     ) -> None:
         self._farm = farm
         self._layers = tuple(layers)

@@ -257,8 +257,11 @@ class NodeBlobs:
             if wanted.present is None:
                 (present,) = await self._refs.blobs([digest])
                 wanted.present = wanted.present or present
-                if changed.done():
-                    continue
+            if changed.done():
+                # t=0  another's download runs; this call finds no file yet
+                # t=1  the download publishes its file and ends; its callback, which forgets it, is to come
+                # t=2  a second one would be begun here, and replace the file under those who read it
+                continue
             download = self._download_of(digest, wanted)
             if download is None:
                 await asyncio.wait({changed})

@@ -12,8 +12,7 @@ from rich.text import Text
 from cluster.job import JobEvent, JobState, VertexState
 from cluster.progress import LayerPhase
 from lazyfarm.cli.human import count, short, size
-from lazyfarm.cli.job_progress import one_line, repeat, visible
-from lazyfarm.cli.job_view import JobView, LayerView, VertexView, read_error
+from lazyfarm.cli.job_view import JobView, LayerView, VertexView, one_line, read_error, repeat, visible
 
 #: Columns that the longest seconds take, with a space before them.
 _SECONDS_WIDTH = 8

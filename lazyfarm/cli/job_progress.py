@@ -6,7 +6,6 @@ What people see is in the manner of BuildKit's ``--progress``; the documents are
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,8 +31,9 @@ from lazyfarm.cli.job_view import (
     LogLine,
     VertexView,
     at,
-    last_words,
+    one_line,
     read_error,
+    repeat,
     split_item,
 )
 from lazyfarm.cli.output import Output
@@ -46,10 +46,6 @@ MODES = ("auto", "plain", "tty", "json")
 _STEPS = 4
 #: Frames a second.
 _REFRESH_HZ = 8.0
-
-# Sequences that move the cursor, set colours or titles (ECMA-48), and characters that are none.
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class JobProgress(Protocol):
@@ -271,24 +267,6 @@ def describe(layer: LayerView) -> str:
             return f"extracting {short(layer.subject)} on {layer.node}"
         case _:
             return f"{layer.work} {short(layer.subject)}"
-
-
-def repeat(vertex: VertexView) -> list[str]:
-    """Return the last that a vertex said before it failed, to stand where people look first: at the end."""
-    said = last_words(vertex)
-    return ["------", f" > {vertex.label}:", *(visible(line) for line in said), "------"] if said else []
-
-
-def visible(line: str) -> str:
-    """Return a line as a terminal would leave it, without what moves its cursor or changes its colours."""
-    shown = _ESCAPES.sub("", line)
-    overwritten = [part for part in shown.split("\r") if part]
-    return _CONTROLS.sub("", overwritten[-1].expandtabs()) if overwritten else ""
-
-
-def one_line(text: str) -> str:
-    """Return a text of several lines as one."""
-    return " ".join(text.split())
 
 
 # -- a frame that redraws itself --------------------------------------------------------------------------

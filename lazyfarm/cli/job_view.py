@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -26,6 +27,10 @@ from lazyfarm.cli.human import short
 TAIL_LINES = 10
 #: A line that doesn't end is cut here, so that nothing grows without bound.
 _MAX_LINE_CHARS = 1 << 16
+
+# Sequences that move the cursor, set colours or titles (ECMA-48), and characters that are none.
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,3 +266,21 @@ def at(seconds: float) -> str:
     """Return a moment of a vertex's run, in four digits: ``0.350``, ``12.35``."""
     whole = len(str(int(seconds)))
     return f"{seconds:.{max(4 - whole, 1)}f}"
+
+
+def repeat(vertex: VertexView) -> list[str]:
+    """Return the last that a vertex said before it failed, to stand where people look first: at the end."""
+    said = last_words(vertex)
+    return ["------", f" > {vertex.label}:", *(visible(line) for line in said), "------"] if said else []
+
+
+def visible(line: str) -> str:
+    """Return a line as a terminal would leave it, without what moves its cursor or changes its colours."""
+    shown = _ESCAPES.sub("", line)
+    overwritten = [part for part in shown.split("\r") if part]
+    return _CONTROLS.sub("", overwritten[-1].expandtabs()) if overwritten else ""
+
+
+def one_line(text: str) -> str:
+    """Return a text of several lines as one."""
+    return " ".join(text.split())

@@ -12,8 +12,8 @@ from cluster.job import JobEnded, JobEvent, JobState, JobWarning, VertexLog
 from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import count, duration
-from lazyfarm.cli.job_progress import error_document, one_line
-from lazyfarm.cli.job_view import JobView, LogLine, VertexView, at
+from lazyfarm.cli.job_progress import error_document
+from lazyfarm.cli.job_view import JobView, LogLine, VertexView, at, one_line
 from lazyfarm.cli.options import JobArgument, JsonOption, StateDirOption, command_app, example
 from lazyfarm.cli.output import Output
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.descriptor import Descriptor
+from cluster.descriptor import MANIFEST_OCI, Descriptor
 from cluster.errors import (
     ClusterError,
     FarmClosedError,
@@ -24,6 +24,7 @@ from cluster.errors import (
     RefReleasedError,
 )
 from cluster.lease import image_resource, ref_resource
+from cluster.messages import AssembleRequest, ResolveRequest
 from cluster.progress import LayerPhase
 from cluster.provider import DescHandler, ProviderHandle
 from lazyfarm import blocking
@@ -226,6 +227,52 @@ async def test_a_push_names_how_each_layer_got_there(farm, registry):
             )
         with pytest.raises(RefNotFoundError):
             await driver.push("no/such:image", f"{registry.host}/copy/of:1")
+
+
+async def test_an_image_is_resolved_without_refs_and_one_is_assembled_of_its_layers(farm, registry):
+    """What a scheduler asks of a worker: a config and handlers first, and an image of a chain in the end.
+
+    The assembled image is pushed to the base's registry without a byte of a layer.
+    """
+    registry.push("api/base", "1", image := fresh_image(layers=2))
+    name = f"{registry.host}/api/base:1"
+    async with await farm.connect() as driver:
+        session, lease = await driver._info([registry.host], None), driver._lease()
+        known = {state.record.id for state in await driver.refs()}
+        resolved = await driver._on_worker(
+            None,
+            lambda worker: worker.resolve_image(
+                ResolveRequest(session=session, image=name, platform=None, plain_http=False, lease_id=lease),
+                timeout_s=60,
+            ),
+        )
+        assert (resolved.config, resolved.image.manifest.digest, resolved.image.ref) == (
+            image.config,
+            image.digest,
+            None,
+        )
+        assert [handler.digest for handler in resolved.handlers] == [layer.digest for layer in image.layers]
+        assert {state.record.id for state in await driver.refs()} == known
+
+        ref = await driver.pull(name)
+        request = AssembleRequest(
+            session=session,
+            name=f"{registry.host}/api/built:1",
+            ref_id=ref.id,
+            config=json.dumps({"config": {"Cmd": ["/built"]}}).encode(),
+            handlers=resolved.handlers,
+            lease_id=lease,
+        )
+        first, second = [
+            await driver._on_worker(None, lambda worker: worker.assemble(request, timeout_s=60)) for _ in range(2)
+        ]
+        assert first.manifest == second.manifest
+        registry.forget()
+        pushed = await driver.push(first.manifest.digest, f"{registry.host}/api/built:1")
+    assert (pushed.digest, {layer.how for layer in pushed.layers}) == (first.manifest.digest, {"mounted"})
+    assert registry.count("GET", "blob") == 0
+    status, _, manifest = registry.call("GET", "/v2/api/built/manifests/1", headers={"Accept": MANIFEST_OCI})
+    assert (status, json.loads(manifest)["config"]["digest"]) == (200, first.config.digest)
 
 
 # -- chains --------------------------------------------------------------------------------------------------

@@ -103,6 +103,16 @@ async def test_a_blob_comes_from_the_content_store_once(node):
     node.assert_forgotten()
 
 
+async def test_a_blob_comes_once_however_the_callers_are_interleaved(node):
+    """Who finds no file yet, and looks again when the download has just ended, finds that it has: no second one."""
+    for number in range(300):
+        data = f"layer {number}".encode()
+        digest = digest_of(data)
+        node.store_blob(data, digest)
+        assert await asyncio.gather(*(node.read(digest) for _ in range(3))) == [data] * 3
+        assert node.store.opened == number + 1
+
+
 async def test_what_becomes_present_while_somebody_waits_is_brought(node):
     """Told of a blob that is waited for: it is downloaded at once."""
     reading = asyncio.create_task(node.read())

@@ -15,7 +15,7 @@ from cluster.errors import AccessDeniedError, ClusterError, LayerError, StaleFen
 from cluster.fetch.runner import Caller, Fetched
 from cluster.flight.values import Fence, UploadState
 from cluster.lease import LeaseId
-from cluster.ports import Authorization, AuthRequest
+from cluster.ports import Authorization, Authorizer, AuthRequest
 from cluster.provider import ProviderHandle
 from cluster.ref import BlobRecord
 from storage.memory import MemoryFlightStore
@@ -349,14 +349,15 @@ class FakeProber:
         for digest in digests:
             self.blobs[provider.source, digest] = readers
 
-    async def blob_exists(self, handle: ProviderHandle, digest: Digest, authorizer: FakeAuthorizer) -> int | None:
+    async def blob_exists(self, handle: ProviderHandle, digest: Digest, authorizer: Authorizer) -> int | None:
         self.asked.append((handle.source, digest))
         if handle.source in self.silent:
             raise UnavailableError(handle.registry, "it is silent")
         if (handle.source, digest) not in self.blobs:
             return None
         readers = self.blobs[handle.source, digest]
-        if readers is not None and authorizer.name not in readers:
+        # As a session says who it is: by name, in these tests.
+        if readers is not None and authorizer.identity(handle.registry).partition("@")[0] not in readers:
             raise AccessDeniedError(handle.repository, handle.registry, "403")
         return self.sizes.get(digest, 1)
 

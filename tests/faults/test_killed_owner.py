@@ -134,8 +134,11 @@ async def test_a_pull_outlives_the_death_of_a_worker_at(lab: BrokenFarm, point: 
 async def test_a_push_outlives_the_death_of_a_worker_at(
     lab: BrokenFarm, elsewhere: Registry, point: FaultPoint, is_elsewhere: bool
 ):
-    """Two drivers push one image, the worker of one is killed: both targets have the very manifest and layers."""
-    name, image = lab.image(6 * MIB, MIB)
+    """Two drivers push one image, the worker of one is killed: both targets have the very manifest and layers.
+
+    One layer is large enough to be forwarded while it arrives, the other is not.
+    """
+    name, image = lab.image(17 * MIB, MIB)
     host = elsewhere.host if is_elsewhere else lab.proxy.host
     tag = name.rpartition(":")[2]
     async with lab.driver() as one, lab.driver() as two:

@@ -49,8 +49,11 @@ from cluster.graph import (
     content_inputs,
     decode_definition,
     encode_definition,
+    image_registries,
     op_digest,
+    pinned,
 )
+from cluster.reference import parse_reference
 from lazyfarm.graph import bind, cache, image, local, merge, resolve, scratch, secret, tmpfs
 
 BASE = Vertex(ImageOp(reference="docker.io/library/debian:12"))
@@ -521,3 +524,62 @@ def mounting(index, *, is_read_only=True):
 def test_content_counts_where_it_is_only_read(op, expected):
     """Of what is copied or mounted read-only everywhere, and never of what the result is built upon."""
     assert content_inputs(op) == expected
+
+
+# -- images by what they are now --------------------------------------------------------------------------------------
+
+PINNED = ImageOp(reference=f"docker.io/library/debian:12@{OTHER}")
+
+
+def test_pinning_an_image_renames_all_that_is_built_upon_it():
+    """Other digests from it up, under the same names and as the same targets; what is beside it stays as it is."""
+    copy = Vertex(FileOp(actions=(CopyAction(input=1, sources=("/",), destination="/"),)), (RUN.digest, LOCAL.digest))
+    vertices = {vertex.digest: vertex for vertex in (BASE, LOCAL, RUN, copy)}
+    names = {BASE.digest: "base", LOCAL.digest: "sources", copy.digest: "copy"}
+    new = pinned(Definition(vertices, (copy.digest, LOCAL.digest), names), {BASE.op: PINNED})
+
+    assert [new.vertices[digest].op for digest in new.order] == [PINNED, MAKE, LOCAL.op, copy.op]
+    assert [new.name(digest) for digest in new.targets] == ["copy", "sources"]
+    assert new.targets[1] == LOCAL.digest
+    assert not new.vertices.keys() & {BASE.digest, RUN.digest, copy.digest}
+    assert new.name(Vertex(PINNED).digest) == "base"
+
+
+def test_nothing_to_pin_changes_nothing():
+    """No image, or none of those: the definition and its digests are what they were."""
+    definition = Definition({BASE.digest: BASE, RUN.digest: RUN}, (RUN.digest,))
+    assert pinned(definition, {}) is definition
+    assert pinned(definition, {PINNED: BASE.op}) == definition
+
+
+def test_scratch_stays_scratch():
+    """There is nothing below to be renamed."""
+    made = Vertex(FileOp(actions=(MakeFile(path="/a", data=b""),)), (None,))
+    both = Vertex(MergeOp(), (BASE.digest, made.digest))
+    definition = Definition({v.digest: v for v in (BASE, made, both)}, (both.digest,))
+    new = pinned(definition, {BASE.op: PINNED})
+    assert new.vertices[made.digest] == made
+    assert new.vertices[new.targets[0]].inputs == (Vertex(PINNED).digest, made.digest)
+
+
+def test_images_that_are_one_when_pinned_are_one_vertex():
+    """Two tags of one image: what is the same upon both is done once, and both targets are that."""
+    tag = Vertex(ImageOp(reference="docker.io/library/debian:bookworm"))
+    runs = [Vertex(MAKE, (image.digest,)) for image in (BASE, tag)]
+    definition = Definition({v.digest: v for v in (BASE, tag, *runs)}, tuple(run.digest for run in runs))
+    new = pinned(definition, {BASE.op: PINNED, tag.op: PINNED})
+    assert len(new.vertices) == 2
+    assert new.targets[0] == new.targets[1]
+    assert decode_definition(encode_definition(new)) == new
+
+
+def test_registries_are_those_of_images():
+    """Each host once, as it is asked; a graph without images asks none."""
+    images = [
+        Vertex(ImageOp(reference=reference))
+        for reference in ("docker.io/library/debian:12", "127.0.0.1:5000/a:1", "127.0.0.1:5000/b:1")
+    ]
+    top = Vertex(MergeOp(), tuple(image.digest for image in images))
+    definition = Definition({v.digest: v for v in (*images, top)}, (top.digest,))
+    assert image_registries(definition) == {parse_reference("debian").host, "127.0.0.1:5000"}
+    assert image_registries(Definition({LOCAL.digest: LOCAL}, (LOCAL.digest,))) == frozenset()

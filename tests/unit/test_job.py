@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cluster import wire
+from cluster.cache_options import BucketCache, CacheKind, CacheSource, CacheTarget
 from cluster.digest import digest_of
-from cluster.errors import MalformedPayloadError
+from cluster.errors import MalformedPayloadError, UnknownVersionError
+from cluster.graph import Definition, ImageOp, LocalOp, Vertex
 from cluster.job import (
     JobEnded,
     JobId,
@@ -23,7 +25,9 @@ from cluster.job import (
     encode_event,
     layer_stream,
     parse_layer_stream,
+    registries_of,
 )
+from cluster.job_result import InlineEntry, TargetResult, decode_result, encode_result
 from cluster.messages import SessionInfo
 from cluster.progress import LayerPhase, ProgressItem
 
@@ -79,3 +83,59 @@ def test_what_ends():
     """A job ends in three states and a vertex in four; in the others both go on."""
     assert [state.value for state in JobState if not state.is_end] == ["queued", "running"]
     assert [state.value for state in VertexState if not state.is_end] == ["waiting", "running"]
+
+
+# -- who is asked for a job -------------------------------------------------------------------------------------------
+
+IMAGE = Vertex(ImageOp(reference="images.example/app:1"))
+BUCKET = BucketCache(bucket="caches", prefix="app", name="main")
+
+
+def test_a_job_may_ask_the_registries_of_its_images_and_caches():
+    """Each once; buckets are no registries, and an inline cache is where its image is."""
+    found = registries_of(
+        Definition({IMAGE.digest: IMAGE}, (IMAGE.digest,)),
+        [
+            CacheSource(kind=CacheKind.REGISTRY, ref="from.example/cache:1"),
+            CacheSource(kind=CacheKind.REGISTRY, ref="images.example/cache:1"),
+            CacheSource(kind=CacheKind.S3, bucket=BUCKET),
+        ],
+        [
+            CacheTarget(kind=CacheKind.REGISTRY, ref="to.example:5000/cache:1"),
+            CacheTarget(kind=CacheKind.INLINE),
+            CacheTarget(kind=CacheKind.S3, bucket=BUCKET),
+        ],
+    )
+    assert found == {"images.example", "from.example", "to.example:5000"}
+
+
+def test_a_job_without_images_and_caches_asks_nobody():
+    """Then no credentials are looked for."""
+    local = Vertex(LocalOp(tree=V))
+    assert registries_of(Definition({local.digest: local}, (local.digest,)), [], []) == frozenset()
+
+
+# -- what a job came to -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        TargetResult(ref=None),
+        TargetResult(ref=V, config=b"{}"),
+        TargetResult(ref=V, inline=(InlineEntry(keys=(V,), layers=2, config=b"{}"), InlineEntry(keys=(), layers=1))),
+    ],
+)
+def test_results_get_across(result):
+    """A driver reads what a scheduler recorded: also nothing, and no config."""
+    assert decode_result(encode_result(result)) == result
+
+
+def test_a_result_that_cant_be_read_is_told():
+    """Cut, of another kind, or of a release to come: a typed error, never another result."""
+    data = encode_result(TargetResult(ref=V, config=b"{}"))
+    for broken in (data[:-1], b"", wire.encode("other", {"ref": V})):
+        with pytest.raises(MalformedPayloadError):
+            decode_result(broken)
+    with pytest.raises(UnknownVersionError):
+        decode_result(data.replace(data[:2], bytes([data[0], wire.VERSION + 1]), 1))

@@ -25,8 +25,8 @@ from cluster.job import (
 from cluster.progress import LayerPhase, ProgressItem
 from lazyfarm.cli.human import short
 from lazyfarm.cli.job_frame import JobFrame, StoreTime
-from lazyfarm.cli.job_progress import JsonProgress, LiveProgress, PlainProgress, check_mode, showing, visible
-from lazyfarm.cli.job_view import JobView, at
+from lazyfarm.cli.job_progress import JsonProgress, LiveProgress, PlainProgress, check_mode, showing
+from lazyfarm.cli.job_view import JobView, at, visible
 from lazyfarm.cli.output import Output
 
 MIB = 1 << 20
