@@ -70,10 +70,23 @@ class FarmProcesses:
         return document
 
     def driver(
-        self, do: str, image: str, *, node: str | None = None, environment: Mapping[str, str] | None = None
+        self,
+        do: str,
+        subject: str,
+        *options: str,
+        node: str | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> Driver:
         """Start a driver process (see :mod:`tests.demo.driver`)."""
-        command = [sys.executable, "-m", "tests.demo.driver", do, image, *(["--node", node] if node else [])]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.demo.driver",
+            do,
+            subject,
+            *options,
+            *(["--node", node] if node else []),
+        ]
         log = self._logs / f"driver-{len(self._drivers)}.log"
         with log.open("wb") as errors:
             process = subprocess.Popen(

@@ -60,6 +60,8 @@ SETTINGS = {
     "LAZYFARM__FLIGHT__POLL_S": "0.5",
     "LAZYFARM__FLIGHT__DEADLINE_S": "60",
     "LAZYFARM__CACHE__LEASE_TTL_S": "6",
+    "LAZYFARM__BUILD__SCHEDULERS": "2",
+    "LAZYFARM__BUILD__CLAIM_TTL_S": "2",
     "LAZYFARM__FETCH__PART_BYTES": str(PART_BYTES),
     "LAZYFARM__FETCH__WHOLE_UP_TO_BYTES": "0",
     "LAZYFARM__FETCH__PARALLEL_FROM_BYTES": str(16 * MIB),
@@ -326,6 +328,10 @@ class BrokenFarm:
     async def worker_pids(self) -> dict[str, int]:
         """Return the fetch workers' pids, by node."""
         return {actor.node: actor.pid for actor in await self.actors() if actor.kind == "fetch-worker"}
+
+    async def pids(self, kind: str) -> dict[str, int]:
+        """Return the pids of actors of a kind, by name."""
+        return {actor.name: actor.pid for actor in await self.actors() if actor.kind == kind}
 
     def processes(self) -> set[int]:
         """Return the pids of all of the farm's processes."""
