@@ -26,7 +26,7 @@ from tests.demo.signals import be_deaf
 from tests.demo.traffic import Traffic
 from tests.demo.work import Work
 from tests.doubles.oci_layout import LayoutImage, push
-from tests.doubles.registry import docker_registry
+from tests.doubles.registry import Image, docker_registry
 from tests.doubles.token_server import token_server
 
 NODES = 3
@@ -105,6 +105,10 @@ class Stage:
         environment = {"DOCKER_CONFIG": str(self._docker_config())} if with_credentials else None
         return self._farm.driver(do, subject, *options, node=node, environment=environment)
 
+    def process(self, module: str, *arguments: str) -> Driver:
+        """Start a module as a driver that says what it has to say in lines of JSON."""
+        return self._farm.process(module, *arguments)
+
     @property
     def config(self) -> Config:
         """Return the farm's configuration, with the addresses of what runs."""
@@ -157,6 +161,11 @@ class Stage:
     def push(self, image: LayoutImage, name: str) -> None:
         """Push an image to the open registry, past the link."""
         push(image, self.direct_reference(name))
+
+    def push_image(self, image: Image, name: str) -> None:
+        """Push an image that was made in memory likewise."""
+        repository, _, tag = name.rpartition(":")
+        self._registry.push(repository, tag, image)
 
     def private_reference(self, name: str) -> str:
         """Return the reference of an image of the registry with a token server."""

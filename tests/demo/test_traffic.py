@@ -89,6 +89,21 @@ def test_what_ran_counts_from_where_the_step_began(tmp_path):
     assert (work.ops, work.kinds, work.extracts) == ({"v1": 2, "v2": 1}, {"run": 2, "file": 1}, 1)
 
 
+def test_what_a_lazy_push_costs_is_all_but_heads_and_granted_mounts():
+    """A refused mount is an upload that was begun, and counts with what comes of it."""
+    path = f"/v2/b/blobs/uploads/?mount={LAYER.digest}&from=a"
+
+    traffic = counted(
+        Request("HEAD", f"/v2/b/blobs/{LAYER.digest}", 404, 0),
+        Request("POST", path, 201, 0),
+        Request("POST", path, 202, 0),
+        Request("PUT", "/v2/b/manifests/1", 201, 0),
+    )
+
+    assert (traffic.heads, traffic.mounts, traffic.others) == (1, 1, 2)
+    assert traffic.kinds == {"POST upload": 1, "PUT manifest": 1}
+
+
 def test_a_promise_of_one_is_kept_to_the_byte():
     """A ratio that is shown as 1.00 but isn't 1 is wrong, in the demo and in the benchmarks."""
     assert exactly("once", 1.0, 1.0).ok

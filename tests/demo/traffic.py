@@ -26,12 +26,20 @@ class Traffic:
     #: Digests of the blobs that were uploaded.
     uploads: list[str] = field(default_factory=list)
     token_requests: int = 0
+    heads: int = 0
+    #: All that is neither a HEAD nor a mount that was granted, whatever it was for, by its method and kind.
+    kinds: Counter[str] = field(default_factory=Counter)
     _bytes: Counter[str] = field(default_factory=Counter)
 
     @property
     def layer_bytes(self) -> int:
         """Bytes of layers that the registry sent, ranges and repetitions included."""
         return self._bytes.total()
+
+    @property
+    def others(self) -> int:
+        """Requests that were neither a HEAD nor a mount that was granted."""
+        return self.kinds.total()
 
     def bytes_of(self, digest: str) -> int:
         """Bytes of one layer that the registry sent."""
@@ -45,6 +53,10 @@ class Traffic:
             name = request.path.partition("?")[0].rpartition("/")[2]
             if request.method == "POST" and "mount=" in request.path and request.status == 201:
                 self.mounts += 1
+            elif request.method == "HEAD":
+                self.heads += 1
+            else:
+                self.kinds[f"{request.method} {request.kind}"] += 1
             if request.method == "PUT" and request.kind == "upload" and request.status == 201:
                 self.uploads += parse_qs(urlsplit(request.path).query)["digest"]
             if request.method != "GET" or request.status not in _OK:
