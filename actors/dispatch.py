@@ -344,7 +344,7 @@ class OpDispatcher:
         """
         flights = self._stores.flights
         try:
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError, StopAsyncIteration):  # looked at anew by who joins again
                 wait_s = min(self._config.flight.poll_s, remaining_s + 0.1)
                 async with asyncio.timeout(wait_s), flights.events(key) as events:
                     ended = await flights.outcome(key, fence_number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 
 from actors.boot import new_token
 from cluster.digest import Digest
@@ -57,23 +57,22 @@ class Placement:
         try:
             async with self._choosing:
                 node = self._running[run_id] = await self._choose(vertex, chains, avoided)
-                await self._tell(self._whereabouts.begin_op(node, run_id, ttl_s=_TTL_S))
+                await self._tell_begun(node, run_id)
             yield node
         finally:
             # Also where it is cancelled while that is told.
             if (chosen := self._running.pop(run_id, None)) is not None:
-                await self._tell(self._whereabouts.end_op(chosen, run_id))
+                await self._tell_ended(chosen, run_id)
 
     async def renew_forever(self) -> None:
         """Go on telling what runs, until cancelled."""
         while True:
             await asyncio.sleep(_TTL_S / _RENEWALS)
             running = list(self._running.items())
-            told = (self._tell(self._whereabouts.begin_op(node, run_id, ttl_s=_TTL_S)) for run_id, node in running)
-            await asyncio.gather(*told)
+            await asyncio.gather(*(self._tell_begun(node, run_id) for run_id, node in running))
             for run_id, node in running:
                 if run_id not in self._running:  # it has ended meanwhile
-                    await self._tell(self._whereabouts.end_op(node, run_id))
+                    await self._tell_ended(node, run_id)
 
     async def _choose(self, vertex: Digest, chains: Sequence[Sequence[RefState]], avoided: Collection[str]) -> str:
         nodes = await self._live()
@@ -95,7 +94,12 @@ class Placement:
             raise NodeNotFoundError("any")
         return nodes
 
-    async def _tell(self, telling: Awaitable[None]) -> None:
-        """Say something that is a hint: where it can't be said, there is one less."""
+    # Hints: where one can't be told, there is one less.
+
+    async def _tell_begun(self, node: str, run_id: str) -> None:
         with contextlib.suppress(ClusterError):
-            await telling
+            await self._whereabouts.begin_op(node, run_id, ttl_s=_TTL_S)
+
+    async def _tell_ended(self, node: str, run_id: str) -> None:
+        with contextlib.suppress(ClusterError):
+            await self._whereabouts.end_op(node, run_id)

@@ -138,7 +138,8 @@ class JobEvents(Protocol):
 
     A layer of a vertex is told once, whatever the number of those who wait for it and tell of it: a step only where it
     takes the layer on, and one end. Who gives up ends a layer too; if it is reached after all, for another, that is
-    told. A step after the end begins it anew.
+    told. Once it is reached nothing more is told of it, as words of those who waited come late; after it was given up a
+    step begins it anew.
     """
 
     async def publish(self, job: JobId, events: Sequence[JobEvent], *, fence: int | None = None) -> None:

@@ -9,7 +9,7 @@ ignored. A change that an older reader would misunderstand takes a new version.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgpack
 import msgspec
@@ -24,15 +24,15 @@ T = TypeVar("T")
 _ENVELOPE_ITEMS = 3
 _ERROR_KIND = "error"
 
+_encoder = msgspec.msgpack.Encoder()
+
 
 def encode(kind: str, value: object) -> bytes:
     """Return the payload of *value*, a (dataclass) value made of plain data, bytes, enums and tuples.
 
     One value has one encoding, so payloads may be compared and kept in sets.
     """
-    body = msgspec.to_builtins(value, builtin_types=(bytes,))
-    payload: bytes = msgpack.packb([VERSION, kind, body])
-    return payload
+    return _encoder.encode((VERSION, kind, value))
 
 
 def decode(kind: str, type_: type[T], data: bytes) -> T:
@@ -43,22 +43,50 @@ def decode(kind: str, type_: type[T], data: bytes) -> T:
         MalformedPayloadError: it is truncated, has something after its end, is no payload at all, is of
             another kind, or doesn't have the shape of *type_*.
     """
-    body = _body(kind, data)
-    try:
-        return msgspec.convert(body, type_)
-    except (msgspec.ValidationError, ClusterError, RecursionError) as exc:
-        # ClusterError: values check themselves when they are made (a malformed digest, say).
-        raise MalformedPayloadError(kind, str(exc)) from exc
+    reader: Reader[T] | None = _readers.get((kind, type_))
+    if reader is None:
+        reader = _readers[kind, type_] = Reader(kind, type_)
+    return reader.decode(data)
 
 
 def header(kind: str) -> bytes:
-    """Return what every payload of that kind starts with; its body follows.
-
-    For stores that read in bulk: after this prefix, a typed decoder can read the body in one pass.
-    """
+    """Return what every payload of that kind starts with; its body follows."""
     packer = msgpack.Packer()
     start: bytes = packer.pack_array_header(_ENVELOPE_ITEMS) + packer.pack(VERSION) + packer.pack(kind)
     return start
+
+
+class Reader(Generic[T]):
+    """Decodes the values of one type from payloads of one kind.
+
+    After the constant header of its kind, a body is read straight into a typed value, in a third of the time that it
+    takes by way of plain data. Whatever is not as it should be goes that way, so as to be judged and told properly.
+    """
+
+    def __init__(self, kind: str, type_: type[T]) -> None:
+        self._kind = kind
+        self._type = type_
+        self._header = header(kind)
+        self._skip = len(self._header)
+        self._decoder = msgspec.msgpack.Decoder(type_)
+
+    def decode(self, data: bytes) -> T:
+        """Return the value in a payload; raises as :func:`decode`."""
+        if data.startswith(self._header):
+            try:
+                return self._decoder.decode(memoryview(data)[self._skip :])
+            except (msgspec.DecodeError, ValueError, RecursionError, ClusterError):
+                pass  # told properly below; ValueError: msgspec lets bad UTF-8 through as such
+        body = _body(self._kind, data)
+        try:
+            return msgspec.convert(body, self._type)
+        except (msgspec.ValidationError, ClusterError, RecursionError) as exc:
+            # ClusterError: values check themselves when they are made (a malformed digest, say).
+            raise MalformedPayloadError(self._kind, str(exc)) from exc
+
+
+#: By kind and type; one for each that the farm has.
+_readers: dict[tuple[str, Any], Reader[Any]] = {}
 
 
 def encode_error(error: ClusterError) -> bytes:

@@ -327,9 +327,10 @@ def _takes_on(last: ProgressItem | None, now: ProgressItem) -> bool:
     """Tell whether it is worth telling that a layer has come from *last* to *now*."""
     if last is None:
         return True
+    if last.phase.is_end and last.phase not in GIVEN_UP:
+        return False
     if now.phase.is_end:
-        is_open = not last.phase.is_end
-        return is_open or (last.phase in GIVEN_UP and now.phase not in GIVEN_UP)
+        return not (last.phase in GIVEN_UP and now.phase in GIVEN_UP)
     if last.phase.is_end:
         return True
     if now.phase is not last.phase:

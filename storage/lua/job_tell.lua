@@ -3,7 +3,8 @@
 --
 -- Many may tell of one layer of a vertex, as each one that waits for it does. It is told once: a step only where it
 -- takes the layer on, an end only where the layer has not ended, or has ended for one that gave up while another went
--- on. After its end a step begins it anew: it was lost.
+-- on. Once it is reached nothing more is told of it: words of those who waited come late. After it was given up a step
+-- begins it anew.
 --
 -- KEYS[1] prefix of the farm's keys
 -- ARGV[1] job ID
@@ -44,15 +45,17 @@ end
 local function takes_on(last, now)
   if not last then
     return true
+  elseif last == 'reached' then
+    return false
   elseif now == 'reached' then
-    return last ~= 'reached'
+    return true
   elseif now == 'given-up' then
-    return last ~= 'reached' and last ~= 'given-up'
+    return last ~= 'given-up'
   end
   local last_phase, last_bytes = string.match(last, '^step (%S+) (%d+)$')
   local phase, bytes = string.match(now, '^step (%S+) (%d+)$')
   if not last_phase then
-    return true -- it had ended
+    return true -- it had been given up
   elseif phase ~= last_phase then
     return phase ~= 'waiting'
   end

@@ -1,6 +1,6 @@
 """``make bench``: lazyfarm against its peers, as ratios of one run.
 
-    python -m tests.bench [--only redis|farm] [--json FILE]
+    python -m tests.bench [--only redis|solver|farm|builds] [--json FILE]
 
 Exit status: 0; 1 where a correctness ratio is not met or a measure failed; 130 interrupted, with what was measured
 so far. A missed speed target says so, and fails nothing.
@@ -18,7 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import redis_latency
+from tests.bench import redis_latency, solver_state
+from tests.bench.builds import BuildBench
 from tests.bench.farm import FarmBench
 from tests.bench.peers import versions
 from tests.bench.ratio import Ratio
@@ -33,7 +34,7 @@ _SIDES = {"at most": "≤", "at least": "≥", "exactly": "="}
 def main() -> int:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure lazyfarm against its peers.")
-    parser.add_argument("--only", choices=["redis", "farm"], help="measure only that part")
+    parser.add_argument("--only", choices=["redis", "solver", "farm", "builds"], help="measure only that part")
     parser.add_argument("--json", type=Path, default=Path("build/bench.json"), metavar="FILE", help="%(default)s")
     options = parser.parse_args()
     console = Console(soft_wrap=not sys.stdout.isatty())
@@ -57,9 +58,11 @@ def main() -> int:
     end_as_interrupted()
     interrupted = False
     try:
-        if options.only != "farm":
+        if options.only in (None, "redis"):
             measure("flights and lookups", redis_latency.measure)
-        if options.only != "redis":
+        if options.only in (None, "solver"):
+            measure("decisions of the solver", solver_state.measure)
+        if options.only in (None, "farm"):
             with Stage(say) as stage:
                 bench = FarmBench(stage)
                 # First: idle is what a worker has that has done nothing yet, not what earlier work left it with.
@@ -68,6 +71,13 @@ def main() -> int:
                 measure("duplicate factor", bench.duplicate_factors)
                 measure("cold pull and extract", bench.pull_and_extract)
                 measure("bytes into S3", bench.bytes_into_s3)
+        if options.only in (None, "builds"):
+            # A farm that has done nothing else.
+            with Stage(say) as stage:
+                builds = BuildBench(stage)
+                measure("retag", builds.retag)
+                measure("cached Dockerfile", builds.dockerfile)
+                measure("rebuild of a large graph", builds.rebuild)
     except KeyboardInterrupt:
         interrupted = True
     used = versions()

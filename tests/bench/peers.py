@@ -109,6 +109,7 @@ def versions() -> dict[str, str]:
         "docker-registry": _first_line("docker-registry", "--version"),
         "boto3": version("boto3"),
         "ray": version("ray"),
+        "distributed": version("distributed"),
     }
     for name, binary in redis_binaries().items():
         found[name] = _first_line(binary, "--version")

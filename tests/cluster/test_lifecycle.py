@@ -130,6 +130,8 @@ def actor(kind):
         pytest.param(by_name("s3-account s3-container s3-object"), id="s3 storage"),
         pytest.param(actor("fetch-worker"), id="fetch-worker"),
         pytest.param(actor("cache-shard"), id="cache-shard"),
+        # Two kinds, one `up`: each is restarted by itself.
+        pytest.param(lambda farm: [*actor("op-worker")(farm), *actor("solver-scheduler")(farm)], id="builders"),
         pytest.param(actor("supervisor"), id="supervisor"),
         pytest.param(by_name("ray-n2", "raylet"), id="raylet"),
         pytest.param(by_name("ray-n1", "python"), id="ray start"),
@@ -148,7 +150,7 @@ def test_up_repairs_what_kill_9_ended(farm, registry, lazy, victims):
     status = farm.cli_json("status")
     assert "problems" not in status
     assert {(a["kind"], a["state"]) for a in status["actors"]} == {
-        (kind, "ready") for kind in ("supervisor", "cache-shard", "fetch-worker")
+        (kind, "ready") for kind in ("supervisor", "cache-shard", "fetch-worker", "op-worker", "solver-scheduler")
     }
     assert refs(farm)[lazy] is True
     works(farm, registry)

@@ -207,11 +207,21 @@ async def test_a_layer_never_goes_back_while_it_moves(solver_stores, events, cla
 
 
 @pytest.mark.parametrize("again", [layer(0, LayerPhase.WAITING), layer(0), layer(0, LayerPhase.EXTRACTING)])
-async def test_a_layer_that_was_lost_begins_anew(solver_stores, events, claim, again):
-    """A step after an end is a fresh start, and has an end of its own."""
-    told = [layer(9), layer(9, LayerPhase.DONE), again, layer(9, LayerPhase.PRESENT)]
+async def test_a_layer_that_was_given_up_begins_anew(solver_stores, events, claim, again):
+    """A step after such an end is a fresh start, and has an end of its own."""
+    told = [layer(9), layer(0, LayerPhase.FAILED), again, layer(9, LayerPhase.PRESENT)]
     await events.publish(J, told)
     await events.publish(J, [layer(9, LayerPhase.PRESENT)])
+    await solver_stores.jobs.end(claim, JobState.DONE)
+
+    assert await read(events) == [*told, DONE]
+
+
+@pytest.mark.parametrize("late", [layer(0, LayerPhase.WAITING), layer(5), layer(0, LayerPhase.EXTRACTING)])
+async def test_late_words_of_a_layer_that_is_there_are_dropped(solver_stores, events, claim, late):
+    """Who waited for it may tell of its way when another has told of its end."""
+    told = [layer(9), layer(9, LayerPhase.DONE)]
+    await events.publish(J, [*told, late, layer(9, LayerPhase.JOINED)])
     await solver_stores.jobs.end(claim, JobState.DONE)
 
     assert await read(events) == [*told, DONE]
@@ -230,10 +240,10 @@ async def test_who_gives_a_layer_up_does_not_hide_that_it_comes(solver_stores, e
 async def test_a_layer_that_could_not_begin_anew_does_not_end_anew(solver_stores, events, claim):
     """Over the limit of steps what is told of each layer stays whole."""
     steps = [layer(current) for current in range(STEPS)]
-    await events.publish(J, [*steps, layer(9, LayerPhase.DONE), layer(0), layer(9, LayerPhase.DONE)])
+    await events.publish(J, [*steps, layer(0, LayerPhase.FAILED), layer(0), layer(0, LayerPhase.FAILED)])
     await solver_stores.jobs.end(claim, JobState.DONE)
 
-    assert await read(events) == [*steps, layer(9, LayerPhase.DONE), DONE]
+    assert await read(events) == [*steps, layer(0, LayerPhase.FAILED), DONE]
 
 
 async def test_a_stale_owner_tells_nothing(solver_stores, events, claim):

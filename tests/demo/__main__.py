@@ -1,7 +1,7 @@
 """``make demo``: shows what lazyfarm promises on real parts, and checks every number.
 
-    python -m tests.demo                    an image built from Debian packages
-    python -m tests.demo --image debian:12  an image of yours
+    python -m tests.demo                    images built from Debian packages
+    python -m tests.demo --image debian:12  an image of yours; what is built begins with the demo's own
 
 Exit status: 0 all numbers are as wanted, 1 one is not, 130 interrupted.
 """
@@ -20,11 +20,12 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.demo import steps
+from tests.demo.build_steps import BuildSteps, can_build
 from tests.demo.farm_process import CommandFailedError, DriverFailedError
 from tests.demo.signals import INTERRUPTED, end_as_interrupted
 from tests.demo.stage import Stage
 from tests.demo.table import Row, show, that
-from tests.doubles.image import cached_image
+from tests.doubles.image import Bases, cached_bases, cached_image
 from tests.doubles.oci_layout import ImageToolError, LayoutImage, fetch
 
 _NAME = "demo/app:1"
@@ -58,10 +59,10 @@ def main() -> int:
 def _demo(reference: str | None, say: Callable[[str], None]) -> list[tuple[str, list[Row]]]:
     with ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfarm-image-", dir="/var/tmp"))
-        # The image is made while the farm comes up: a minute each, the first time.
-        making = stack.enter_context(ThreadPoolExecutor(1)).submit(_image, reference, directory, say)
+        # The images are made while the farm comes up: a minute each, the first time.
+        making = stack.enter_context(ThreadPoolExecutor(1)).submit(_images, reference, directory, say)
         stage = stack.enter_context(Stage(say, steps.CONFIG))
-        image = making.result()
+        image, bases = making.result()
         say(f"image: {len(image.layers)} layers, {image.size_bytes / 1e6:.1f} MB")
         stage.push(image, _NAME)
         app = stage.reference(_NAME)
@@ -81,6 +82,7 @@ def _demo(reference: str | None, say: Callable[[str], None]) -> list[tuple[str, 
         ]
         if reference is not None:
             planned.insert(0, ("a lazy pull from its own registry", lambda: steps.pull_as_named(stage, reference)))
+        planned += _planned_builds(stage, bases)
         sections = []
         for title, step in planned:
             say(title)
@@ -93,13 +95,28 @@ def _demo(reference: str | None, say: Callable[[str], None]) -> list[tuple[str, 
         return sections
 
 
-def _image(reference: str | None, directory: str, say: Callable[[str], None]) -> LayoutImage:
+def _planned_builds(stage: Stage, bases: Bases | None) -> list[tuple[str, Callable[[], list[Row]]]]:
+    if bases is None:
+        no_root = that("a Dockerfile is built", ok=True, value="not shown: containers need root", wanted="-")
+        return [("builds", lambda: [no_root])]
+    builds = BuildSteps(stage, bases)
+    return [
+        ("a Dockerfile of four stages, the first time", builds.first),
+        ("the same again", builds.again),
+        ("one byte of hello.c changed", builds.changed),
+        ("two drivers build a new variant at the same time", builds.together),
+        ("what they built: pushed, and pulled back by others", builds.pushed),
+    ]
+
+
+def _images(reference: str | None, directory: str, say: Callable[[str], None]) -> tuple[LayoutImage, Bases | None]:
+    say("making images to show it with (once a machine; two minutes)")
+    bases = cached_bases() if can_build() else None
     if reference is None:
-        say("building the image (once a machine; a minute)")
-        return cached_image()
+        return cached_image(), bases
     say(f"copying {reference}, to be served from a registry whose log can be read")
     is_loopback = reference.startswith(("127.", "localhost:", "[::1]"))
-    return fetch(reference, Path(directory) / "layout", plain_http=is_loopback)
+    return fetch(reference, Path(directory) / "layout", plain_http=is_loopback), bases
 
 
 if __name__ == "__main__":

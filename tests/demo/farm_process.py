@@ -70,10 +70,26 @@ class FarmProcesses:
         return document
 
     def driver(
-        self, do: str, image: str, *, node: str | None = None, environment: Mapping[str, str] | None = None
+        self,
+        do: str,
+        subject: str,
+        *options: str,
+        node: str | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> Driver:
         """Start a driver process (see :mod:`tests.demo.driver`)."""
-        command = [sys.executable, "-m", "tests.demo.driver", do, image, *(["--node", node] if node else [])]
+        return self.process(
+            "tests.demo.driver",
+            do,
+            subject,
+            *options,
+            *(["--node", node] if node else []),
+            environment=environment,
+        )
+
+    def process(self, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Driver:
+        """Start a module that says what it has to say in lines of JSON, the first one once it is ready."""
+        command = [sys.executable, "-m", module, *arguments]
         log = self._logs / f"driver-{len(self._drivers)}.log"
         with log.open("wb") as errors:
             process = subprocess.Popen(
@@ -114,7 +130,7 @@ class Driver:
 
     def wait_ready(self) -> dict[str, Any]:
         """Wait until it has its ref and waits at the barrier."""
-        return self._next("ready")
+        return self.said("ready")
 
     def go(self) -> None:
         """Let it go."""
@@ -123,22 +139,16 @@ class Driver:
 
     def result(self) -> dict[str, Any]:
         """Wait for its end and return its result."""
-        result = self._next("layers")
+        result = self.said("layers")
         self._process.wait(_DRIVER_TIMEOUT_S)
         return result
 
-    def kill(self) -> None:
-        """End it now, if it is still there."""
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
+    def said(self, key: str) -> dict[str, Any]:
+        """Wait for the next line, which has *key*, and return it.
 
-    def _read(self, stdout: IO[str]) -> None:
-        for line in stdout:
-            self._lines.put(line)
-        self._lines.put("")
-
-    def _next(self, key: str) -> dict[str, Any]:
+        Raises:
+            DriverFailedError: it said something else, or nothing for too long.
+        """
         try:
             line = self._lines.get(timeout=_DRIVER_TIMEOUT_S)
         except queue.Empty:
@@ -150,3 +160,19 @@ class Driver:
             raise DriverFailedError(f"driver {self.pid}: {said['error']['type']}: {said['error']['message']}")
         assert key in said, line
         return said
+
+    def end(self) -> None:
+        """Tell it that nothing more comes, and wait for its end."""
+        self._stdin.close()
+        self._process.wait(_DRIVER_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """End it now, if it is still there."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+
+    def _read(self, stdout: IO[str]) -> None:
+        for line in stdout:
+            self._lines.put(line)
+        self._lines.put("")

@@ -24,8 +24,9 @@ from tests.demo.farm_process import CommandFailedError, Driver, FarmProcesses
 from tests.demo.link import ThinLink
 from tests.demo.signals import be_deaf
 from tests.demo.traffic import Traffic
+from tests.demo.work import Work
 from tests.doubles.oci_layout import LayoutImage, push
-from tests.doubles.registry import docker_registry
+from tests.doubles.registry import Image, docker_registry
 from tests.doubles.token_server import token_server
 
 NODES = 3
@@ -97,10 +98,16 @@ class Stage:
         """Run a ``lazyfarm`` command, as a user does."""
         return self._farm.cli(*arguments)
 
-    def driver(self, do: str, image: str, *, node: str | None = None, with_credentials: bool = False) -> Driver:
-        """Start a driver, logged in to the registry with a token server if asked to."""
+    def driver(
+        self, do: str, subject: str, *options: str, node: str | None = None, with_credentials: bool = False
+    ) -> Driver:
+        """Start a driver (see :mod:`tests.demo.driver`), logged in to the registry with a token server if asked to."""
         environment = {"DOCKER_CONFIG": str(self._docker_config())} if with_credentials else None
-        return self._farm.driver(do, image, node=node, environment=environment)
+        return self._farm.driver(do, subject, *options, node=node, environment=environment)
+
+    def process(self, module: str, *arguments: str) -> Driver:
+        """Start a module as a driver that says what it has to say in lines of JSON."""
+        return self._farm.process(module, *arguments)
 
     @property
     def config(self) -> Config:
@@ -138,9 +145,14 @@ class Stage:
 
     # -- registries ---------------------------------------------------------------------------------------
 
+    @property
+    def host(self) -> str:
+        """Return ``HOST:PORT`` of the open registry, over the thin link."""
+        return self._link.host
+
     def reference(self, name: str) -> str:
         """Return the reference of an image of the open registry, over the thin link."""
-        return f"{self._link.host}/{name}"
+        return f"{self.host}/{name}"
 
     def direct_reference(self, name: str) -> str:
         """Return the reference of an image of the open registry, past the link."""
@@ -149,6 +161,11 @@ class Stage:
     def push(self, image: LayoutImage, name: str) -> None:
         """Push an image to the open registry, past the link."""
         push(image, self.direct_reference(name))
+
+    def push_image(self, image: Image, name: str) -> None:
+        """Push an image that was made in memory likewise."""
+        repository, _, tag = name.rpartition(":")
+        self._registry.push(repository, tag, image)
 
     def private_reference(self, name: str) -> str:
         """Return the reference of an image of the registry with a token server."""
@@ -168,8 +185,8 @@ class Stage:
             self._link.bytes_per_s = None
 
     @contextmanager
-    def counting(self, image: LayoutImage) -> Iterator[Traffic]:
-        """Count what both registries are asked for *image* in the block; the counts are there after it."""
+    def counting(self, *images: LayoutImage) -> Iterator[Traffic]:
+        """Count what both registries are asked for *images* in the block; the counts are there after it."""
         traffic = Traffic()
         registries = (self._registry, self._token_registry)
         for registry in registries:
@@ -177,8 +194,15 @@ class Stage:
         self._tokens.requests.clear()
         yield traffic
         for registry in registries:
-            traffic.take(registry.requests(), image)
+            traffic.take(registry.requests(), *images)
         traffic.token_requests = len(self._tokens.requests)
+
+    @contextmanager
+    def working(self) -> Iterator[Work]:
+        """Note what the farm's workers say that they did in the block; it is there after it."""
+        work = Work(self._farm.state_dir / "logs")
+        yield work
+        work.read()
 
     # -- setting up and taking down ------------------------------------------------------------------------
 

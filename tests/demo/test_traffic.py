@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tests.bench.ratio import Ratio
 from tests.demo.table import at_least, at_most, exactly
 from tests.demo.traffic import Traffic
+from tests.demo.work import Work
 from tests.doubles.oci_layout import ImageLayer, LayoutImage
 from tests.doubles.registry import Request
 
@@ -42,6 +44,7 @@ def test_what_moves_no_layer_bytes_is_no_layer_get():
     )
 
     assert (traffic.layer_gets, traffic.config_gets, traffic.manifest_gets) == (0, 1, 1)
+    assert traffic.blob_gets == 2
 
 
 def test_a_mount_counts_where_the_registry_granted_it():
@@ -49,6 +52,56 @@ def test_a_mount_counts_where_the_registry_granted_it():
     path = f"/v2/b/blobs/uploads/?mount={LAYER.digest}&from=a"
 
     assert counted(Request("POST", path, 201, 0), Request("POST", path, 202, 0)).mounts == 1
+
+
+def test_an_upload_counts_once_its_blob_is_there():
+    """What was begun, sent in pieces or refused is no upload; the digest that ended one is."""
+    path = "/v2/a/blobs/uploads/1"
+
+    traffic = counted(
+        Request("POST", "/v2/a/blobs/uploads/", 202, 0),
+        Request("PATCH", path, 202, 0),
+        Request("PUT", f"{path}?digest=sha256%3A{'d' * 64}", 201, 0),
+        Request("PUT", f"{path}?digest=sha256%3A{'e' * 64}", 400, 0),
+    )
+
+    assert traffic.uploads == [f"sha256:{'d' * 64}"]
+
+
+def test_what_ran_counts_from_where_the_step_began(tmp_path):
+    """Ops of earlier steps don't count; one that failed has run, too, and so has one on a node that came late."""
+
+    def log(node, *lines):
+        with (tmp_path / f"{node}.jsonl").open("a") as out:
+            out.writelines(json.dumps(line) + "\n" for line in lines)
+
+    ran = {"event": "op.complete", "vertex": "v1", "op": "run"}
+    log("n0", ran)
+    work = Work(tmp_path)
+    log("n0", ran, {"event": "extract.complete"}, {"event": "actor.ready"})
+    log(
+        "n1",
+        {"event": "op.failed", "vertex": "v1", "op": "run"},
+        {"event": "op.complete", "vertex": "v2", "op": "file"},
+    )
+    work.read()
+
+    assert (work.ops, work.kinds, work.extracts) == ({"v1": 2, "v2": 1}, {"run": 2, "file": 1}, 1)
+
+
+def test_what_a_lazy_push_costs_is_all_but_heads_and_granted_mounts():
+    """A refused mount is an upload that was begun, and counts with what comes of it."""
+    path = f"/v2/b/blobs/uploads/?mount={LAYER.digest}&from=a"
+
+    traffic = counted(
+        Request("HEAD", f"/v2/b/blobs/{LAYER.digest}", 404, 0),
+        Request("POST", path, 201, 0),
+        Request("POST", path, 202, 0),
+        Request("PUT", "/v2/b/manifests/1", 201, 0),
+    )
+
+    assert (traffic.heads, traffic.mounts, traffic.others) == (1, 1, 2)
+    assert traffic.kinds == {"POST upload": 1, "PUT manifest": 1}
 
 
 def test_a_promise_of_one_is_kept_to_the_byte():

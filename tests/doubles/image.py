@@ -3,7 +3,8 @@
 Seven layers, some 90 MB as gzip: a minimal Debian; Python; git; tools; a layer made by hand with what
 layers can say (whiteouts, an opaque directory, hard links, one into a lower layer, setuid, a capability,
 an xattr, a FIFO, a sparse file, a long name); an empty one; and a last small one. It is kept as an OCI
-layout under the user's cache directory, so that it is built once a machine.
+layout under the user's cache directory, so that it is built once a machine. So are the two images that the
+demo's Dockerfile begins with: a Debian with a compiler, and one with two libraries and nothing else.
 
 Run as a program it builds the image and can push it::
 
@@ -26,8 +27,8 @@ import tarfile
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -41,6 +42,12 @@ Compression = Literal["gzip", "zstd"]
 SUITE = "bookworm"
 #: Packages of the layers above the minimal system, lowest first.
 PACKAGES: tuple[tuple[str, ...], ...] = (("python3",), ("git",), ("binutils", "make"))
+#: Of the image that compiles, above the same minimal system: the compiler, and a library's headers.
+COMPILER_PACKAGES: tuple[tuple[str, ...], ...] = (("gcc", "libc6-dev"), ("zlib1g-dev",))
+#: What that image goes without, as slim images do: a third of the minimal system.
+_SLIM = tuple(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "info", "lintian", "locale", "man"))
+#: All that is in the image that programs run in: what they link to.
+RUNTIME_PACKAGES = ("libc6", "zlib1g")
 #: A program of the image, run from an extracted root: it reads what several layers brought and prints JSON.
 PROGRAM = "/srv/app/hello"
 
@@ -48,6 +55,7 @@ _CHUNK_BYTES = 1 << 20
 #: Images of older recipes go once nobody has asked for them for so long.
 _UNUSED_S = 7 * 24 * 3600
 _COMPRESSIONS: tuple[Compression, ...] = ("gzip", "zstd")
+_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 _PROGRAM_TEXT = """\
 #!/usr/bin/python3
@@ -62,6 +70,16 @@ print(json.dumps({
 """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bases:
+    """What the demo's Dockerfile begins with."""
+
+    #: gcc, and zlib to compile against: three layers, some 110 MB.
+    compiler: LayoutImage
+    #: libc and zlib: one layer, some 5 MB, and no shell.
+    runtime: LayoutImage
+
+
 def cached_image(compression: Compression = "gzip", *, cache_root: Path | None = None) -> LayoutImage:
     """Return the demo image, building it where this machine has none of this recipe yet.
 
@@ -70,23 +88,33 @@ def cached_image(compression: Compression = "gzip", *, cache_root: Path | None =
     Raises:
         ImageToolError: it can't be built on this machine.
     """
+    return read_image(_cached("demo-image", _build, cache_root), compression)
+
+
+def cached_bases(*, cache_root: Path | None = None) -> Bases:
+    """Return the bases of the demo's Dockerfile; as :func:`cached_image`."""
+    place = _cached("demo-bases", _build_bases, cache_root)
+    return Bases(compiler=read_image(place, "compiler"), runtime=read_image(place, "runtime"))
+
+
+def _cached(name: str, build: Callable[[Path], None], cache_root: Path | None) -> Path:
     root = cache_root or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lazyfarm"
     root.mkdir(parents=True, exist_ok=True)
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    place = root / f"demo-image-{recipe}"
-    with (root / "demo-image.lock").open("w") as lock:
+    place = root / f"{name}-{recipe}"
+    with (root / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not place.exists():
-            _drop_unused(root)
+            _drop_unused(root, name)
             with tempfile.TemporaryDirectory(prefix="building-", dir=root) as work:
-                _build(Path(work))
+                build(Path(work))
                 (Path(work) / "layout").rename(place)
         place.touch()  # in use: see _drop_unused
-    return read_image(place, compression)
+    return place
 
 
-def _drop_unused(root: Path) -> None:
-    for image in root.glob("demo-image-*/"):
+def _drop_unused(root: Path, name: str) -> None:
+    for image in root.glob(f"{name}-*/"):
         if time.time() - image.stat().st_mtime > _UNUSED_S:
             shutil.rmtree(image)
 
@@ -95,25 +123,48 @@ def _drop_unused(root: Path) -> None:
 
 
 def _build(work: Path) -> None:
-    if os.geteuid() != 0:
-        raise ImageToolError("the demo image is built with mmdebstrap and chroot, which need root: use sudo")
-    root, layout = work / "root", work / "layout"
-    layers = _Layers(LayoutWriter(layout), work)
-
-    run_tool("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", SUITE, str(root), *_apt_sources())
-    # mmdebstrap leaves the package lists, which no image carries.
-    for leftover in (*(root / "var/lib/apt/lists").iterdir(), *(root / "var/cache/apt").glob("*.bin")):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    before: dict[str, _Stamp] = {}
-    before = layers.add_changes(root, before, f"mmdebstrap --variant=minbase {SUITE}")
-    with _apt_ready(work, root) as install:
-        for packages in PACKAGES:
-            install(packages)
-            before = layers.add_changes(root, before, f"apt-get install {' '.join(packages)}")
+    root = work / "root"
+    layers = _Layers(LayoutWriter(work / "layout"), work, {compression: compression for compression in _COMPRESSIONS})
+    _add_debian(layers, work, root, PACKAGES)
     layers.add_tar(_special_layer(root), "what layers can say")
     layers.add_tar(_tar_of(()), "nothing")
     layers.add_tar(_tar_of([_file("srv/app/greeting", b"hello from the top layer\n")]), "a greeting")
-    layers.finish()
+    layers.finish({"Cmd": [PROGRAM], "Env": [f"PATH={_PATH}"]})
+
+
+def _build_bases(work: Path) -> None:
+    writer = LayoutWriter(work / "layout")
+    compiler = _Layers(writer, work, {"gzip": "compiler"})
+    _add_debian(compiler, work, work / "compiler", COMPILER_PACKAGES, _SLIM)
+    compiler.finish({"Cmd": ["/bin/sh"], "Env": [f"PATH={_PATH}"]})
+    runtime = _Layers(writer, work, {"gzip": "runtime"})
+    # Unpacked and no more: what has no shell can't run the packages' scripts.
+    _bootstrap(work / "runtime", "extract", f"--include={','.join(RUNTIME_PACKAGES)}")
+    runtime.add_changes(work / "runtime", {}, f"dpkg-deb --extract {' '.join(RUNTIME_PACKAGES)}")
+    runtime.finish({"Env": [f"PATH={_PATH}"]})
+
+
+def _add_debian(
+    layers: _Layers, work: Path, root: Path, packages: Iterable[tuple[str, ...]], options: Iterable[str] = ()
+) -> None:
+    """Add a layer of the minimal system, and one for each group of packages that is installed in it."""
+    _bootstrap(root, "minbase", *options)
+    before = layers.add_changes(root, {}, f"mmdebstrap --variant=minbase {SUITE}")
+    with _apt_ready(work, root) as install:
+        for group in packages:
+            install(group)
+            before = layers.add_changes(root, before, f"apt-get install {' '.join(group)}")
+
+
+def _bootstrap(root: Path, variant: str, *options: str) -> None:
+    if os.geteuid() != 0:
+        raise ImageToolError("the demo's images are built with mmdebstrap and chroot, which need root: use sudo")
+    run_tool(
+        "mmdebstrap", "--quiet", "--mode=root", f"--variant={variant}", *options, SUITE, str(root), *_apt_sources()
+    )
+    # mmdebstrap leaves the package lists, which no image carries.
+    for leftover in (*(root / "var/lib/apt/lists").glob("*"), *(root / "var/cache/apt").glob("*.bin")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _apt_sources() -> list[str]:
@@ -151,7 +202,7 @@ def _apt_ready(work: Path, root: Path) -> Iterator[Callable[[tuple[str, ...]], N
         'mount -t proc proc "$1/proc"; mount --bind "$2" "$1/var/lib/apt/lists"; '
         'mount --bind "$3" "$1/var/cache/apt/archives"; mount --bind /etc/resolv.conf "$1/etc/resolv.conf"; '
         'root=$1; shift 3; exec chroot "$root" /usr/bin/env -i DEBIAN_FRONTEND=noninteractive LC_ALL=C '
-        'PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"'
+        f'PATH={_PATH} "$@"'
     )
 
     def in_root(*command: str) -> None:
@@ -196,13 +247,14 @@ def _scan(root: Path) -> dict[str, _Stamp]:
 
 
 class _Layers:
-    """Makes layers, twice each (gzip and zstd), and then the two images of them."""
+    """Makes layers, once in each compression, and then an image of each, under its tag."""
 
-    def __init__(self, writer: LayoutWriter, work: Path) -> None:
+    def __init__(self, writer: LayoutWriter, work: Path, tags: Mapping[Compression, str]) -> None:
         self._writer = writer
         self._work = work
+        self._tags = tags
         self._history: list[str] = []
-        self._layers: dict[str, list[ImageLayer]] = {compression: [] for compression in _COMPRESSIONS}
+        self._layers: dict[Compression, list[ImageLayer]] = {compression: [] for compression in tags}
 
     def add_changes(self, root: Path, before: dict[str, _Stamp], what: str) -> dict[str, _Stamp]:
         """Add a layer of what differs in *root* from *before*; return how it is now."""
@@ -224,17 +276,12 @@ class _Layers:
     def add_tar(self, tar: IO[bytes], what: str) -> None:
         """Add *tar* as a layer."""
         diff = hashlib.sha256()
-        with (
-            self._writer.new_blob("gzip") as raw_gzip,
-            # zlib's own level: what registries are full of.
-            gzip.GzipFile("", "wb", zlib.Z_DEFAULT_COMPRESSION, raw_gzip, mtime=0) as as_gzip,
-            self._writer.new_blob("zstd") as raw_zstd,
-            zstandard.ZstdCompressor(level=3).stream_writer(raw_zstd) as as_zstd,
-        ):
+        with ExitStack() as stack:
+            packed = [stack.enter_context(self._packing(compression)) for compression in self._tags]
             while chunk := tar.read(_CHUNK_BYTES):
                 diff.update(chunk)
-                as_gzip.write(chunk)
-                as_zstd.write(chunk)
+                for out in packed:
+                    out.write(chunk)
         self._history.append(what)
         for compression, layers in self._layers.items():
             digest, size_bytes = self._writer.keep(compression)
@@ -247,16 +294,27 @@ class _Layers:
                 )
             )
 
-    def finish(self) -> None:
-        """Write the images."""
+    @contextmanager
+    def _packing(self, compression: Compression) -> Iterator[IO[bytes]]:
+        with self._writer.new_blob(compression) as raw:
+            if compression == "gzip":
+                # zlib's own level: what registries are full of.
+                with gzip.GzipFile("", "wb", zlib.Z_DEFAULT_COMPRESSION, raw, mtime=0) as packed:
+                    yield packed
+            else:
+                with zstandard.ZstdCompressor(level=3).stream_writer(raw) as packed:
+                    yield packed
+
+    def finish(self, config: Mapping[str, object]) -> None:
+        """Write the images, with what their configurations say of running them."""
         base = {
             "created": "2024-01-01T00:00:00Z",
             "architecture": run_tool("dpkg", "--print-architecture").strip(),
             "os": "linux",
-            "config": {"Cmd": [PROGRAM], "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]},
+            "config": config,
         }
         for compression, layers in self._layers.items():
-            self._writer.add_image(compression, layers, base=base, history=self._history)
+            self._writer.add_image(self._tags[compression], layers, base=base, history=self._history)
 
 
 def _add_path(tar: tarfile.TarFile, root: Path, path: str) -> None:

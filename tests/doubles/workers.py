@@ -22,12 +22,9 @@ class FakePresence:
 
     def __init__(self, *nodes):
         self.alive = dict.fromkeys(nodes, True)
-        #: Raised instead of an answer, if set.
-        self.error = None
 
     async def nodes(self):
-        if self.error is not None:
-            raise self.error
+        await asyncio.sleep(0)  # as an answer of a store, it comes when others have had their turn
         return [NodeRecord(id=n, ray_id=n, address=n, alive=alive) for n, alive in self.alive.items()]
 
 

@@ -28,9 +28,10 @@ from cluster.remote_cache import CacheEntry, extract
 from lazyfarm import builds as builds_module
 from lazyfarm.builds import BuildOptions, Builds
 from lazyfarm.graph import image, scratch
+from lazyfarm.jobs import FarmJobs
 from storage.memory_solver import MemoryJobEvents, MemoryJobStore, SolverMemory
 from tests.doubles.fetch import handle, layer_of
-from tests.doubles.stores import FakeClock
+from tests.doubles.stores import FakeClock, eventually
 
 A, B = layer_of(b"A"), layer_of(b"B")
 K, OTHER = digest_of(b"key"), digest_of(b"other key")
@@ -118,12 +119,15 @@ class Schedulers:
     def __init__(self):
         self.poked = []
         self.error = None
+        self.gate = asyncio.Event()
+        self.gate.set()
 
     def of_index(self, index, *, farm, version):
         self.poked.append(index)
         return self
 
     async def look_for_jobs(self, *, timeout_s):
+        await self.gate.wait()
         if self.error is not None:
             raise self.error
 
@@ -133,8 +137,8 @@ class Bench:
         memory = SolverMemory(FakeClock())
         self.farm, self.session, self.schedulers = Farm(), Session(), schedulers
         self.builds = Builds(self.farm, Config(build=BuildConfig(schedulers=3)), self.session, None)
-        self.builds._jobs = self.jobs = MemoryJobStore(memory)
-        self.builds._events = MemoryJobEvents(memory)
+        self.builds._store = self.jobs = MemoryJobStore(memory)
+        self.builds._jobs = FarmJobs(self.jobs, MemoryJobEvents(memory))
 
     def solve(self, graph, *, secrets=None, **options):
         return self.builds.solve(graph, BuildOptions(**options), secrets=secrets or {}, on_event=None)
@@ -230,7 +234,15 @@ async def test_a_scheduler_is_told_of_a_job_and_need_not_hear_it(bench):
     bench.schedulers.error = ActorLostError("scheduler", "killed")
     for _ in range(20):
         await bench.submit(scratch().mkdir("/a"))
+    await eventually(lambda: len(bench.schedulers.poked) == 20)
     assert set(bench.schedulers.poked) == {0, 1, 2}
+
+
+async def test_a_scheduler_that_is_told_holds_nobody_up(bench):
+    """One that takes the job at once answers when it has time."""
+    bench.schedulers.gate.clear()
+    await bench.submit(scratch().mkdir("/a"))
+    bench.schedulers.gate.set()
 
 
 async def test_nothing_is_submitted_before_it_is_asked_for(bench):
@@ -242,10 +254,11 @@ async def test_nothing_is_submitted_before_it_is_asked_for(bench):
 
 
 async def test_a_job_is_found_by_its_id(bench):
-    """Whoever submitted it; an unknown one says so."""
+    """Whoever submitted it, and by the start of that; an unknown one says so."""
     spec, _ = await bench.submit(scratch().mkdir("/a"), detached=True)
-    found = await bench.builds.find(spec.id)
-    assert (found.id, (await found.record()).spec) == (spec.id, spec)
+    for name in (spec.id, spec.id[:6]):
+        found = await bench.builds.find(name)
+        assert (found.id, (await found.record()).spec) == (spec.id, spec)
     with pytest.raises(JobNotFoundError):
         await bench.builds.find("unknown")
 

@@ -40,6 +40,11 @@ class Hints(MemoryWhereabouts):
         await self.gate.wait()
         await super().begin_op(node, run_id, ttl_s=ttl_s)
 
+    async def find(self, chains, nodes):
+        located = await super().find(chains, nodes)
+        await asyncio.sleep(0)  # the answer is as old as its way
+        return located
+
     async def end_op(self, node, run_id):
         if self.error is not None:
             raise self.error

@@ -3,6 +3,7 @@
 import asyncio
 from collections import defaultdict
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
@@ -325,7 +326,7 @@ async def test_what_cant_be_passed_on_is_left_out(bench):
 
 
 async def test_a_cache_that_cant_be_written_fails_the_job(bench):
-    """It was asked for; one whose failure is to be ignored comes back as a warning."""
+    """It was asked for; what its worker only warns of is told."""
     bench.worker.plan("export_cache", ExportCacheResult(target=TO.name, digest=None, warning="no room"))
     await bench.read(J1, targets=[TO])
     await bench.caches.write(J1, [], [], LEASE)
@@ -333,6 +334,24 @@ async def test_a_cache_that_cant_be_written_fails_the_job(bench):
     bench.worker.plan("export_cache", UnavailableError("registry", "gone"))
     with pytest.raises(UnavailableError):
         await bench.caches.write(J1, [], [], LEASE)
+
+
+async def test_a_failure_that_is_to_be_ignored_is_a_warning(bench):
+    """Also where no worker came to it; the other caches are written."""
+
+    async def one_fails(request):
+        if request.target.ignores_error:
+            raise UnavailableError("registry", "gone")
+        return ExportCacheResult(target=request.target.name, digest=K1)
+
+    bench.worker.plan("export_cache", one_fails)
+    ignored = replace(TO, ignores_error=True)
+    await bench.read(J1, targets=[ignored, TO_ALL])
+    await bench.caches.write(J1, [], [], LEASE)
+    (warning,) = bench.warnings()
+    assert warning.startswith(f"{TO.name}: ")
+    assert "gone" in warning
+    assert bench.exported().keys() == {ignored, TO_ALL}
 
 
 async def test_a_cache_that_cant_be_written_leaves_no_other_behind(bench):

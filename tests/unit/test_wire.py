@@ -160,6 +160,25 @@ def test_one_value_has_one_encoding():
     assert wire.encode("p", one).startswith(wire.header("p"))
 
 
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_a_payload_is_the_bytes_that_msgpack_writes(body):
+    """Whatever wrote what rests in a store, an equal value has an equal payload, and so the same digest."""
+    assert wire.encode("x", body) == msgpack.packb([1, "x", body])
+
+
+@pytest.mark.parametrize("size", [0, 15, 16, 31, 32, 255, 256, 65_535, 65_536])
+def test_lengths_are_written_as_short_as_they_can_be(size):
+    """At each length at which the form of a text, bytes, a list or a map changes."""
+    body = ["x" * size, b"x" * size, [None] * size, {str(i): i for i in range(size)}]
+
+    assert wire.encode("x", body) == msgpack.packb([1, "x", body])
+
+
 def test_an_unknown_enum_member_is_malformed():
     """An enum that a later release has extended is told, not guessed."""
     with pytest.raises(MalformedPayloadError):
