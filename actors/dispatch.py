@@ -27,10 +27,12 @@ from cluster.config import Config
 from cluster.digest import Digest, digest_of
 from cluster.errors import (
     ActorLostError,
+    BlobNotFoundError,
     ClusterError,
     ContainerError,
     InternalError,
     MissingSecretError,
+    NeedsRemoteProvidersError,
     NodeDiskError,
     NodeNotFoundError,
     OpError,
@@ -46,7 +48,7 @@ from cluster.lease import LeaseId
 from cluster.messages import ExtractRequest, ResolveRequest, ResolveResult
 from cluster.op_messages import ContentKeyRequest, RunOpRequest, WatchOpRequest
 from cluster.ports import FlightRenewer
-from cluster.provider import DescHandler
+from cluster.provider import FARM, DescHandler
 from cluster.ref import RefId, RefRecord, RefState
 from cluster.solver.ports import KeyStore, OpResult, VertexUse
 from cluster.solver.values import CacheMap, CacheRecord, Exportable, HoldId, Result
@@ -223,6 +225,23 @@ class OpDispatcher:
         resolved = self._resolved.get(job, {}).values()
         handlers = [handler for image in resolved for handler in image.handlers]
         await self._caches.write(job, exportables, handlers, job_lease(job))
+
+    async def has_lost(self, error: ClusterError) -> bool:
+        """Tell whether *error* is for want of layers that builds made and that are gone: they can be made again."""
+        match error:
+            case NeedsRemoteProvidersError(digests=named):
+                digests = [Digest(digest) for digest in named]
+            case BlobNotFoundError(digest=named_one):
+                digests = [Digest(named_one)]
+            case _:
+                return False
+        try:
+            stored, present = await asyncio.gather(
+                self._stores.refs.providers(digests), self._stores.refs.blobs(digests)
+            )
+        except ClusterError:
+            return False
+        return any(FARM in known and blob is None for known, blob in zip(stored, present, strict=True))
 
     async def release(self, hold: HoldId) -> None:
         """Let go of what is held, once nothing runs any more that is done under it."""

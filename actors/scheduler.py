@@ -24,8 +24,8 @@ from actors.workers import Workers
 from cluster.digest import Digest
 from cluster.errors import ClusterError, InternalError, JobEndedError, JobNotFoundError, LeaseLostError, StaleFenceError
 from cluster.fetch.cache_import import ImportedResult
-from cluster.graph import decode_definition
-from cluster.job import ClaimedJob, ClaimState, JobClaim, JobEvent, JobId, JobSpec, JobState, registries_of
+from cluster.graph import Definition, decode_definition
+from cluster.job import ClaimedJob, ClaimState, JobClaim, JobEvent, JobId, JobSpec, JobState, JobWarning, registries_of
 from cluster.job_result import TargetResult, encode_result
 from cluster.ref import RefId
 from cluster.solver.imported import ImportedKeys
@@ -48,6 +48,8 @@ _LOOK_S = 1.0
 #: Renewals of a claim within its time.
 _RENEWALS = 3
 _PAUSE_S = 0.5
+#: Times that a job is built anew because results were lost: each time, what was lost is known for the next.
+_MAX_LOSSES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class _Parts:
     sessions: JobSessions
     dispatcher: OpDispatcher
     caches: RemoteCaches
+    events: _FencedEvents
     solver: Solver
 
 
@@ -135,6 +138,7 @@ class SolverScheduler(SessionServer):
             sessions=sessions,
             dispatcher=dispatcher,
             caches=caches,
+            events=events,
             solver=solver,
         )
         for work in (
@@ -240,17 +244,16 @@ class SolverScheduler(SessionServer):
                 job_lease(spec.id), ttl_s=self._starter.boot.config.cache.lease_ttl_s, labels=labels
             )
             with parts.sessions.of(spec, registries_of(definition, spec.cache_from, spec.cache_to)):
-                if not await self._read_caches(parts, run):
-                    return JobStopped()
-                return await parts.solver.solve(spec.id, definition, no_cache=spec.no_cache)
+                await self._read_caches(parts, run)
+                return await self._solve(parts, run, definition)
         except ClusterError as exc:
             return JobFailed(exc, None)
         except Exception as exc:
             log.exception("job.bug", job=spec.id)
             return JobFailed(InternalError(f"job {spec.id}: {type(exc).__name__}: {exc}"), None)
 
-    async def _read_caches(self, parts: _Parts, run: _Run) -> bool:
-        """Read the caches that a job names; return False once it is to stop."""
+    async def _read_caches(self, parts: _Parts, run: _Run) -> None:
+        """Read the caches that a job names, unless it is to stop."""
         if not run.is_stopping:
             run.reading = asyncio.ensure_future(parts.caches.read(run.spec))
             try:
@@ -258,7 +261,22 @@ class SolverScheduler(SessionServer):
             except asyncio.CancelledError:
                 if not run.is_stopping:
                     raise
-        return not run.is_stopping
+
+    async def _solve(self, parts: _Parts, run: _Run, definition: Definition) -> JobOutcome:
+        """Build a job; again where layers that builds made prove to be gone: then what made them is no hit any more."""
+        spec, losses = run.spec, 0
+        while not run.is_stopping:
+            outcome = await parts.solver.solve(spec.id, definition, no_cache=spec.no_cache)
+            losses += 1
+            if losses > _MAX_LOSSES or not isinstance(outcome, JobFailed):
+                return outcome
+            if not await parts.dispatcher.has_lost(outcome.error):
+                return outcome
+            text = f"results are lost, and are made again: {outcome.error}"
+            log.warning("job.again", job=spec.id, error=str(outcome.error))
+            with contextlib.suppress(ClusterError):
+                await parts.events.publish(spec.id, [JobWarning(text=text)])
+        return JobStopped()
 
     async def _end(self, parts: _Parts, run: _Run, outcome: JobOutcome) -> None:
         """Record how a job has ended; while Redis is away, for as long as the job is this scheduler's."""

@@ -13,6 +13,7 @@ from cluster.errors import JobCancelledError, MissingSecretError, ProcessFailedE
 from cluster.job import JobState, LogStream, VertexEvent, VertexLayers, VertexLog, VertexState
 from cluster.progress import LayerPhase
 from lazyfarm.graph import cache, image, local, merge, scratch, secret
+from tests.doubles.builds import BuildFarm
 from tests.doubles.shell_image import shell_image
 
 pytestmark = [
@@ -21,6 +22,13 @@ pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(os.geteuid() != 0, reason="containers need root"),
 ]
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_left(farm):
+    """What a build did leaves nothing once it has ended."""
+    yield
+    await BuildFarm(running=farm).assert_nothing_left()
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from cluster.descriptor import CONFIG_OCI, MANIFEST_OCI, Descriptor
 from cluster.digest import digest_of
 from cluster.errors import (
     ActorLostError,
+    BlobNotFoundError,
     ContainerError,
     InternalError,
     MissingSecretError,
@@ -851,6 +852,18 @@ async def test_a_scheduler_that_was_silent_tries_again(bench):
 
 def record(result):
     return CacheRecord(id="r", result=result, created_wall_s=1.0)
+
+
+async def test_what_builds_made_and_is_gone_is_lost(bench):
+    """Not what can be had from a registry, not what is there, and no other error."""
+    base = await bench.chain(A)
+    await bench.built(MADE, base.ref)
+    assert not await bench.dispatcher.has_lost(NeedsRemoteProvidersError((MADE.digest,)))
+    del bench.memory.blobs[MADE.digest]
+    assert await bench.dispatcher.has_lost(NeedsRemoteProvidersError((A.digest, MADE.digest)))
+    assert await bench.dispatcher.has_lost(BlobNotFoundError(MADE.digest, "the content store"))
+    assert not await bench.dispatcher.has_lost(NeedsRemoteProvidersError((A.digest,)))
+    assert not await bench.dispatcher.has_lost(ProcessFailedError(("make",), 2, ()))
 
 
 async def test_a_load_holds_all_of_a_result_and_moves_nothing(bench):

@@ -12,7 +12,13 @@ from actors.job_sessions import JobSessions
 from actors.scheduler import SolverScheduler, _FencedEvents, _Parts
 from cluster.config import BuildConfig, CacheConfig, Config
 from cluster.digest import digest_of
-from cluster.errors import MalformedPayloadError, ProcessFailedError, StaleFenceError, UnavailableError
+from cluster.errors import (
+    MalformedPayloadError,
+    NeedsRemoteProvidersError,
+    ProcessFailedError,
+    StaleFenceError,
+    UnavailableError,
+)
 from cluster.graph import encode_definition
 from cluster.job import ClaimState, JobEnded, JobId, JobSpec, JobState, JobWarning, VertexEvent, VertexState
 from cluster.job_result import InlineEntry, TargetResult, decode_result
@@ -64,6 +70,11 @@ class Dispatcher:
 
     def __init__(self):
         self.forgotten = []
+        #: Errors that are for want of what builds made.
+        self.losses = []
+
+    async def has_lost(self, error):
+        return error in self.losses
 
     def forget(self, job):
         self.forgotten.append(job)
@@ -119,6 +130,7 @@ class Bench:
             sessions=self.sessions,
             dispatcher=self.dispatcher,
             caches=self.caches,
+            events=self.told,
             solver=self.solver,
         )
         self.graph = Graph()
@@ -239,6 +251,35 @@ async def test_what_an_op_fails_with_is_how_the_job_ends(bench):
     record = await bench.ended()
     assert (record.state, record.results) == (JobState.FAILED, {})
     assert decode_error(record.error).last_lines == ("oops",)
+
+
+async def test_a_job_whose_input_was_lost_is_built_again(bench):
+    """What is gone is known then, and made again; who watches is told why it all begins anew."""
+    lost = bench.ops.errors["run", "a"] = NeedsRemoteProvidersError((digest_of(b"gone"),))
+
+    async def has_lost(error):
+        bench.ops.errors.clear()
+        return error is lost
+
+    bench.dispatcher.has_lost = has_lost
+    bench.start()
+    await bench.submit()
+    assert (await bench.ended()).state is JobState.DONE
+    (warning,) = (e for e in await bench.events.told(JobId("j1")) if isinstance(e, JobWarning))
+    assert str(lost) in warning.text
+    assert bench.ran() == ["a", "a"]
+
+
+async def test_a_job_that_loses_its_inputs_for_ever_fails(bench):
+    """With the last error, after a few times."""
+    lost = bench.ops.errors["run", "a"] = NeedsRemoteProvidersError((digest_of(b"gone"),))
+    bench.dispatcher.losses.append(lost)
+    bench.start()
+    await bench.submit()
+    record = await bench.ended()
+    assert record.state is JobState.FAILED
+    assert decode_error(record.error).digests == lost.digests
+    assert len(bench.ran()) == 4
 
 
 async def test_a_definition_that_cant_be_read_fails_its_job(bench):
