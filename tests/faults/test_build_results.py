@@ -268,7 +268,8 @@ async def test_each_vertex_of_diamonds_runs_once_and_ends_once(lab: BrokenFarm, 
         assert await asyncio.to_thread(Path(extracted.path, "3").read_bytes) == chance * 8
     ends = [event for event in events if isinstance(event, VertexEvent) and event.state.is_end]
     assert len({event.vertex for event in ends}) == len(ends)
-    assert [states(events, f"{side} {n}").count(VertexState.COMPLETED) for side in ("left", "right") for n in (1, 2, 3)]
+    for name in (*(f"level {n}" for n in range(4)), *(f"{side} {n}" for side in ("left", "right") for n in (1, 2, 3))):
+        assert states(events, name).count(VertexState.COMPLETED) == 1
 
 
 def _thousand() -> list[State]:
