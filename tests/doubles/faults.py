@@ -19,7 +19,6 @@ import secrets
 import signal
 import tarfile
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,19 +30,16 @@ import zstandard
 from cluster.config import S3Config
 from cluster.digest import Digest
 from cluster.faultpoints import FaultPoint
-from cluster.messages import ActorRecord
 from cluster.ref import BlobRecord
 from lazyfarm.farm import Farm
 from storage.blobs import S3ContentStore
-from storage.connect import connect
 from storage.faults import HITS_VARIABLE, PLAN_VARIABLE
-from storage.keys import Keys
-from storage.presence import Presence
 from storage.refs import BLOB
 from storage.services.local import LocalServices
 from storage.services.process import FARM_MARK, marked_pids
 from storage.services.state_dir import StateDir
 from tests.doubles.farm import RunningFarm, running_farm
+from tests.doubles.observed import ObservedFarm, eventually
 from tests.doubles.registry import Image, LayerCompression, Registry, build_image, build_layer, docker_registry
 from tests.doubles.registry_faults import RegistryFaultProxy, registry_fault_proxy
 from tests.doubles.s3_faults import Hang, S3FaultProxy
@@ -177,10 +173,9 @@ class FaultSwitches:
 
 
 @dataclass(kw_only=True)
-class BrokenFarm:
+class BrokenFarm(ObservedFarm):
     """A farm of three nodes with something to break on every side."""
 
-    running: RunningFarm
     faults: FaultSwitches
     #: Between the farm and its S3 server.
     s3_proxy: S3FaultProxy
@@ -266,29 +261,6 @@ class BrokenFarm:
 
     # -- what is recorded --
 
-    @property
-    def prefix(self) -> str:
-        """Return what every Redis key of the farm starts with."""
-        return Keys(self.running.settings.config.farm.name).prefix
-
-    async def redis(self, *command: Any) -> Any:
-        """Ask the farm's Redis."""
-        link = connect(self.running.settings.config.redis)
-        try:
-            return await link.execute(*command, may_repeat=True)
-        finally:
-            await link.close()
-
-    async def keys(self, pattern: str) -> list[str]:
-        """Return the keys that match, without the farm's prefix."""
-        found, cursor = [], b"0"
-        # The hash tag's braces are no pattern of Redis's.
-        while True:
-            cursor, batch = await self.redis("SCAN", cursor, "MATCH", f"{self.prefix}:{pattern}", "COUNT", 1000)
-            found += [key.decode().removeprefix(f"{self.prefix}:") for key in batch]
-            if int(cursor) == 0:
-                return sorted(set(found))
-
     async def blob(self, digest: str) -> BlobRecord | None:
         """Return the record of a blob that is present."""
         value = await self.redis("GET", f"{self.prefix}:blob:{digest}")
@@ -301,37 +273,9 @@ class BrokenFarm:
         value = await self.redis("HGET", f"{self.prefix}:flight:blob:{digest}", "owner")
         return None if value is None else value.decode().partition("/")[0]
 
-    async def live_flights(self) -> list[str]:
-        """Return the keys of flights that somebody owns or waits for; what a dead one left lies a day and is taken up.
-
-        By Redis's clock, which is this machine's.
-        """
-        now_ms = time.time() * 1000
-        found = []
-        for key in await self.keys("flight:*"):
-            expires = await self.redis("HGET", f"{self.prefix}:{key}", "expires")
-            if expires is not None and float(expires) > now_ms:
-                found.append(key)
-        waited = await self.keys("waiters:*")
-        alive = [await self.redis("ZCOUNT", f"{self.prefix}:{key}", now_ms, "+inf") for key in waited]
-        return found + [key for key, count in zip(waited, alive, strict=True) if count]
-
-    async def actors(self) -> list[ActorRecord]:
-        """Return the actors that say that they are there."""
-        link = connect(self.running.settings.config.redis)
-        try:
-            actors = await Presence(link, Keys(self.running.settings.config.farm.name)).actors()
-        finally:
-            await link.close()
-        return [actor for actor in actors if actor.state == "ready"]
-
     async def worker_pids(self) -> dict[str, int]:
         """Return the fetch workers' pids, by node."""
         return {actor.node: actor.pid for actor in await self.actors() if actor.kind == "fetch-worker"}
-
-    async def pids(self, kind: str) -> dict[str, int]:
-        """Return the pids of actors of a kind, by name."""
-        return {actor.name: actor.pid for actor in await self.actors() if actor.kind == kind}
 
     def processes(self) -> set[int]:
         """Return the pids of all of the farm's processes."""
@@ -439,20 +383,6 @@ def assert_extracted(path: str, image: Image) -> None:
                 expected[member.name] = opened.read()
     for name, content in expected.items():
         assert Path(path, name).read_bytes() == content, f"{name} has other bytes"
-
-
-async def eventually(fact: Callable[[], Any], what: str | Callable[[], str], *, within_s: float = 20.0) -> Any:
-    """Wait until *fact* (awaited where it has to be) is true, and return it."""
-    deadline_s = time.monotonic() + within_s
-    while True:
-        found = fact()
-        if asyncio.iscoroutine(found):
-            found = await found
-        if found:
-            return found
-        if time.monotonic() > deadline_s:
-            raise AssertionError(f"waited {within_s:.0f} s for {what if isinstance(what, str) else what()}")
-        await asyncio.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import secrets
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
 import pytest
 
 from cluster.config import S3Config
 from storage.blobs import S3ContentStore
+from tests.doubles.builds import BuildFarm
 from tests.doubles.faults import BrokenFarm, broken_farm
+from tests.doubles.shell_image import shell_image
 
 
 @pytest.fixture(scope="package")
@@ -29,6 +32,22 @@ def lab(broken: BrokenFarm) -> Iterator[BrokenFarm]:
     broken.heal()
     yield broken
     broken.heal()
+
+
+@pytest.fixture
+async def builds(lab: BrokenFarm) -> AsyncIterator[BuildFarm]:
+    """That farm as one that builds; what a test does there leaves nothing."""
+    builds = BuildFarm(running=lab.running)
+    yield builds
+    await builds.assert_nothing_left()
+
+
+@pytest.fixture
+def base(lab: BrokenFarm) -> str:
+    """Push an image with a shell that the farm has not seen; return its name at the proxy."""
+    tag = secrets.token_hex(8)
+    lab.registry.push("shell", tag, shell_image(tag))
+    return f"{lab.proxy.host}/shell:{tag}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
