@@ -56,6 +56,9 @@ T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
+#: Events that are told together: the port takes some hundreds.
+_TOLD_AT_ONCE = 500
+
 #: Instructions that are answered.
 _Ask = GetCacheMap | LookUp | Load | ComputeContentKey | Run | Keep
 
@@ -356,7 +359,7 @@ class Solver:
     async def _tell_all(self, job: JobId, watch: _Watch) -> None:
         """Tell of a job, in order and many events at a time, until there is nothing to tell; then end it if it has."""
         while watch.untold:
-            events, watch.untold = watch.untold, []
+            events, watch.untold = watch.untold[:_TOLD_AT_ONCE], watch.untold[_TOLD_AT_ONCE:]
             try:
                 await self._events.publish(job, events)
             except Exception as exc:  # noqa: BLE001 - the job is worth more than what is seen of it

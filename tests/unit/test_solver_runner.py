@@ -95,6 +95,28 @@ async def test_a_bug_in_a_cache_map_fails_its_job(solver, ops, monkeypatch):
     assert "broken" in str(outcome.error)
 
 
+async def test_a_large_graph_is_told_in_parts(ops, monkeypatch):
+    """A publication is of some hundreds of events at most; all of them are told, in order, before the job ends."""
+    events = FakeEvents()
+    sizes = []
+    publish = events.publish
+
+    async def counted(job, told):
+        sizes.append(len(told))
+        await publish(job, told)
+
+    monkeypatch.setattr(events, "publish", counted)
+    solver = Solver(ops, ops.keys, events)
+    graph = Graph()
+    tops = [graph.add(str(index)) for index in range(1200)]
+    await solver.solve("one", graph.definition(*tops))
+    sizes.clear()
+    assert isinstance(await solver.solve("two", graph.definition(*tops)), JobDone)
+    assert sum(sizes) == len(events.told["two"]) == 1200
+    assert max(sizes) <= 500
+    await solver.aclose(5)
+
+
 async def test_a_vertex_runs_from_when_its_op_says_so(solver, ops, events):
     """A run is told of as waiting until the op has begun."""
     graph = Graph()
