@@ -36,9 +36,10 @@ from cluster.errors import (
     OpError,
     SessionGoneError,
     SnapshotError,
+    StaleFenceError,
     first_error,
 )
-from cluster.flight.values import Aborting, Failed, Joined, Owned, Present, Progressed
+from cluster.flight.values import Aborting, Failed, Fence, Joined, Owned, Present, Progressed
 from cluster.graph import DiffOp, ImageOp, MergeOp, Vertex, content_inputs, encode_vertex, op_digest
 from cluster.job import JobId, layer_stream
 from cluster.lease import LeaseId
@@ -52,6 +53,9 @@ from cluster.solver.values import CacheMap, CacheRecord, Exportable, HoldId, Res
 from cluster.wire import decode, decode_error, encode, encode_error
 
 T = TypeVar("T")
+
+#: Does an op; sets the event while a worker has it.
+_Work = Callable[[asyncio.Event], Awaitable[Result]]
 
 log = structlog.get_logger()
 
@@ -110,6 +114,8 @@ class OpDispatcher:
         self._published = published
         #: Images as jobs have resolved them, by job.
         self._resolved: dict[JobId, dict[Digest, ResolveResult]] = {}
+        #: What is done under flights, by hold: also what goes on when its jobs have gone.
+        self._working: dict[HoldId, asyncio.Task[Result]] = {}
 
     def forget(self, job: JobId) -> None:
         """Forget what is known for the sake of a job that has ended."""
@@ -205,7 +211,7 @@ class OpDispatcher:
         if ignores_cache:
             stale = frozenset(await self._keys.lookup(keys))
             return OpResult(result=await self._on_some_node(use, inputs, keys, stale))
-        return await self._once(use, keys, lambda: self._on_some_node(use, inputs, keys))
+        return await self._once(use, keys, lambda running: self._on_some_node(use, inputs, keys, running=running))
 
     async def keep(self, job: JobId, vertex: Vertex, result: Result, opts: Mapping[str, bytes]) -> None:
         """Hold a target's result by the job's own lease."""
@@ -225,7 +231,9 @@ class OpDispatcher:
         await self._caches.write(job, exportables, handlers, job_lease(job))
 
     async def release(self, hold: HoldId) -> None:
-        """Let go of what is held."""
+        """Let go of what is held, once nothing runs any more that is done under it."""
+        if (working := self._working.get(hold)) is not None:
+            await asyncio.wait([working])
         await self._holds.release(str(hold))
 
     # -- images and chains -----------------------------------------------------------------------------------------
@@ -291,7 +299,7 @@ class OpDispatcher:
 
     # -- once for the farm -----------------------------------------------------------------------------------------
 
-    async def _once(self, use: VertexUse, keys: Sequence[Digest], work: Callable[[], Awaitable[Result]]) -> OpResult:
+    async def _once(self, use: VertexUse, keys: Sequence[Digest], work: _Work) -> OpResult:
         """Do *work* under a flight on the vertex; where another scheduler has done it meanwhile, take that.
 
         Raises:
@@ -300,31 +308,72 @@ class OpDispatcher:
         """
         key = f"vertex:{use.vertex.digest}"
         flights, ttl_s = self._stores.flights, self._config.flight.lease_ttl_s
-        while True:
-            outcome = await flights.join(key, worker=self._name, token=new_token(), ttl_s=ttl_s)
-            match outcome:
-                case Owned(fence=fence):
-                    self._renewer.keep(fence, ttl_s=ttl_s, on_lost=lambda: None)
-                    failure: OpError | None = None
-                    try:
-                        found = await self._found(use, keys)
-                        if found is not None:
-                            return OpResult(result=found, was_cached=True)
-                        return OpResult(result=await work())
-                    except MissingSecretError:
-                        raise  # another's driver may give it
-                    except OpError as exc:
-                        failure = exc
-                        raise
-                    finally:
-                        self._renewer.drop(fence)
-                        # What the command itself came to is as true for those who wait; all else they try anew.
-                        end = flights.fail(fence, encode_error(failure)) if failure else flights.vacate(fence)
-                        await asyncio.shield(_tried(end))
-                case Joined() | Aborting():
-                    await self._ended(key, outcome.fence_number, outcome.lease_remaining_s)
-                case Present():
-                    raise InternalError(f"{key} is no blob")
+        is_waiting = False
+        try:
+            while True:
+                outcome = await flights.join(key, worker=self._name, token=new_token(), ttl_s=ttl_s)
+                match outcome:
+                    case Owned(fence=fence):
+                        is_waiting = False
+                        return await self._owned(use, keys, work, fence)
+                    case Joined() | Aborting():
+                        # Left in the end only: between two looks, too, the owner is to know of who waits.
+                        is_waiting = True
+                        await self._ended(key, outcome.fence_number, outcome.lease_remaining_s)
+                    case Present():
+                        raise InternalError(f"{key} is no blob")
+        finally:
+            if is_waiting:
+                await asyncio.shield(_tried(flights.leave(key, worker=self._name)))
+
+    async def _owned(self, use: VertexUse, keys: Sequence[Digest], work: _Work, fence: Fence) -> OpResult:
+        flights = self._stores.flights
+        self._renewer.keep(fence, ttl_s=self._config.flight.lease_ttl_s, on_lost=lambda: None)
+        failure: OpError | None = None
+        try:
+            found = await self._found(use, keys)
+            if found is not None:
+                return OpResult(result=found, was_cached=True)
+            return OpResult(result=await self._while_wanted(use, work, fence))
+        except MissingSecretError:
+            raise  # another's driver may give it
+        except OpError as exc:
+            failure = exc
+            raise
+        finally:
+            self._renewer.drop(fence)
+            # What the command itself came to is as true for those who wait; all else they try anew.
+            end = flights.fail(fence, encode_error(failure)) if failure else flights.vacate(fence)
+            await asyncio.shield(_tried(end))
+
+    async def _while_wanted(self, use: VertexUse, work: _Work, fence: Fence) -> Result:
+        """Do *work*; cancelled while a worker has it, go on for as long as other schedulers wait for it.
+
+        All jobs of this scheduler that wanted it may have gone: those of others neither begin anew nor know of it.
+        """
+        running = asyncio.Event()
+        working = self._working[use.hold] = asyncio.ensure_future(work(running))
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            while running.is_set() and not working.done() and await self._is_waited_for(fence):
+                await asyncio.wait([working], timeout=_LOOK_S)
+            if working.done():
+                return working.result()
+            raise
+        finally:
+            working.cancel()
+            await asyncio.wait([working])
+            del self._working[use.hold]
+
+    async def _is_waited_for(self, fence: Fence) -> bool:
+        """Tell whether others wait for a flight; where nobody does, nobody may join it from now on."""
+        try:
+            return not await self._stores.flights.abort_if_unwanted(fence)
+        except StaleFenceError:
+            return False  # another owns it, and runs it
+        except ClusterError:
+            return True  # Redis is away: asked again in a moment
 
     async def _found(
         self, use: VertexUse, keys: Sequence[Digest], stale: Collection[CacheRecord] = ()
@@ -371,8 +420,12 @@ class OpDispatcher:
         inputs: Sequence[Result | None],
         keys: Sequence[Digest],
         stale: Collection[CacheRecord] = (),
+        running: asyncio.Event | None = None,
     ) -> Result:
-        """Run an op on a node; what is published under *keys* already, and won't do, is *stale*."""
+        """Run an op on a node; what is published under *keys* already, and won't do, is *stale*.
+
+        *running* is set while a worker has it, which needs nothing more of its jobs then.
+        """
         chains = [await self._chain(each) for each in inputs]
         session = self._sessions.asking(lambda: _jobs(use))
         config = next((each.config for each in inputs[:1] if each is not None), None)
@@ -396,12 +449,17 @@ class OpDispatcher:
                     jobs=_jobs(use),
                     timeout_s=self._config.build.op_timeout_s,
                 )
+                if running is not None:
+                    running.set()
                 ref = await self._run_at(use, node, request, session)
             except ActorLostError as exc:
                 lost += 1
                 if lost >= _MAX_LOST:
                     raise ContainerError("running an op", f"its worker died {lost} times meanwhile: {exc}") from exc
                 raise
+            finally:
+                if running is not None:
+                    running.clear()
             return Result(ref=ref, config=config)
 
         return await self._somewhere(use, chains, session, on)

@@ -622,8 +622,9 @@ async def test_what_else_went_wrong_is_tried_by_who_waits(bench, error):
 
 
 async def test_who_is_cancelled_takes_it_from_nobody(bench):
-    """The owner goes: the other runs it. A waiter goes: the owner goes on."""
-    gate = Gate(bench, None)
+    """A waiter goes: the owner goes on. The owner's jobs go: what runs goes on for who waits, held as before."""
+    made = await bench.built(MADE, None)
+    gate = Gate(bench, made)
     bench.plan_on_all("run_op", gate.run_op)
     other = bench.new_dispatcher("s1/1")
     async with bench.jobs(J1, J2):
@@ -637,9 +638,55 @@ async def test_who_is_cancelled_takes_it_from_nobody(bench):
         second = asyncio.create_task(bench.run(FakeUse(RUN, jobs=(J2,), hold=2), None, dispatcher=other))
         await wait_at_flight(bench)
         first.cancel()
-        await asyncio.wait([first])
+        released = asyncio.create_task(bench.dispatcher.release(1))
+        await asyncio.wait([first], timeout=0.05)
+        assert not first.done()
+        assert "hold-1" in {lease.id for lease in await bench.leases.leases()}
         gate.proceed.set()
-        assert (await second).was_cached is False
+        done = await second
+        await asyncio.gather(first, released)
+    assert (done.result, done.was_cached) == (Result(ref=made), True)
+    assert len(bench.workers.calls("run_op")) == 1
+    assert "hold-1" not in {lease.id for lease in await bench.leases.leases()}
+
+
+async def test_what_fails_for_others_only_is_told_to_them(bench):
+    """The owner's jobs have gone; what its command came to fails those who wait, and is not run again."""
+    gate = Gate(bench, ProcessFailedError(("make",), 2, ()))
+    bench.plan_on_all("run_op", gate.run_op)
+    other = bench.new_dispatcher("s1/1")
+    async with bench.jobs(J1, J2):
+        first = asyncio.create_task(bench.run(FakeUse(RUN), None))
+        await gate.arrived.wait()
+        second = asyncio.create_task(bench.run(FakeUse(RUN, jobs=(J2,), hold=2), None, dispatcher=other))
+        await wait_at_flight(bench)
+        first.cancel()
+        gate.proceed.set()
+        with pytest.raises(ProcessFailedError):
+            await second
+        await asyncio.wait([first])
+    assert len(bench.workers.calls("run_op")) == 1
+
+
+async def test_what_nobody_waits_for_any_more_is_stopped(bench, monkeypatch):
+    """The owner's jobs go, then those who wait: the run ends, and its flight with it."""
+    monkeypatch.setattr(dispatch_module, "_LOOK_S", 0.01)
+    gate = Gate(bench, None)
+    bench.plan_on_all("run_op", gate.run_op)
+    other = bench.new_dispatcher("s1/1")
+    async with bench.jobs(J1, J2):
+        first = asyncio.create_task(bench.run(FakeUse(RUN), None))
+        await gate.arrived.wait()
+        second = asyncio.create_task(bench.run(FakeUse(RUN, jobs=(J2,), hold=2), None, dispatcher=other))
+        await wait_at_flight(bench)
+        first.cancel()
+        await asyncio.wait([first], timeout=0.05)
+        assert not first.done()
+        second.cancel()
+        await asyncio.wait([first, second])
+        assert first.cancelled()
+        gate.proceed.set()
+        assert not (await bench.run(FakeUse(RUN, jobs=(J2,), hold=3), None, dispatcher=other)).was_cached
     assert len(bench.workers.calls("run_op")) == 2
 
 
