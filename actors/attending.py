@@ -6,14 +6,10 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-import structlog
-
 from actors.handles import SessionServerHandle
 from cluster.errors import ClusterError, InternalError
 from cluster.messages import SessionAnswer, SessionQuestion
 from cluster.wire import encode_error
-
-log = structlog.get_logger()
 
 #: Answers one question. A ClusterError that it raises is the answer.
 Answer = Callable[[SessionQuestion], Awaitable[SessionAnswer]]
@@ -54,8 +50,10 @@ async def _answer(server: SessionServerHandle, session_id: str, question: Sessio
     except ClusterError as exc:
         answered = SessionAnswer(question_id=question.question_id, error=encode_error(exc))
     except Exception as exc:  # noqa: BLE001 - a bug in one answer must not silence all that are still to come
+        import structlog  # noqa: PLC0415 - 0.1 s, which drivers are spared
+
         # By its type alone, here and in the log: who answers has secrets at hand.
-        log.error("session.bug", session=session_id, error_type=type(exc).__name__)  # noqa: TRY400 - likewise
+        structlog.get_logger().error("session.bug", session=session_id, error_type=type(exc).__name__)
         error = InternalError(f"answering for session {session_id}: {type(exc).__name__}")
         answered = SessionAnswer(question_id=question.question_id, error=encode_error(error))
     with contextlib.suppress(ClusterError):

@@ -125,10 +125,16 @@ class OpDispatcher:
 
     # -- the port ------------------------------------------------------------------------------------------------
 
+    def try_cache_map(self, vertex: Vertex) -> CacheMap | None:
+        """Return the cache map of any op but an image's."""
+        if isinstance(vertex.op, ImageOp):
+            return None
+        return CacheMap(key=op_digest(vertex.op), slow_inputs=content_inputs(vertex.op))
+
     async def cache_map(self, job: JobId, vertex: Vertex) -> CacheMap:
         """Return an op's cache map; an image's manifest is read for it, with the job's own access."""
-        if not isinstance(vertex.op, ImageOp):
-            return CacheMap(key=op_digest(vertex.op), slow_inputs=content_inputs(vertex.op))
+        if (known := self.try_cache_map(vertex)) is not None:
+            return known
         resolved = await self._resolve(job, vertex)
         by_digest: dict[Digest, list[DescHandler]] = {}
         for handler in resolved.handlers:

@@ -15,6 +15,9 @@ from cluster.job_result import InlineEntry
 from cluster.wire import decode_error
 from lazyfarm.ref import Ref
 
+#: Ray puts larger arguments of calls into its object store, and may write that to a disk.
+_MAX_SECRET_BYTES = 64 * 1024
+
 EventCallback = Callable[[JobEvent], None]
 
 
@@ -186,7 +189,7 @@ def read_secrets(secrets: Mapping[str, bytes | str | Path]) -> dict[str, bytes]:
     """Return the values of secrets: bytes as they are, texts in UTF-8, paths by what is in the file.
 
     Raises:
-        InvalidArgumentError: a file can't be read.
+        InvalidArgumentError: a file can't be read, or a value is too large.
     """
     values: dict[str, bytes] = {}
     for name, value in secrets.items():
@@ -197,4 +200,7 @@ def read_secrets(secrets: Mapping[str, bytes | str | Path]) -> dict[str, bytes]:
                 values[name] = value.encode() if isinstance(value, str) else bytes(value)
         except OSError as exc:
             raise InvalidArgumentError(f"secret {name!r}", str(value), exc.strerror or str(exc)) from exc
+        if len(values[name]) > _MAX_SECRET_BYTES:
+            reason = f"a secret has at most {_MAX_SECRET_BYTES} bytes, so that it is sent as it is and rests nowhere"
+            raise InvalidArgumentError(f"secret {name!r}", f"of {len(values[name])} bytes", reason)
     return values

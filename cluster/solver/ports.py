@@ -59,6 +59,13 @@ class OpRunner(Protocol):
     A call is cancelled when nobody waits for it any more.
     """
 
+    def try_cache_map(self, vertex: Vertex) -> CacheMap | None:
+        """Return an op's cache map where that follows from the op alone; else None: :meth:`cache_map` is to be asked.
+
+        Not cancelled, and given no opts.
+        """
+        ...
+
     async def cache_map(self, job: JobId, vertex: Vertex) -> CacheMap:
         """Return an op's cache map, with the job's own access. Creates no ref."""
         ...

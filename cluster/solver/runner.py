@@ -21,6 +21,7 @@ from cluster.solver.state import SolverState, SolverStatistics
 from cluster.solver.values import (
     Answer,
     Began,
+    CacheMap,
     ComputeContentKey,
     ContentKeyed,
     EndJob,
@@ -54,6 +55,9 @@ from cluster.solver.values import (
 T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
+
+#: Events that are told together: the port takes some hundreds.
+_TOLD_AT_ONCE = 500
 
 #: Instructions that are answered.
 _Ask = GetCacheMap | LookUp | Load | ComputeContentKey | Run | Keep
@@ -184,6 +188,7 @@ class Solver:
                 watch.ended.exception()  # it may be that nobody waits
         for job in self._state.jobs():
             self._feed(JobCancelled(job))
+        await asyncio.sleep(0)  # answers that are there already come in
         under_way = {*self._tasks.values(), *self._chores}
         if not under_way:
             return
@@ -214,10 +219,7 @@ class Solver:
             case GetCacheMap() | LookUp() | Load() | ComputeContentKey() | Keep():
                 self._waiting[instruction.task] = instruction
             case Stop(task):
-                if self._waiting.pop(task, None) is not None:
-                    self._inbox.append(Stopped(task))
-                else:
-                    self._tasks[task].cancel()
+                self._stop(task)
             case Report():
                 self._report(instruction)
             case EndJob(job, outcome):
@@ -231,11 +233,33 @@ class Solver:
             case _:
                 assert_never(instruction)
 
+    def _stop(self, task: TaskId) -> None:
+        if self._waiting.pop(task, None) is not None:
+            self._inbox.append(Stopped(task))
+        elif (doing := self._tasks.get(task)) is not None:
+            doing.cancel()
+        # Else its answer is there, and comes with the loop's next turn.
+
     def _begin_waiting(self) -> None:
         while self._waiting and self._asking < self._max_asking:
             ask = self._waiting.pop(next(iter(self._waiting)))
             self._asking += 1
-            self._begin(ask)
+            if isinstance(ask, GetCacheMap) and (known := self._try_cache_map(ask)) is not None:
+                # No task for what takes no waiting: graphs have thousands of these. But not all of them in one turn of
+                # the loop either, on which claims are renewed and sessions answered meanwhile.
+                asyncio.get_running_loop().call_soon(self._on_known, Mapped(ask.task, known))
+            else:
+                self._begin(ask)
+
+    def _try_cache_map(self, ask: GetCacheMap) -> CacheMap | None:
+        try:
+            return self._ops.try_cache_map(ask.vertex)
+        except Exception:  # noqa: BLE001 - it is asked for again by a task, whose answer a bug is
+            return None
+
+    def _on_known(self, answer: Mapped) -> None:
+        self._asking -= 1
+        self._feed(answer)
 
     def _begin(self, ask: _Ask) -> None:
         task = asyncio.get_running_loop().create_task(self._answer(ask))
@@ -335,7 +359,7 @@ class Solver:
     async def _tell_all(self, job: JobId, watch: _Watch) -> None:
         """Tell of a job, in order and many events at a time, until there is nothing to tell; then end it if it has."""
         while watch.untold:
-            events, watch.untold = watch.untold, []
+            events, watch.untold = watch.untold[:_TOLD_AT_ONCE], watch.untold[_TOLD_AT_ONCE:]
             try:
                 await self._events.publish(job, events)
             except Exception as exc:  # noqa: BLE001 - the job is worth more than what is seen of it

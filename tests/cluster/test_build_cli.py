@@ -82,6 +82,11 @@ def test_a_dockerfile_is_built_pushed_and_read_elsewhere(build, registry, tmp_pa
     )
     run_tool("umoci", "unpack", "--image", f"{layout}:1", str(tmp_path / "bundle"))
     assert (tmp_path / "bundle/rootfs/out").read_text() == "hello\n"
+    # Podman's own library verifies every digest of a pull.
+    storage = ("--storage-driver", "vfs", "--root", str(tmp_path / "root"), "--runroot", str(tmp_path / "run"))
+    run_tool("buildah", *storage, "pull", "--quiet", "--tls-verify=false", target)
+    listed = json.loads(run_tool("buildah", *storage, "images", "--json"))
+    assert [name for image in listed for name in image["names"]] == [f"{registry.host}/out:1"]
 
 
 def test_a_second_build_is_all_cached_and_its_image_is_the_same(build, registry):

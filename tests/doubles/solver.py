@@ -239,6 +239,7 @@ class FakeOps:
         self.opts = {}  # name -> cache opts
         self.needs = {}  # (call, name) -> error unless opts are given
         self.errors = {}  # (call, name) -> error
+        self.slowly_mapped = set()  # names
         self.gates = {}
         self.arrived = defaultdict(asyncio.Event)
         self.calls = []
@@ -252,6 +253,13 @@ class FakeOps:
         needed = self.needs.get((call, name))
         if needed is not None and not set(needed.needed_opts) <= opts.keys():
             raise needed
+
+    def try_cache_map(self, vertex):
+        name = name_of(vertex)
+        if name in self.opts or name in self.slowly_mapped or ("cache_map", name) in self.errors:
+            return None
+        self.calls.append(("try_cache_map", name, {}))
+        return CacheMap(key=digest_of(name.encode()))
 
     async def cache_map(self, job, vertex):
         name = name_of(vertex)

@@ -313,3 +313,11 @@ def test_a_secret_that_cant_be_read_is_named(tmp_path):
         assert "token" in caught.value.name
         assert caught.value.value == str(path)
         assert "secret-value" not in str(caught.value)
+
+
+def test_a_secret_is_small_enough_to_rest_nowhere():
+    """What Ray would keep in its object store is refused; the value is not in the error."""
+    assert len(read_secrets({"token": b"x" * 65536})["token"]) == 65536
+    with pytest.raises(InvalidArgumentError, match="65537 bytes") as caught:
+        read_secrets({"token": b"x" * 65537})
+    assert "xx" not in str(caught.value)

@@ -47,6 +47,76 @@ async def test_a_graph_is_run_and_then_found(solver, ops, events):
     assert ops.kept == [("one", "b"), ("two", "b")]
 
 
+async def test_cache_maps_that_follow_from_ops_alone_take_no_task(solver, ops):
+    """Whether all cache maps of a graph are known at once, or one has to be waited for: it is built all the same."""
+    graph = Graph()
+    top = graph.add("c", graph.add("b", graph.add("a")))
+    ops.slowly_mapped.add("b")
+    assert isinstance(await solver.solve("one", graph.definition(top)), JobDone)
+    assert set(names(ops, "try_cache_map")) == {"a", "c"}
+    assert names(ops, "cache_map") == ["b"]
+
+
+async def test_no_turn_of_the_loop_is_kept_by_a_large_graph(ops, events):
+    """Others have their turns while cache maps come in, however many these are; no more at once than may be asked."""
+    graph = Graph()
+    top = graph.add("top", *(graph.add(f"v{number}") for number in range(100)))
+    solver = Solver(ops, ops.keys, events, max_asking=10)
+    solver.submit("one", graph.definition(top))
+    turns = []
+    while len(names(ops, "try_cache_map")) < 101:
+        turns.append(len(names(ops, "try_cache_map")))
+        await asyncio.sleep(0)
+    assert turns == list(range(10, 101, 10))
+    assert isinstance(await solver.wait("one"), JobDone)
+    await solver.aclose(5)
+
+
+async def test_a_job_may_be_cancelled_while_its_cache_maps_are_on_their_way(solver, ops):
+    """Answers that come to nothing any more are taken, and the job has ended."""
+    graph = Graph()
+    solver.submit("one", graph.definition(graph.add("b", graph.add("a"))))
+    solver.cancel("one")
+    assert isinstance(await solver.wait("one"), JobStopped)
+    assert not names(ops, "run")
+
+
+async def test_a_bug_in_a_cache_map_fails_its_job(solver, ops, monkeypatch):
+    """What goes wrong where nothing is waited for is told as well."""
+
+    def broken(vertex):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(ops, "try_cache_map", broken)
+    ops.errors["cache_map", "a"] = RuntimeError("broken")
+    graph = Graph()
+    outcome = await solver.solve("one", graph.definition(graph.add("a")))
+    assert isinstance(outcome, JobFailed)
+    assert "broken" in str(outcome.error)
+
+
+async def test_a_large_graph_is_told_in_parts(ops, monkeypatch):
+    """A publication is of some hundreds of events at most; all of them are told, in order, before the job ends."""
+    events = FakeEvents()
+    sizes = []
+    publish = events.publish
+
+    async def counted(job, told):
+        sizes.append(len(told))
+        await publish(job, told)
+
+    monkeypatch.setattr(events, "publish", counted)
+    solver = Solver(ops, ops.keys, events)
+    graph = Graph()
+    tops = [graph.add(str(index)) for index in range(1200)]
+    await solver.solve("one", graph.definition(*tops))
+    sizes.clear()
+    assert isinstance(await solver.solve("two", graph.definition(*tops)), JobDone)
+    assert sum(sizes) == len(events.told["two"]) == 1200
+    assert max(sizes) <= 500
+    await solver.aclose(5)
+
+
 async def test_a_vertex_runs_from_when_its_op_says_so(solver, ops, events):
     """A run is told of as waiting until the op has begun."""
     graph = Graph()
