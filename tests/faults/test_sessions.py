@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.attending import POLL_S
 from actors.session_host import SESSION_GRACE_S
 from cluster.errors import (
     AccessDeniedError,
@@ -25,7 +26,6 @@ from cluster.errors import (
     SessionGoneError,
 )
 from lazyfarm.ref import Ref
-from lazyfarm.session import POLL_S
 from tests.doubles.faults import MIB, BrokenFarm, assert_extracted, eventually
 from tests.doubles.registry import Image
 from tests.doubles.registry_faults import RegistryFaultProxy, registry_fault_proxy
