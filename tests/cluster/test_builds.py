@@ -203,19 +203,20 @@ async def _await(job):
 
 async def test_the_job_that_began_a_run_is_cancelled_and_the_other_goes_on(farm, base):
     """Cancelling one of two jobs that share a vertex neither stops nor repeats its run."""
-    graph = image(base, plain_http=True).run("echo begun; sleep 3; cat /dev/urandom | head -c 20 > /random")
-    events, seen = [], asyncio.Event()
+    graph = image(base, plain_http=True).run("echo begun; sleep 10; cat /dev/urandom | head -c 20 > /random")
+    events, shared = [], asyncio.Event()
 
     def see(event):
         events.append(event)
-        seen.set()
+        if isinstance(event, VertexLog):
+            shared.set()
 
     async with await farm.connect() as one, await farm.connect() as two:
         first = one.solve(graph)
         waiting = asyncio.ensure_future(_await(first))
         await _log_of(first, "begun")
         second = asyncio.ensure_future(_await(two.solve(graph, on_event=see)))
-        await seen.wait()
+        await shared.wait()
         await first.cancel()
         with pytest.raises(JobCancelledError):
             await waiting
