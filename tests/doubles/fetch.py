@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -448,6 +449,42 @@ class FakeSnapshotter:
     def mount(self, chain: Digest, name: str) -> Path:
         self.mounted.append((chain, name))
         return Path("/mnt") / name
+
+
+class FakeArriving:
+    """What arrives on this node: nothing, until the test says so."""
+
+    def __init__(self) -> None:
+        self.coming: dict[Digest, FakeComing] = {}
+        self.asked = asyncio.Event()
+        self.changed = asyncio.Event()
+
+    async def follow(self, digest: Digest) -> FakeComing:
+        self.asked.set()
+        while digest not in self.coming:
+            await self.changed.wait()
+        return self.coming[digest]
+
+    def come(self, digest: Digest, *origins: ProviderHandle) -> FakeComing:
+        self.coming[digest] = blob = FakeComing(origins)
+        self.changed.set()
+        return blob
+
+
+class FakeComing:
+    """A blob that arrives, and what becomes of it."""
+
+    def __init__(self, origins: Sequence[ProviderHandle]) -> None:
+        self.origins = frozenset(origins)
+        self.verdict: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.opened = 0
+
+    def open(self) -> io.BytesIO:
+        self.opened += 1
+        return io.BytesIO(b"")
+
+    async def verified(self) -> None:
+        await asyncio.shield(self.verdict)
 
 
 _OPEN = threading.Event()

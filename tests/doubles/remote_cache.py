@@ -34,7 +34,7 @@ from storage.memory_blobs import MemoryContentStore
 from storage.registry.auth import CredentialAuthorizer
 from storage.registry.client import RegistryClient
 from storage.registry.credentials import CredentialSource
-from tests.doubles.fetch import FakeTransfers, ManualRenewer
+from tests.doubles.fetch import FakeArriving, FakeTransfers, ManualRenewer
 from tests.doubles.stores import FakeClock
 
 AMD64 = parse_platform("linux/amd64")
@@ -79,6 +79,7 @@ class CacheFarm:
             unlazier=self.unlazier,
             refs=self.refs,
             blobs=StoredBlobs(self.blobs),
+            arriving=FakeArriving(),
             progress=progress,
             access=access,
             spawn=lambda work: self.spawned.add(asyncio.ensure_future(work)),

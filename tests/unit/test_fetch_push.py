@@ -1,7 +1,6 @@
 """Push: by mount or not at all where that will do; bytes move only where the target lacks them."""
 
 import asyncio
-import io
 from dataclasses import replace
 
 import pytest
@@ -32,7 +31,16 @@ from storage.memory import (
     MemoryRefStore,
 )
 from storage.memory_blobs import MemoryStream
-from tests.doubles.fetch import FakeProber, FakeTransfers, ManualRenewer, OpenDoors, caller_of, handle, layer_of
+from tests.doubles.fetch import (
+    FakeArriving,
+    FakeProber,
+    FakeTransfers,
+    ManualRenewer,
+    OpenDoors,
+    caller_of,
+    handle,
+    layer_of,
+)
 from tests.doubles.stores import FakeClock, eventually
 
 SOURCE, TARGET, AFAR = handle("app"), handle("copy"), handle("app", "afar.example")
@@ -97,42 +105,6 @@ class FakeStored:
 
     async def read(self, blob):
         return MANIFEST
-
-
-class FakeArriving:
-    """What arrives on this node: nothing, until the test says so."""
-
-    def __init__(self):
-        self.coming = {}
-        self.asked = asyncio.Event()
-        self.changed = asyncio.Event()
-
-    async def follow(self, digest):
-        self.asked.set()
-        while digest not in self.coming:
-            await self.changed.wait()
-        return self.coming[digest]
-
-    def come(self, digest, *origins):
-        self.coming[digest] = blob = FakeComing(origins)
-        self.changed.set()
-        return blob
-
-
-class FakeComing:
-    """A blob that arrives, and what becomes of it."""
-
-    def __init__(self, origins):
-        self.origins = frozenset(origins)
-        self.verdict = asyncio.get_running_loop().create_future()
-        self.opened = 0
-
-    def open(self):
-        self.opened += 1
-        return io.BytesIO(b"")
-
-    async def verified(self):
-        await asyncio.shield(self.verdict)
 
 
 class Bench:
