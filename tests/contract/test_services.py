@@ -411,9 +411,8 @@ def test_ray_is_started_once_and_repaired(tmp_path):
         assert services.up_ray(2).started == ()
         head, url = pid_of(services, "ray-n0"), services.jobs_url
 
-        dashboard = pid_of(services, "ray-dashboard")
-        os.kill(dashboard, signal.SIGKILL)
-        wait_for(lambda: all(s.pid != dashboard for s in services.status() if s.name == "ray-dashboard"))
+        os.kill(pid_of(services, "ray-dashboard"), signal.SIGKILL)
+        wait_for(lambda: not any(status.alive for status in services.status() if status.name == "ray-dashboard"))
         os.kill(child_of(services, "ray-n1", "raylet"), signal.SIGKILL)
         assert services.up_ray(2).started == ("ray-n1", "ray-dashboard")
         assert (pid_of(services, "ray-n0"), services.jobs_url) == (head, url)
