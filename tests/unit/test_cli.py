@@ -610,6 +610,7 @@ def test_every_command_has_help_with_an_example():
             "refs": [["ls"], ["show"]],
             "leases": [["ls"], ["show"], ["pin"], ["release"], ["leaks"]],
             "jobs": [["ls"], ["show"], ["logs"], ["cancel"]],
+            "config": [["explain"], ["show"]],
         }.get(name, [[]])
         for sub in subcommands:
             told = run(name, *sub, "--help").stdout
