@@ -16,6 +16,7 @@ from lazyfarm.cli.reach import accepts, url_address
 from lazyfarm.settings import FarmSettings, load_settings
 
 if TYPE_CHECKING:
+    from lazyfarm.explain import FarmExplain
     from lazyfarm.farm import Farm
     from lazyfarm.jobs import FarmJobs
     from lazyfarm.leases import FarmLeases
@@ -90,6 +91,18 @@ def open_leases(settings: FarmSettings) -> contextlib.AbstractAsyncContextManage
     from lazyfarm.leases import open_leases  # noqa: PLC0415 - see the module
 
     return open_leases(settings)
+
+
+def with_explain(settings: FarmSettings, act: Callable[[FarmExplain], Coroutine[None, None, T]]) -> T:
+    """*act* on what explains the farm; raises as :func:`with_leases`."""
+    return _over_redis(settings, open_explain, act)
+
+
+def open_explain(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager[FarmExplain]:
+    """Return what explains the farm."""
+    from lazyfarm.explain import open_explain  # noqa: PLC0415 - see the module
+
+    return open_explain(settings)
 
 
 def _over_redis(

@@ -462,6 +462,7 @@ def test_an_error_with_json_is_the_document(farm):
         ["leases", "pin", "x"],
         ["leases", "release", "x"],
         ["leases", "leaks"],
+        ["explain", "wait", "x"],
         ["pull", "debian:12"],
         ["unlazy", "x"],
         ["extract", "x"],
@@ -610,6 +611,7 @@ def test_every_command_has_help_with_an_example():
             "refs": [["ls"], ["show"]],
             "leases": [["ls"], ["show"], ["pin"], ["release"], ["leaks"]],
             "jobs": [["ls"], ["show"], ["logs"], ["cancel"]],
+            "explain": [["wait"]],
             "config": [["explain"], ["show"]],
         }.get(name, [[]])
         for sub in subcommands:
