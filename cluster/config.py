@@ -28,6 +28,8 @@ class RedisConfig:
     password_file: str = ""
     #: Seconds that one command may take.
     timeout_s: float = 10.0
+    #: Replicas that must have a write before an object is deleted for its sake; 0 where there are none.
+    wait_replicas: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -206,6 +206,7 @@ _DAY_S = 24 * _HOUR_S
 
 RANGES: dict[str, Range] = {
     "redis.timeout_s": Range(0.05, 10 * _MINUTE_S),
+    "redis.wait_replicas": Range(0, 16),
     "s3.timeout_s": Range(0.1, _HOUR_S),
     "s3.attempts": Range(1, 100),
     "s3.connections": Range(1, 1000),

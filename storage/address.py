@@ -28,6 +28,8 @@ class RedisAddress:
     password: str = field(default="", repr=False)
     #: Seconds that one command may take.
     timeout_s: float = 10.0
+    #: Replicas that must have what is to survive a fail-over.
+    wait_replicas: int = 0
 
     @property
     def shown(self) -> str:
@@ -87,4 +89,5 @@ def redis_address(config: RedisConfig) -> RedisAddress:
         username=unquote(parts.username or ""),
         password=password,
         timeout_s=config.timeout_s,
+        wait_replicas=config.wait_replicas,
     )

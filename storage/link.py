@@ -72,6 +72,7 @@ class RedisLink:
         self._sent: deque[_Call] = deque()
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
+        self._drops = 0
         self._is_flush_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -89,6 +90,11 @@ class RedisLink:
     def clone(self) -> RedisLink:
         """Return another link to the same server, with connections of its own: for commands that block."""
         return RedisLink(self._address)
+
+    @property
+    def drops(self) -> int:
+        """Return how many connections were lost so far; :meth:`replicated` asks for it."""
+        return self._drops
 
     async def execute(self, *command: Argument, may_repeat: bool = False) -> Reply:
         """Send one command and return its reply.
@@ -121,6 +127,32 @@ class RedisLink:
             call = ("EVAL", lua.source, 1, prefix, *args)
             (reply,) = await self._submit(pack(call), 1, may_repeat=may_repeat)
         return self._checked(reply)
+
+    async def replicated(self, timeout_s: float, *, since: int) -> bool:
+        """Tell whether as many replicas as ``redis.wait_replicas`` says have all that was written here.
+
+        False means that it may yet be lost: what can't be taken back must not follow. A fail-over in between
+        lost what it lost and then answers for the rest, hence *since*:
+
+            since = link.drops
+            await link.run(…)  # any number of writes
+            if await link.replicated(1.0, since=since): …
+
+        The connection waits, and whoever shares it: use a :meth:`clone`.
+
+        Args:
+            timeout_s: Seconds to wait for the replicas; at most half of what a command may take.
+            since: What :attr:`drops` was before the first of these writes.
+
+        Raises:
+            UnavailableError: no answer. It may yet be lost.
+        """
+        wanted = self._address.wait_replicas
+        reached = 0
+        if wanted and self._drops == since:
+            wait_ms = max(1, round(min(timeout_s, self._address.timeout_s / 2) * 1000))
+            reached = int(await self.execute("WAIT", wanted, wait_ms))
+        return reached >= wanted and self._drops == since
 
     def run_soon(self, name: str, prefix: str, *args: Argument) -> None:
         """Send the script without waiting; its outcome is nobody's affair. What is submitted later runs later.
@@ -264,6 +296,7 @@ class RedisLink:
         if connection is not self._connection:
             return
         self._connection = None
+        self._drops += 1
         reason = f"the connection dropped before the answer ({exc or 'closed by the server'}); the outcome is unknown"
         again = []
         for call in self._sent:

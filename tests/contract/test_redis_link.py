@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import threading
 import time
 
@@ -18,7 +17,7 @@ from storage.connect import check_policy, check_policy_sync, connect, connect_sy
 from storage.keys import Keys
 from storage.renewer import RedisFlightRenewer
 from storage.scripts import script, script_names
-from tests.doubles.redis import RedisServer, redis_binaries, redis_server
+from tests.doubles.redis import RedisServer, frozen, redis_binaries, redis_server
 
 pytestmark = pytest.mark.redis
 
@@ -39,16 +38,6 @@ async def linked(server: RedisServer, *, timeout_s: float = 10.0):
         yield link
     finally:
         await link.close()
-
-
-@contextlib.contextmanager
-def frozen(server: RedisServer):
-    """Stop the server's process without ending it: connections stay up and nothing answers."""
-    os.kill(server.process.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.process.pid, signal.SIGCONT)
 
 
 # -- calls --------------------------------------------------------------------------------------------

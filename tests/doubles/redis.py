@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -95,6 +97,17 @@ class RedisServer:
     def link(self) -> SyncLink:
         """Return a client that tests look inside with."""
         return SyncLink(redis_address(self.config))
+
+
+@contextlib.contextmanager
+def frozen(server: RedisServer) -> Iterator[None]:
+    """Stop the server's process without ending it: connections stay up and nothing answers."""
+    assert server.process is not None
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
