@@ -22,7 +22,8 @@ class FarmConfig:
 class RedisConfig:
     """Where records, leases and flights are kept."""
 
-    #: ``redis://HOST:PORT/DB``, ``rediss://…`` or ``unix://…``; "" starts one.
+    #: ``redis://HOST:PORT/DB``, ``rediss://…``, ``unix://…``, ``redis+sentinel://HOST:PORT,…/PRIMARY/DB`` or
+    #: ``redis+cluster://HOST:PORT,…``; "" starts one.
     url: str = ""
     #: File that holds the password; "" for none.
     password_file: str = ""
