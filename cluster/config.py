@@ -41,7 +41,8 @@ class S3Config:
     endpoint: str = ""
     region: str = "us-east-1"
     bucket: str = "lazyfarm"
-    #: File with ``access_key_id = …`` and ``secret_access_key = …`` lines; "" uses boto3's own chain.
+    #: File with ``access_key_id = …`` and ``secret_access_key = …`` lines, read again when it changes; "" uses
+    #: boto3's own chain.
     credentials_file: str = ""
     #: File with PEM certificates to trust; "" for the system's.
     ca_file: str = ""
