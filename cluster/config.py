@@ -22,12 +22,15 @@ class FarmConfig:
 class RedisConfig:
     """Where records, leases and flights are kept."""
 
-    #: ``redis://HOST:PORT/DB``, ``rediss://…`` or ``unix://…``; "" starts one.
+    #: ``redis://HOST:PORT/DB``, ``rediss://…``, ``unix://…``, ``redis+sentinel://HOST:PORT,…/PRIMARY/DB`` or
+    #: ``redis+cluster://HOST:PORT,…``; "" starts one.
     url: str = ""
     #: File that holds the password; "" for none.
     password_file: str = ""
     #: Seconds that one command may take.
     timeout_s: float = 10.0
+    #: Replicas that must have a write before an object is deleted for its sake; 0 where there are none.
+    wait_replicas: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +41,8 @@ class S3Config:
     endpoint: str = ""
     region: str = "us-east-1"
     bucket: str = "lazyfarm"
-    #: File with ``access_key_id = …`` and ``secret_access_key = …`` lines; "" uses boto3's own chain.
+    #: File with ``access_key_id = …`` and ``secret_access_key = …`` lines, read again when it changes; "" uses
+    #: boto3's own chain.
     credentials_file: str = ""
     #: File with PEM certificates to trust; "" for the system's.
     ca_file: str = ""

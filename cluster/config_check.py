@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from cluster.config import Config, RegistryConfig
 from cluster.errors import ConfigError
+from cluster.redis_url import parse_redis_url
 
 _KIB = 1024
 _MIB = 1024**2
@@ -206,6 +207,7 @@ _DAY_S = 24 * _HOUR_S
 
 RANGES: dict[str, Range] = {
     "redis.timeout_s": Range(0.05, 10 * _MINUTE_S),
+    "redis.wait_replicas": Range(0, 16),
     "s3.timeout_s": Range(0.1, _HOUR_S),
     "s3.attempts": Range(1, 100),
     "s3.connections": Range(1, 1000),
@@ -264,18 +266,11 @@ def _one_of(*words: str) -> Callable[[str], str]:
 def _redis_url(text: str) -> str:
     if not text:
         return ""
-    parts, reason = _url(text, ("redis", "rediss", "unix"))
-    if parts is None:
-        return reason
-    if parts.password is not None:
-        return f"holds a password; {_SECRET_ADVICE['redis']}"
-    if parts.query or parts.fragment:
-        return "must end after the database: other settings are keys of [redis]"
-    if parts.scheme == "unix":
-        is_good, form = parts.path.startswith("/") and not parts.netloc, "unix:///ABSOLUTE/PATH"
-    else:
-        is_good, form = parts.hostname and re.fullmatch(r"/?[0-9]{0,4}", parts.path), f"{parts.scheme}://HOST:PORT/DB"
-    return "" if is_good else f"must be {form}"
+    try:
+        url = parse_redis_url(text)
+    except ValueError as exc:
+        return str(exc)
+    return f"holds a password; {_SECRET_ADVICE['redis']}" if url.password else ""
 
 
 def _s3_endpoint(text: str) -> str:

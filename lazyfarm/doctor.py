@@ -250,7 +250,8 @@ def _farm(settings: FarmSettings) -> Iterator[Finding]:
 
 
 def _redis(settings: FarmSettings) -> Iterator[Finding]:
-    from storage.connect import check_policy_sync, connect_sync  # noqa: PLC0415 - only here
+    from storage.connect import check_policy, connect_sync  # noqa: PLC0415 - only here
+    from storage.keys import Keys  # noqa: PLC0415 - likewise
 
     config = settings.config.redis
     if not config.url:
@@ -260,7 +261,7 @@ def _redis(settings: FarmSettings) -> Iterator[Finding]:
         before_s = time.time()
         seconds, micros = link.execute("TIME", may_repeat=True)
         after_s = time.time()
-        check_policy_sync(link)
+        check_policy(link, Keys(settings.config.farm.name))
         facts = _facts(link.execute("INFO", may_repeat=True))
     finally:
         link.close()

@@ -181,6 +181,10 @@ def test_a_password_within_a_url_is_refused_and_not_repeated(section, key, value
         "unix:///run/redis.sock",
         "redis://me@h",
         "redis://[::1]:6379",
+        "redis+sentinel://a:26379,b,[::1]:26380/farm-1",
+        "rediss+sentinel://me@a/farm/3",
+        "redis+cluster://a:7000,b:7001",
+        "rediss+cluster://a/0",
     ],
 )
 def test_good_redis_urls_pass(url):
@@ -189,7 +193,12 @@ def test_good_redis_urls_pass(url):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://h", "redis://", "redis://h/zero", "redis://h?db=1", "unix://h/x", "redis://h:99999"]
+    "url",
+    [
+        *("http://h", "redis://", "redis://h/zero", "redis://h?db=1", "unix://h/x", "redis://h:99999", "redis://a,b"),
+        *("redis+sentinel://a:1,b:1", "redis+sentinel://a,,b/farm", "redis+sentinel:///farm", "redis+sentinel://a/f/x"),
+        *("redis+cluster://a/1", "redis+cluster://", "redis+other://a"),
+    ],
 )
 def test_bad_redis_urls_are_faults(url):
     """What can't be connected to is told at start, not at the first command."""
