@@ -81,18 +81,11 @@ class RedisCollectStore:
         arguments: list[str | int] = [ref_id, _ms(grace_s), len(names), *sorted(names), *sorted(manifests)]
         return _removal(await self._link.run("ref_remove", self._prefix, *arguments, may_repeat=True))
 
-    async def remove_image(self, image: ImageRecord, *, grace_s: float) -> Removal:
-        """Remove an image that has no ref, under its name if that still stands for it, and under its manifest."""
-        removals = []
-        for field, table in ((image.name, "images"), (image.manifest.digest, "images:digest")):
-            reply = await self._link.run("image_remove", self._prefix, field, table, _ms(grace_s), may_repeat=True)
-            removals.append(_removal(reply))
-            if removals[-1].outcome in (Outcome.HELD, Outcome.STOOD_ON):
-                break
-        done = [removal for removal in removals if removal.outcome is Outcome.REMOVED]
-        if not done:
-            return removals[-1]
-        return Removal(Outcome.REMOVED, sum(removal.freed_bytes for removal in done))
+    async def remove_image(self, images: Sequence[ImageRecord], *, grace_s: float) -> Removal:
+        """Remove an image that has no ref, under all its names."""
+        names = sorted({image.name for image in images})
+        arguments: list[str | int] = [images[0].manifest.digest, _ms(grace_s), *names]
+        return _removal(await self._link.run("image_remove", self._prefix, *arguments, may_repeat=True))
 
     async def condemn(self, digests: Sequence[Digest], *, grace_s: float) -> list[int | None]:
         """Turn blobs absent that nothing needs."""

@@ -65,20 +65,23 @@ class MemoryCollectStore:
             memory.images_by_digest.pop(manifest, None)
         return Removal(Outcome.REMOVED, freed + sum(self._release(i, grace_s) for i in documents.values()))
 
-    async def remove_image(self, image: ImageRecord, *, grace_s: float) -> Removal:
-        """Remove an image that has no ref, or whose ref is gone."""
+    async def remove_image(self, images: Sequence[ImageRecord], *, grace_s: float) -> Removal:
+        """Remove an image that has no ref, under all its names."""
         memory = self._memory
-        if self._is_held(image_resource(image.name)):
+        manifest = images[0].manifest.digest
+        found = [memory.images.get(image.name) for image in images]
+        named = [image for image in found if image is not None and image.manifest.digest == manifest]
+        known = memory.images_by_digest.get(manifest)
+        image = known or next(iter(named), None)
+        if image is None:
+            return Removal(Outcome.MISSING)
+        if any(self._is_held(image_resource(one.name)) for one in named):
             return Removal(Outcome.HELD)
         if image.ref is not None and image.ref in memory.records:
             return Removal(Outcome.STOOD_ON)
-        named, known = memory.images.get(image.name), memory.images_by_digest.get(image.manifest.digest)
-        is_named = named is not None and named.manifest == image.manifest
-        if not is_named and known is None:
-            return Removal(Outcome.MISSING)
-        if is_named:
-            del memory.images[image.name]
-        memory.images_by_digest.pop(image.manifest.digest, None)
+        for one in named:
+            memory.images.pop(one.name, None)
+        memory.images_by_digest.pop(manifest, None)
         return Removal(Outcome.REMOVED, self._release(image, grace_s))
 
     async def condemn(self, digests: Sequence[Digest], *, grace_s: float) -> list[int | None]:

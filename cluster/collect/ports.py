@@ -79,8 +79,13 @@ class CollectStore(Protocol):
         """
         ...
 
-    async def remove_image(self, image: ImageRecord, *, grace_s: float) -> Removal:
-        """Remove an image that has no ref, or whose ref is gone, and its documents, unless it is held."""
+    async def remove_image(self, images: Sequence[ImageRecord], *, grace_s: float) -> Removal:
+        """Remove an image that has no ref, or whose ref is gone, and its documents, unless one of its names is held.
+
+        Args:
+            images: It under each of its names, as last seen: all of one manifest, and at least one.
+            grace_s: Seconds until objects may be deleted.
+        """
         ...
 
     async def condemn(self, digests: Sequence[Digest], *, grace_s: float) -> list[int | None]:

@@ -137,9 +137,9 @@ class Collector:
         return removed, freed
 
     async def _end(self, stock: Stock, item: Item) -> Removal:
-        image = stock.image_item(item)
-        if image is not None:
-            return await self._store.remove_image(image, grace_s=self._grace_s)
+        images = stock.images_of_item(item)
+        if images:
+            return await self._store.remove_image(images, grace_s=self._grace_s)
         ref_id = RefId(item.id)
         return await self._store.remove_ref(ref_id, stock.images_of(ref_id), grace_s=self._grace_s)
 

@@ -139,24 +139,27 @@ class Stock:
         ]
         return refs + [
             Item(
-                id=_IMAGE + image.manifest.digest,
+                id=_IMAGE + manifest,
                 size_bytes=0,
-                created_wall_s=image.created_wall_s,
-                last_used_wall_s=image.created_wall_s,
-                is_held=bool(self._holders.get(image_resource(image.name))),
-                description=image.name,
+                created_wall_s=min(image.created_wall_s for image in images),
+                last_used_wall_s=max(image.created_wall_s for image in images),
+                is_held=any(self._holders.get(image_resource(image.name)) for image in images),
+                description=", ".join(sorted({image.name for image in images})),
             )
-            for image in self.without_ref().values()
+            for manifest, images in self.without_ref().items()
         ]
 
-    def image_item(self, item: Item) -> ImageRecord | None:
-        """Return the image that an item is; None where it is a ref."""
-        return self.without_ref().get(item.id.removeprefix(_IMAGE)) if item.id.startswith(_IMAGE) else None
+    def images_of_item(self, item: Item) -> list[ImageRecord]:
+        """Return the images, of one manifest, that an item is; none where it is a ref."""
+        return self.without_ref().get(item.id.removeprefix(_IMAGE), []) if item.id.startswith(_IMAGE) else []
 
-    def without_ref(self) -> dict[str, ImageRecord]:
+    def without_ref(self) -> dict[str, list[ImageRecord]]:
         """Return the images that stand on no ref, by manifest: they have no layers, or their top is gone."""
-        every = {image.manifest.digest: image for image in (*self.resolved, *self.images)}
-        return {digest: image for digest, image in every.items() if image.ref is None or image.ref not in self.states}
+        found: dict[str, list[ImageRecord]] = defaultdict(list)
+        for image in (*self.images, *self.resolved):
+            if image.ref is None or image.ref not in self.states:
+                found[image.manifest.digest].append(image)
+        return found
 
     def orphans(self) -> list[Digest]:
         """Return the present blobs that no ref and no image has: they stay as long as a lease holds them."""
