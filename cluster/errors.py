@@ -651,6 +651,19 @@ class LeaseLostError(LeaseError):
         return f"lease {self.lease_id} is lost: it expired or was deleted"
 
 
+class LeaseNotFoundError(LeaseError):
+    """No live lease has that ID."""
+
+    _hint = "list the live ones with `lazyfarm leases ls`"
+
+    def __init__(self, lease_id: str) -> None:
+        super().__init__(lease_id)
+        self.lease_id = lease_id
+
+    def __str__(self) -> str:
+        return f"no live lease has the ID {self.lease_id!r}"
+
+
 class StaleFenceError(LeaseError):
     """A write came from an owner that is no longer the owner; nothing was changed."""
 

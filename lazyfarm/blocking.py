@@ -17,7 +17,7 @@ from cluster.cache_options import CacheSource, CacheTarget
 from cluster.descriptor import Descriptor
 from cluster.graph import Definition
 from cluster.job import JobId
-from cluster.lease import LeaseId
+from cluster.lease import Lease, LeaseId
 from cluster.messages import PushResult
 from cluster.provider import DescHandler
 from cluster.ref import ImageRecord, RefId, RefState
@@ -355,5 +355,11 @@ class Farm(_Twin[asynchronous.Farm]):
     resolve = _blocking(asynchronous.Farm.resolve)
     refs = _blocking(asynchronous.Farm.refs)
     images = _blocking(asynchronous.Farm.images)
+
+    def pin(self, ref: Ref, *, ttl_s: float | None = None, labels: Mapping[str, str] | None = None) -> Lease:
+        """Keep a ref when this driver has long gone; see :meth:`lazyfarm.farm.Farm.pin`."""
+        return self._loop.run(lambda: self._original.pin(ref._original, ttl_s=ttl_s, labels=labels))  # noqa: SLF001
+
+    unpin = _blocking(asynchronous.Farm.unpin)
     leases = _blocking(asynchronous.Farm.leases)
     nodes = _blocking(asynchronous.Farm.nodes)

@@ -54,6 +54,7 @@ from lazyfarm.builds import BuildOptions, Builds, ResolvedImage
 from lazyfarm.graph import Resolved, State
 from lazyfarm.job import EventCallback, Job, Result
 from lazyfarm.lease import FarmLease
+from lazyfarm.leases import FarmLeases
 from lazyfarm.operation import Operation, ProgressCallback
 from lazyfarm.outputs import Output
 from lazyfarm.ref import Ref
@@ -92,6 +93,7 @@ class Farm:
         keys = Keys(config.farm.name)
         self._refs = RedisRefStore(self._link, keys)
         self._leases = RedisLeaseStore(self._link, keys)
+        self._pins = FarmLeases.over(self._link, keys, config.cache)
         self._presence = Presence(self._link, keys)
         self._progress = RedisProgressStore(self._link, keys)
         self._ring = ShardRing(config.cache.shards)
@@ -475,6 +477,27 @@ class Farm:
         lease = FarmLease(self._leases, LeaseId(f"user-{secrets.token_hex(8)}"))
         async with lease.held(ttl_s=self._config.cache.lease_ttl_s if ttl_s is None else ttl_s, labels=labels):
             yield lease
+
+    async def pin(self, ref: Ref, *, ttl_s: float | None = None, labels: Mapping[str, str] | None = None) -> Lease:
+        """Keep a ref, and all that it stands on, when this driver has long gone; a lazy one stays lazy.
+
+        Args:
+            ref: What to keep.
+            ttl_s: Seconds for which it is kept; None: until :meth:`unpin`.
+            labels: For people, as ``lazyfarm leases`` shows them.
+
+        Raises:
+            RefReleasedError: *ref* was released. RefNotFoundError: it is gone.
+            InvalidArgumentError: *ttl_s* is not above 0.
+        """
+        self._raise_if_closed()
+        ref.raise_if_released()
+        return await self._pins.pin([ref.id], ttl_s=ttl_s, labels=labels)
+
+    async def unpin(self, lease_id: LeaseId) -> None:
+        """Let go of what :meth:`pin` keeps; LeaseNotFoundError where no live lease has that ID."""
+        self._raise_if_closed()
+        await self._pins.release(lease_id)
 
     async def leases(self) -> list[Lease]:
         """Return the live leases."""

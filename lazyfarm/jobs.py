@@ -10,7 +10,6 @@ from typing import Self
 from cluster.errors import (
     AmbiguousJobError,
     ClusterError,
-    FarmNotRunningError,
     InternalError,
     JobNotFoundError,
     WireError,
@@ -19,7 +18,7 @@ from cluster.graph import decode_targets
 from cluster.job import JobEnded, JobEvent, JobId, JobRecord, JobState
 from cluster.settings import FarmSettings
 from cluster.solver_ports import JobEvents, JobStore
-from storage.connect import connect
+from lazyfarm.redis_only import connection
 from storage.job_events import RedisJobEvents
 from storage.jobs import RedisJobStore
 from storage.keys import Keys
@@ -134,11 +133,5 @@ async def open_jobs(settings: FarmSettings) -> AsyncIterator[FarmJobs]:
     Raises:
         FarmNotRunningError: the settings name no Redis.
     """
-    config = settings.config
-    if not config.redis.url:
-        raise FarmNotRunningError(str(settings.state_dir), "nothing was brought up there")
-    link = connect(config.redis)
-    try:
-        yield FarmJobs.over(link, Keys(config.farm.name))
-    finally:
-        await link.close()
+    async with connection(settings) as (link, keys):
+        yield FarmJobs.over(link, keys)

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cluster.cache.names import find_ref
-from cluster.errors import FarmNotRunningError, NoLayersError
+from cluster.errors import NoLayersError
 from cluster.job import JobEvent, JobId, JobRecord
 from cluster.lease import Lease, LeaseId, ref_resource
 from cluster.messages import ActorRecord, NodeRecord
 from cluster.ref import ImageRecord, RefState, RefUsage
 from cluster.settings import FarmSettings
 from lazyfarm.jobs import FarmJobs
-from storage.connect import connect
-from storage.keys import Keys
+from lazyfarm.redis_only import connected
 from storage.leases import RedisLeaseStore
 from storage.presence import Presence
 from storage.refs import RedisRefStore
@@ -56,12 +55,8 @@ class FarmRecords:
         Raises:
             FarmNotRunningError: the settings name no Redis.
         """
-        config = settings.config
-        if not config.redis.url:
-            raise FarmNotRunningError(str(settings.state_dir), "nothing was brought up there")
+        self._link, keys = connected(settings)
         self._runner = asyncio.Runner()
-        self._link = connect(config.redis)
-        keys = Keys(config.farm.name)
         self._refs = RedisRefStore(self._link, keys)
         self._leases = RedisLeaseStore(self._link, keys)
         self._presence = Presence(self._link, keys)

@@ -16,11 +16,14 @@ from lazyfarm.cli.reach import accepts, url_address
 from lazyfarm.settings import FarmSettings, load_settings
 
 if TYPE_CHECKING:
+    from lazyfarm.explain import FarmExplain
     from lazyfarm.farm import Farm
     from lazyfarm.jobs import FarmJobs
+    from lazyfarm.leases import FarmLeases
     from lazyfarm.records import FarmRecords
 
 T = TypeVar("T")
+P = TypeVar("P")
 
 #: Loopback answers in well under a millisecond, or has nobody there.
 _CONNECT_S = 1.0
@@ -62,20 +65,8 @@ def open_records(settings: FarmSettings) -> FarmRecords:
 
 
 def with_jobs(settings: FarmSettings, act: Callable[[FarmJobs], Coroutine[None, None, T]]) -> T:
-    """*act* on the farm's jobs, which need only Redis; Ctrl-C cancels it.
-
-    Raises:
-        FarmNotRunningError: as :func:`reading`.
-        KeyboardInterrupt: it was interrupted.
-    """
-    from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - asyncio, which reading commands do without
-
-    async def connected() -> T:
-        async with open_jobs(settings) as jobs:
-            return await act(jobs)
-
-    _raise_if_redis_is_gone(settings)
-    return run_to_end(connected)
+    """*act* on the farm's jobs; raises as :func:`with_leases`."""
+    return _over_redis(settings, open_jobs, act)
 
 
 def open_jobs(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager[FarmJobs]:
@@ -83,6 +74,50 @@ def open_jobs(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager[
     from lazyfarm.jobs import open_jobs  # noqa: PLC0415 - see the module
 
     return open_jobs(settings)
+
+
+def with_leases(settings: FarmSettings, act: Callable[[FarmLeases], Coroutine[None, None, T]]) -> T:
+    """*act* on the farm's leases, which need only Redis; Ctrl-C cancels it.
+
+    Raises:
+        FarmNotRunningError: as :func:`reading`.
+        KeyboardInterrupt: it was interrupted.
+    """
+    return _over_redis(settings, open_leases, act)
+
+
+def open_leases(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager[FarmLeases]:
+    """Return the farm's leases."""
+    from lazyfarm.leases import open_leases  # noqa: PLC0415 - see the module
+
+    return open_leases(settings)
+
+
+def with_explain(settings: FarmSettings, act: Callable[[FarmExplain], Coroutine[None, None, T]]) -> T:
+    """*act* on what explains the farm; raises as :func:`with_leases`."""
+    return _over_redis(settings, open_explain, act)
+
+
+def open_explain(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager[FarmExplain]:
+    """Return what explains the farm."""
+    from lazyfarm.explain import open_explain  # noqa: PLC0415 - see the module
+
+    return open_explain(settings)
+
+
+def _over_redis(
+    settings: FarmSettings,
+    opened: Callable[[FarmSettings], contextlib.AbstractAsyncContextManager[P]],
+    act: Callable[[P], Coroutine[None, None, T]],
+) -> T:
+    from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - asyncio, which reading commands do without
+
+    async def connected() -> T:
+        async with opened(settings) as part:
+            return await act(part)
+
+    _raise_if_redis_is_gone(settings)
+    return run_to_end(connected)
 
 
 def _raise_if_redis_is_gone(settings: FarmSettings) -> None:

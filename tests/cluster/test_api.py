@@ -17,6 +17,7 @@ from cluster.errors import (
     ClusterError,
     FarmClosedError,
     LeaseLostError,
+    LeaseNotFoundError,
     NeedsRemoteProvidersError,
     NodeNotFoundError,
     NotAnImageError,
@@ -353,6 +354,11 @@ async def test_a_lease_holds_while_its_body_runs(farm, registry):
                 assert set(held.resources) >= {ref_resource(ref.id), image_resource("a/b:1")}
                 raise ZeroDivisionError
         assert lease.id not in {one.id for one in await driver.leases()}
+        pinned = await driver.pin(ref, ttl_s=60, labels={"why": "release"})
+        assert (pinned.resources, pinned.labels["why"]) == ((ref_resource(ref.id),), "release")
+        await driver.unpin(pinned.id)
+        with pytest.raises(LeaseNotFoundError):
+            await driver.unpin(pinned.id)
         with pytest.raises(LeaseLostError):
             await driver.get_by_blob(descriptor(image.layers[0]), None, given, lease=lease)
 

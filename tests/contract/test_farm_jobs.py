@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 import signal
 import subprocess
 import sys
@@ -18,17 +17,15 @@ from cluster.errors import JobNotFoundError, ProcessFailedError
 from cluster.graph import encode_definition
 from cluster.job import JobEnded, JobId, JobSpec, JobState, LogStream, VertexEvent, VertexLog, VertexState
 from cluster.messages import SessionInfo
-from cluster.settings import Running
 from lazyfarm.cli.main import app
 from lazyfarm.graph import image
 from lazyfarm.jobs import FarmJobs, open_jobs
 from lazyfarm.records import FarmRecords
 from lazyfarm.settings import load_settings
-from storage.farm_file import write_running
 from storage.job_events import RedisJobEvents
 from storage.jobs import RedisJobStore
 from tests.doubles.redis import redis_binaries
-from tests.doubles.stores import RedisFarm
+from tests.doubles.stores import FarmOfRedis
 
 pytestmark = pytest.mark.redis
 
@@ -38,25 +35,8 @@ DEFINITION = encode_definition(GRAPH.definition())
 ERROR = ProcessFailedError(("make",), 2, ())
 
 
-class JobFarm(RedisFarm):
-    """A farm in Redis whose jobs tests end, and its state directory."""
-
-    def __init__(self, config, state_dir):
-        super().__init__(config)
-        self.state_dir = state_dir
-        (state_dir / "logs").mkdir(parents=True)
-        write_running(
-            state_dir,
-            Running(
-                farm_id=secrets.token_hex(2),
-                farm_name=self.keys.prefix.partition("{")[2].rstrip("}"),
-                redis_url=config.url,
-                s3_endpoint="http://127.0.0.1:9",
-                s3_region="us-east-1",
-                s3_bucket="lazyfarm",
-                ray_address="127.0.0.1:9",
-            ),
-        )
+class JobFarm(FarmOfRedis):
+    """A farm in Redis whose jobs tests end."""
 
     @property
     def settings(self):

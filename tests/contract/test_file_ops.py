@@ -564,6 +564,7 @@ def test_archives_are_unpacked(root, source, compress):
         b"\xfd7zXZ\0nonsense",
         os.urandom(6000),
     ],
+    ids=["empty", "script", "zeros", "gzip", "bzip2", "xz", "random"],
 )
 def test_what_is_no_archive_is_copied(root, source, content):
     """An empty archive, too; a broken one as well where not even its first entry can be read."""

@@ -78,8 +78,8 @@ class Hang:
     """Stop after so many bytes of the body (before the head if negative) until :attr:`proceed` is set."""
 
     after_bytes: int = -1
-    arrived: threading.Event = field(default_factory=threading.Event)
-    proceed: threading.Event = field(default_factory=threading.Event)
+    arrived: threading.Event = field(default_factory=threading.Event, repr=False)
+    proceed: threading.Event = field(default_factory=threading.Event, repr=False)
 
 
 Fault = Respond | Truncate | Reset | Lie | IgnoreRange | RefuseRange | RedirectTo | Hang

@@ -48,8 +48,8 @@ class TruncateAfter:
 class Hang:
     """Send nothing until told to proceed; ``arrived`` says that a request is being held."""
 
-    arrived: threading.Event = field(default_factory=threading.Event)
-    proceed: threading.Event = field(default_factory=threading.Event)
+    arrived: threading.Event = field(default_factory=threading.Event, repr=False)
+    proceed: threading.Event = field(default_factory=threading.Event, repr=False)
 
 
 Fault = Answer | LoseAnswer | ResetAfter | TruncateAfter | Hang

@@ -6,12 +6,15 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from cluster.config import Config, RedisConfig, RegistryConfig
 from cluster.ports import FlightRenewer, FlightStore, HostLimiter, LeaseStore, ProgressStore, ProofStore, RefStore
+from cluster.settings import Running
 from storage.connect import connect
+from storage.farm_file import write_running
 from storage.flights import RedisFlightStore
 from storage.keys import Keys
 from storage.leases import RedisLeaseStore
@@ -153,6 +156,27 @@ class RedisFarm:
     async def close(self) -> None:
         for link in self.links:
             await link.close()
+
+
+class FarmOfRedis(RedisFarm):
+    """A farm in Redis that commands find by its state directory; nothing else of it runs."""
+
+    def __init__(self, config: RedisConfig, state_dir: Path) -> None:
+        super().__init__(config)
+        self.state_dir = state_dir
+        (state_dir / "logs").mkdir(parents=True)
+        write_running(
+            state_dir,
+            Running(
+                farm_id=secrets.token_hex(2),
+                farm_name=self.keys.farm,
+                redis_url=config.url,
+                s3_endpoint="http://127.0.0.1:9",
+                s3_region="us-east-1",
+                s3_bucket="lazyfarm",
+                ray_address="127.0.0.1:9",
+            ),
+        )
 
 
 def age_redis(config: RedisConfig, keys: Keys, seconds: float) -> None:

@@ -474,6 +474,11 @@ def test_an_error_with_json_is_the_document(farm):
         ["refs", "ls"],
         ["refs", "show", "x"],
         ["leases", "ls"],
+        ["leases", "show", "x"],
+        ["leases", "pin", "x"],
+        ["leases", "release", "x"],
+        ["leases", "leaks"],
+        ["explain", "wait", "x"],
         ["pull", "debian:12"],
         ["unlazy", "x"],
         ["extract", "x"],
@@ -620,8 +625,10 @@ def test_every_command_has_help_with_an_example():
     for name in COMMANDS:
         subcommands = {
             "refs": [["ls"], ["show"]],
-            "leases": [["ls"]],
+            "leases": [["ls"], ["show"], ["pin"], ["release"], ["leaks"]],
             "jobs": [["ls"], ["show"], ["logs"], ["cancel"]],
+            "explain": [["wait"]],
+            "config": [["explain"], ["show"]],
         }.get(name, [[]])
         for sub in subcommands:
             told = run(name, *sub, "--help").stdout

@@ -1,0 +1,1 @@
+"""Collection: what takes space, and what of it may go."""

@@ -1,0 +1,35 @@
+"""What needs a farm's Redis alone: Ray is not joined."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from cluster.config import Config
+from cluster.errors import FarmNotRunningError
+from cluster.settings import FarmSettings
+from storage.connect import connect
+from storage.keys import Keys
+from storage.link import RedisLink
+
+
+def connected(settings: FarmSettings) -> tuple[RedisLink, Keys]:
+    """Return a client of a farm's Redis, which the caller closes, and the farm's keys.
+
+    Raises:
+        FarmNotRunningError: the settings name no Redis.
+    """
+    config: Config = settings.config
+    if not config.redis.url:
+        raise FarmNotRunningError(str(settings.state_dir), "nothing was brought up there")
+    return connect(config.redis), Keys(config.farm.name)
+
+
+@asynccontextmanager
+async def connection(settings: FarmSettings) -> AsyncIterator[tuple[RedisLink, Keys]]:
+    """Connect to a farm's Redis for as long as the body runs; raises as :func:`connected`."""
+    link, keys = connected(settings)
+    try:
+        yield link, keys
+    finally:
+        await link.close()
