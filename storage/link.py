@@ -280,7 +280,8 @@ class RedisLink:
         before = self._primary.address
         while self._waiting:
             if self._failures:
-                await asyncio.sleep(min(RETRY_FIRST_S * 2 ** (self._failures - 1), RETRY_MOST_S))
+                # The exponent is bounded: after an hour without a server it would be no float any more.
+                await asyncio.sleep(min(RETRY_FIRST_S * 2 ** min(self._failures - 1, 10), RETRY_MOST_S))
             try:
                 connection = await open_primary(self._primary, self._on_reply, self._on_lost)
             except UnavailableError as exc:
