@@ -80,7 +80,7 @@ class RedisJobEvents:
             start = b"(" + read[-1][0]
 
     async def follow(self, job: JobId, *, deadline_s: float) -> AsyncIterator[JobEvent]:
-        """Yield the job's events from the first one to the last one."""
+        """Yield the job's events from the first one to the last one, and a warning where Redis is away meanwhile."""
         ends_s = time.monotonic() + deadline_s
         key = self._keys.job_events(job)
         last = b"0"
@@ -89,7 +89,7 @@ class RedisJobEvents:
         block_s = min(_BLOCK_S, link.address.timeout_s / 3)
         try:
             await self._check(job)
-            heard_s = time.monotonic()
+            away_since_s: float | None = None
             while (left_s := ends_s - time.monotonic()) > 0:
                 block_ms = max(1, int(min(block_s, left_s) * 1000))  # 0 would be for ever
                 command = ("XREAD", "COUNT", _READ, "BLOCK", block_ms, "STREAMS", key, last)
@@ -97,13 +97,16 @@ class RedisJobEvents:
                     read = await link.execute(*command, may_repeat=True)
                     if not read:
                         await self._check(job)  # Redis may have lost its data: then nothing would ever come
-                except UnavailableError:
+                except UnavailableError as exc:
                     # The job goes on while Redis is away, and so does who looks on.
-                    if time.monotonic() - heard_s > _AWAY_S:
+                    if away_since_s is None:
+                        away_since_s = time.monotonic()
+                        yield JobWarning(text=f"{exc}; waiting for it", wall_s=time.time())
+                    elif time.monotonic() - away_since_s > _AWAY_S:
                         raise
                     await asyncio.sleep(_PAUSE_S)
                     continue
-                heard_s = time.monotonic()
+                away_since_s = None
                 if not read:
                     continue
                 for last, fields in read[0][1]:

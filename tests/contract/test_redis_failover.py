@@ -180,7 +180,8 @@ async def test_who_follows_a_job_waits_for_redis(monkeypatch):
             for _ in range(3):
                 with pytest.raises(UnavailableError):
                     await link.execute("PING")
-            assert not following.done()
+            assert "waiting" in (await following).text
+            following = asyncio.ensure_future(anext(follower))
             await asyncio.to_thread(server.start)
             await jobs.end(claimed.claim, JobState.DONE)
             assert (await following).state is JobState.DONE
@@ -192,11 +193,13 @@ async def test_who_follows_a_job_waits_for_redis(monkeypatch):
             await follower.aclose()
             other = replace(spec, id=JobId("k"))
             await jobs.submit(other, b"definition")
-            following = asyncio.ensure_future(anext(events.follow(other.id, deadline_s=PATIENT_S)))
+            follower = events.follow(other.id, deadline_s=PATIENT_S)
+            following = asyncio.ensure_future(anext(follower))
             await eventually(lambda: b"cmd=xread" in clients(server))
             server.kill()
+            assert "waiting" in (await following).text
             with pytest.raises(UnavailableError, match="Redis at"):
-                await following
+                await anext(follower)
 
 
 def clients(server: RedisServer) -> bytes:
