@@ -105,6 +105,18 @@ async def test_a_write_is_replicated_when_a_replica_has_it(primary, replica):
         there.close()
 
 
+async def test_what_another_wrote_is_replicated_too(primary, replica):
+    """What was read and is to be acted on counts like what was written, also for who has written nothing."""
+    async with linked(primary, wait_replicas=1) as link, linked(primary, wait_replicas=1) as other:
+        await other.execute("PING")
+        with frozen(replica):
+            await link.execute("SET", "a", "1")
+            assert await other.execute("GET", "a") == b"1"
+            assert not await other.replicated(0.2, since=other.drops)
+
+        assert await other.replicated(5.0, since=other.drops)
+
+
 async def test_more_replicas_than_there_are_never_have_it(primary, replica):
     """A farm that wants two replicas deletes nothing while there is one."""
     async with linked(primary, wait_replicas=2) as link:
