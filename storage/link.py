@@ -263,7 +263,8 @@ class RedisLink:
             self._on_answer(call)
 
     def _on_answer(self, call: _Call) -> None:
-        elsewhere = [reply for reply in call.replies if is_elsewhere(reply)]
+        # Its type first, as every reply comes by here.
+        elsewhere = [reply for reply in call.replies if isinstance(reply, ReplyError) and is_elsewhere(reply)]
         if elsewhere and (call.may_repeat or len(elsewhere) == call.count):
             if not self._bounced:
                 self._failures += 1
