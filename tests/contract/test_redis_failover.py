@@ -388,6 +388,18 @@ async def test_a_commit_that_was_lost_leaves_a_lazy_blob(watched):
         assert outcome == Present(blob=blob(again))
 
 
+async def test_sentinels_need_no_password_where_the_primary_wants_one(watched, tmp_path):
+    """They are shown the primary's, may refuse it, and are believed all the same."""
+    secret = tmp_path / "password"
+    secret.write_text("s3cret")
+    with contextlib.closing(watched.primary.link()) as admin:
+        admin.execute("CONFIG", "SET", "requirepass", "s3cret")
+    async with linked(watched, password_file=str(secret)) as link:
+        assert await link.execute("PING") == b"PONG"
+        with contextlib.closing(connect_sync(replace(watched.config, password_file=str(secret)))) as sync:
+            assert sync.execute("PING") == b"PONG"
+
+
 async def test_no_sentinel_that_knows_the_name_is_said(watched):
     """A name that none of them knows, and sentinels that aren't there: the deadline's error says which."""
     nobody = "redis+sentinel://127.0.0.1:1"
