@@ -62,6 +62,9 @@ class RayConfig:
     address: str = ""
     #: File with the cluster's auth token; "" for none.
     token_file: str = ""
+    #: ``redis://HOST:PORT`` that keeps the state of the cluster that is started, so that its head may die and come
+    #: back; "" keeps it with the head.
+    gcs_redis: str = ""
     #: Nodes to start on this machine.
     nodes: int = 1
     #: CPUs that each started node offers to jobs.

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from cluster.config import Config, RegistryConfig
 from cluster.errors import ConfigError
-from cluster.redis_url import parse_redis_url
+from cluster.redis_url import RedisKind, parse_redis_url
 
 _KIB = 1024
 _MIB = 1024**2
@@ -310,6 +310,20 @@ def _ray_address(text: str) -> str:
     return ""
 
 
+def _gcs_redis(text: str) -> str:
+    if not text:
+        return ""
+    try:
+        url = parse_redis_url(text)
+    except ValueError as exc:
+        return str(exc)
+    if url.username or url.password:
+        return "holds a user or a password, which Ray would show on a command line"
+    if url.kind is not RedisKind.SERVER or url.path or url.database:
+        return "must be redis[s]://HOST:PORT of one server: Ray knows no sentinels and no databases"
+    return ""
+
+
 def _mirrors(hosts: tuple[str, ...]) -> str:
     wrong = [host for host in hosts if not _HOST.fullmatch(host)]
     if wrong:
@@ -338,6 +352,7 @@ RULES: dict[str, Callable[[Any], str]] = {
     "s3.region": _matches(_REGION, "1 to 64 letters, digits and -"),
     "s3.bucket": _matches(_BUCKET, "3 to 63 of a-z, 0-9, . and -, a letter or digit at both ends"),
     "ray.address": _ray_address,
+    "ray.gcs_redis": _gcs_redis,
     "ray.dashboard": lambda _: "",
     "node.root": _absolute,
     "node.snapshotter": _one_of("auto", "overlay", "copying"),
@@ -439,6 +454,11 @@ RELATIONS: tuple[Relation, ...] = (
         ("ray.object_store_bytes", "ray.node_memory_bytes"),
         lambda c: c.ray.object_store_bytes <= c.ray.node_memory_bytes,
         "must be at most ray.node_memory_bytes: it is a part of it",
+    ),
+    Relation(
+        ("ray.gcs_redis", "ray.address"),
+        lambda c: not (c.ray.gcs_redis and c.ray.address),
+        "is set although ray.address names a cluster: where that one keeps its state is its own affair",
     ),
     *_own("redis.password_file", "redis.url", "password"),
     *_own("s3.credentials_file", "s3.endpoint", "keys"),

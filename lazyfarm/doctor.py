@@ -263,15 +263,17 @@ def _redis(settings: FarmSettings) -> Iterator[Finding]:
         after_s = time.time()
         check_policy(link, Keys(settings.config.farm.name))
         facts = _facts(link.execute("INFO", may_repeat=True))
+        place = link.address.shown
     finally:
         link.close()
     took_ms = (after_s - before_s) * 1000.0
     yield Finding(
         check="redis",
         ok="ok",
-        detail=f"{facts.get('redis_version', '?')} at {config.url}, noeviction, {took_ms:.1f} ms",
+        detail=f"{facts.get('redis_version', '?')} at {config.url} ({place}), noeviction, {took_ms:.1f} ms",
     )
     yield _persistence(facts)
+    yield from _replicas(int(facts.get("connected_slaves", 0)), config.wait_replicas)
     yield _clock(int(seconds) + int(micros) / 1e6, before_s, after_s)
 
 
@@ -291,6 +293,26 @@ def _persistence(facts: Mapping[str, str]) -> Finding:
             advice="look for a full disk under Redis's data directory",
         )
     return Finding(check="redis persistence", ok="ok", detail="append-only file")
+
+
+def _replicas(connected: int, wanted: int) -> Iterator[Finding]:
+    """Judge how many replicas there are by how many must have a write before an object is deleted for its sake."""
+    if connected < wanted:
+        yield Finding(
+            check="redis replicas",
+            ok="fail",
+            detail=f"{connected} of {wanted} that redis.wait_replicas asks for: nothing is deleted from S3",
+            advice="start them, or lower redis.wait_replicas",
+        )
+    elif connected and not wanted:
+        yield Finding(
+            check="redis replicas",
+            ok="warn",
+            detail=f"{connected}, and redis.wait_replicas is 0: a fail-over may name objects that were deleted",
+            advice="set redis.wait_replicas to 1",
+        )
+    elif connected:
+        yield Finding(check="redis replicas", ok="ok", detail=f"{connected}, {wanted} of which a deletion waits for")
 
 
 def _clock(redis_wall_s: float, before_s: float, after_s: float) -> Finding:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cluster.config import RedisConfig
 from cluster.errors import UnavailableError, UnsafeStoreError
-from cluster.redis_url import Place, RedisKind
-from storage.address import RedisAddress, redis_address
+from cluster.redis_url import RedisKind
+from storage.address import redis_address
 from storage.keys import Keys
+from storage.replication import read_replication
 from storage.sync_link import SyncLink
 
 if TYPE_CHECKING:
@@ -50,30 +49,23 @@ def check_policy(link: SyncLink, keys: Keys) -> None:
         UnsafeStoreError: it may evict keys when its memory is full, or is older than 6.2.
     """
     link.execute("EXISTS", keys.nodes, may_repeat=True)  # of a cluster's nodes, to the one that has them
-    facts = _facts(link)
-    _judge(link.address.shown, facts)
-    for replica in _replicas(link.address, facts):
-        other = SyncLink(replica)
-        with contextlib.suppress(UnavailableError), contextlib.closing(other):
-            _judge(replica.shown, _facts(other))
+    info = _info(link)
+    _judge(link.address.shown, info)
+    timeout_s = min(_REPLICA_S, link.address.timeout_s)
+    for place in read_replication(info).places:
+        replica = replace(link.address.moved_to(place), kind=RedisKind.SERVER, timeout_s=timeout_s)
+        with contextlib.suppress(UnavailableError), contextlib.closing(SyncLink(replica)) as other:
+            _judge(replica.shown, _info(other))
 
 
-def _facts(link: SyncLink) -> dict[str, str]:
+def _info(link: SyncLink) -> bytes:
     # INFO and not CONFIG GET: managed servers forbid CONFIG.
     info: bytes = link.execute("INFO", may_repeat=True)
-    return dict(line.partition(":")[::2] for line in info.decode().splitlines())
+    return info
 
 
-def _replicas(primary: RedisAddress, facts: Mapping[str, str]) -> Iterator[RedisAddress]:
-    """Return where the replicas are that INFO names: ``slave0:ip=…,port=…,state=online,…``."""
-    for name, value in facts.items():
-        if re.fullmatch("slave[0-9]+", name):
-            said = dict(field.partition("=")[::2] for field in value.split(","))
-            place = Place(said["ip"], int(said["port"]))
-            yield replace(primary.moved_to(place), kind=RedisKind.SERVER, timeout_s=min(_REPLICA_S, primary.timeout_s))
-
-
-def _judge(store: str, facts: Mapping[str, str]) -> None:
+def _judge(store: str, info: bytes) -> None:
+    facts = dict(line.partition(":")[::2] for line in info.decode().splitlines())
     version = facts.get("redis_version", "")
     policy = facts.get("maxmemory_policy", "")
     try:

@@ -19,6 +19,7 @@ Three promises that pools have broken elsewhere:
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -31,10 +32,13 @@ from storage.protocol import Argument, Command, pack, pack_all
 from storage.redis_connection import RETRY_FIRST_S, RETRY_MOST_S, Connection, Reply, open_primary
 from storage.redis_primary import RedisPrimary
 from storage.redis_subscriptions import Subscriptions
+from storage.replication import read_replication
 from storage.scripts import Script, script
 from storage.translate import error_code, is_elsewhere, translate_reply
 
 _NOT_IN_TIME = "no connection in time"
+#: Seconds between looks at what replicas have.
+_REPLICATION_LOOK_S = 0.05
 
 
 class _Call:
@@ -142,24 +146,30 @@ class RedisLink:
         lost what it lost and then answers for the rest, hence *since*:
 
             since = link.drops
-            await link.run(…)  # any number of writes
-            if await link.replicated(1.0, since=since): …
-
-        The connection waits, and whoever shares it: use a :meth:`clone`.
+            await link.run(…)  # any number of writes, or reads of what others wrote
+            if await link.replicated(3.0, since=since): …
 
         Args:
-            timeout_s: Seconds to wait for the replicas; at most half of what a command may take.
-            since: What :attr:`drops` was before the first of these writes.
+            timeout_s: Seconds to wait for the replicas. They say once a second what they have.
+            since: What :attr:`drops` was before the first of these commands.
 
         Raises:
             UnavailableError: no answer. It may yet be lost.
         """
+        # Not WAIT, which since Redis 7.2 goes by what the connection itself has written: after a read it says yes at
+        # once. And it would hold up whoever shares the connection.
         wanted = self.address.wait_replicas
-        reached = 0
-        if wanted and self._drops == since:
-            wait_ms = max(1, round(min(timeout_s, self.address.timeout_s / 2) * 1000))
-            reached = int(await self.execute("WAIT", wanted, wait_ms))
-        return reached >= wanted and self._drops == since
+        written: int | None = None
+        give_up_s = time.monotonic() + timeout_s
+        while wanted and self._drops == since:
+            told = read_replication(await self.execute("INFO", "replication", may_repeat=True))
+            written = told.written if written is None else written
+            if sum(received >= written for received in told.received) >= wanted:
+                break
+            if time.monotonic() >= give_up_s:
+                return False
+            await asyncio.sleep(_REPLICATION_LOOK_S)
+        return self._drops == since
 
     def run_soon(self, name: str, prefix: str, *args: Argument) -> None:
         """Send the script without waiting; its outcome is nobody's affair. What is submitted later runs later.
@@ -253,7 +263,8 @@ class RedisLink:
             self._on_answer(call)
 
     def _on_answer(self, call: _Call) -> None:
-        elsewhere = [reply for reply in call.replies if is_elsewhere(reply)]
+        # Its type first, as every reply comes by here.
+        elsewhere = [reply for reply in call.replies if isinstance(reply, ReplyError) and is_elsewhere(reply)]
         if elsewhere and (call.may_repeat or len(elsewhere) == call.count):
             if not self._bounced:
                 self._failures += 1
@@ -280,7 +291,8 @@ class RedisLink:
         before = self._primary.address
         while self._waiting:
             if self._failures:
-                await asyncio.sleep(min(RETRY_FIRST_S * 2 ** (self._failures - 1), RETRY_MOST_S))
+                # The exponent is bounded: after an hour without a server it would be no float any more.
+                await asyncio.sleep(min(RETRY_FIRST_S * 2 ** min(self._failures - 1, 10), RETRY_MOST_S))
             try:
                 connection = await open_primary(self._primary, self._on_reply, self._on_lost)
             except UnavailableError as exc:

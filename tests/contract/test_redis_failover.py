@@ -13,9 +13,13 @@ from cluster.config import RedisConfig
 from cluster.digest import digest_of
 from cluster.errors import DeadlineExceededError, StaleFenceError, UnavailableError, UnsafeStoreError
 from cluster.flight.values import Fence, Owned, Present, UploadState
+from cluster.job import JobId, JobSpec, JobState, JobWarning
 from cluster.lease import LeaseId, blob_resource
+from cluster.messages import SessionInfo
 from cluster.ref import BlobRecord
 from storage.connect import check_policy, connect, connect_sync
+from storage.job_events import RedisJobEvents
+from storage.jobs import RedisJobStore
 from storage.keys import Keys
 from storage.renewer import RedisFlightRenewer
 from tests.doubles.redis import (
@@ -101,6 +105,18 @@ async def test_a_write_is_replicated_when_a_replica_has_it(primary, replica):
         there.close()
 
 
+async def test_what_another_wrote_is_replicated_too(primary, replica):
+    """What was read and is to be acted on counts like what was written, also for who has written nothing."""
+    async with linked(primary, wait_replicas=1) as link, linked(primary, wait_replicas=1) as other:
+        await other.execute("PING")
+        with frozen(replica):
+            await link.execute("SET", "a", "1")
+            assert await other.execute("GET", "a") == b"1"
+            assert not await other.replicated(0.2, since=other.drops)
+
+        assert await other.replicated(5.0, since=other.drops)
+
+
 async def test_more_replicas_than_there_are_never_have_it(primary, replica):
     """A farm that wants two replicas deletes nothing while there is one."""
     async with linked(primary, wait_replicas=2) as link:
@@ -127,6 +143,80 @@ async def test_a_write_before_a_lost_connection_is_not_known_to_be_replicated(pr
         assert not await link.replicated(5.0, since=since)
         await link.execute("SET", "a", "1")
         assert await link.replicated(5.0, since=link.drops)
+
+
+# -- a restart ------------------------------------------------------------------------------------------
+
+
+async def test_what_was_acknowledged_outlives_a_kill():
+    """With an append-only file: an owner goes on where it was, and leases, uploads and blobs are there."""
+    with redis_server(BINARY, "--appendonly", "yes", "--appendfsync", "everysec") as server:
+        redis = RedisFarm(replace(server.config, timeout_s=PATIENT_S))
+        stores = redis.stores()
+        await stores.leases.create(LeaseId("l"), ttl_s=None)
+        await stores.leases.attach(LeaseId("l"), [KEY])
+        fence = await own(stores, "n0")
+        await stores.flights.begin_upload(fence, UploadState(key="blobs/n0", upload_id="u", part_bytes=5 << 20))
+        await stores.flights.record_part(fence, 1, "e")
+
+        server.kill()
+        server.start()
+
+        await stores.flights.record_part(fence, 2, "f")
+        again = await stores.flights.join(KEY, worker="n0", token=fence.token, ttl_s=PATIENT_S)
+        assert isinstance(again, Owned)
+        assert again.fence == fence
+        assert again.upload is not None
+        assert again.upload.parts == {1: "e", 2: "f"}
+        await stores.flights.commit(fence, blob(fence))
+        assert "l" in await stores.leases.holders(KEY)
+        await redis.close()
+
+
+async def test_who_follows_a_job_waits_for_redis(monkeypatch):
+    """Away for longer than a command may take: the follower goes on where it was; away for too long, it says so."""
+    target = digest_of(b"target")
+    spec = JobSpec(
+        id=JobId("j"), definition=target, targets=(target,), session=SessionInfo(session_id="s"), is_detached=True
+    )
+    with redis_server(BINARY, "--appendonly", "yes") as server:
+        async with linked(server, timeout_s=0.3) as link:
+            jobs, events = RedisJobStore(link, Keys("farm")), RedisJobEvents(link, Keys("farm"))
+            await jobs.submit(spec, b"definition")
+            (claimed,) = await jobs.claim("scheduler", ttl_s=PATIENT_S, most=1)
+            await events.publish(spec.id, [JobWarning(text="one")])
+            follower = events.follow(spec.id, deadline_s=PATIENT_S)
+            assert (await anext(follower)).text == "one"
+            following = asyncio.ensure_future(anext(follower))
+            server.kill()
+            for _ in range(3):
+                with pytest.raises(UnavailableError):
+                    await link.execute("PING")
+            assert "waiting" in (await following).text
+            following = asyncio.ensure_future(anext(follower))
+            await asyncio.to_thread(server.start)
+            await jobs.end(claimed.claim, JobState.DONE)
+            assert (await following).state is JobState.DONE
+            await follower.aclose()
+
+            monkeypatch.setattr("storage.job_events._AWAY_S", 0.5)
+            follower = events.follow(spec.id, deadline_s=PATIENT_S)
+            assert (await anext(follower)).text == "one"
+            await follower.aclose()
+            other = replace(spec, id=JobId("k"))
+            await jobs.submit(other, b"definition")
+            follower = events.follow(other.id, deadline_s=PATIENT_S)
+            following = asyncio.ensure_future(anext(follower))
+            await eventually(lambda: b"cmd=xread" in clients(server))
+            server.kill()
+            assert "waiting" in (await following).text
+            with pytest.raises(UnavailableError, match="Redis at"):
+                await anext(follower)
+
+
+def clients(server: RedisServer) -> bytes:
+    with contextlib.closing(server.link()) as link:
+        return link.execute("CLIENT", "LIST")
 
 
 # -- a server that is no primary ------------------------------------------------------------------------
@@ -296,6 +386,18 @@ async def test_a_commit_that_was_lost_leaves_a_lazy_blob(watched):
 
         outcome = await stores.flights.join(KEY, worker="n2", token="t", ttl_s=PATIENT_S)
         assert outcome == Present(blob=blob(again))
+
+
+async def test_sentinels_need_no_password_where_the_primary_wants_one(watched, tmp_path):
+    """They are shown the primary's, may refuse it, and are believed all the same."""
+    secret = tmp_path / "password"
+    secret.write_text("s3cret")
+    with contextlib.closing(watched.primary.link()) as admin:
+        admin.execute("CONFIG", "SET", "requirepass", "s3cret")
+    async with linked(watched, password_file=str(secret)) as link:
+        assert await link.execute("PING") == b"PONG"
+        with contextlib.closing(connect_sync(replace(watched.config, password_file=str(secret)))) as sync:
+            assert sync.execute("PING") == b"PONG"
 
 
 async def test_no_sentinel_that_knows_the_name_is_said(watched):

@@ -120,6 +120,13 @@ async def test_nobody_there_is_unavailable():
         await link.execute("PING")
 
 
+async def test_a_server_that_was_away_for_long_is_found(server):
+    """However often in a row it could not be reached."""
+    async with linked(server, timeout_s=5) as link:
+        link._failures = 5000
+        assert await link.execute("PING") == b"PONG"
+
+
 async def test_a_command_that_makes_no_sense_is_our_bug(redis_any):
     """An error reply to a wrong command is InternalError; those beside it are not touched."""
     async with linked(redis_any) as link:

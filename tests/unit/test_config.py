@@ -212,6 +212,16 @@ def test_a_ray_address_is_host_and_port(address):
     assert reasons({"ray": {"address": "head.internal:6379"}}) == {}
 
 
+@pytest.mark.parametrize(
+    "url", ["h:1", "redis://h:1/2", "redis://me@h:1", "redis://:hunter2@h:1", "redis+cluster://h:1", "unix:///x"]
+)
+def test_ray_keeps_its_state_on_one_open_server(url):
+    """Ray shows what it is given on a command line, and knows neither databases nor several places."""
+    told = reasons({"ray": {"gcs_redis": url}})["ray.gcs_redis"]
+    assert "hunter2" not in told
+    assert reasons({"ray": {"gcs_redis": "redis://127.0.0.1:6380"}}) == {}
+
+
 @pytest.mark.parametrize("host", ["https://ghcr.io", "ghcr.io/x", "", "-a"])
 def test_registries_are_named_by_host(host):
     """A scheme or a path would never match a reference's host: the section would silently not hold."""
@@ -236,6 +246,7 @@ BROKEN_RELATIONS = [
     ("fetch.parallel_from_bytes", {"fetch": {"parallel_from_bytes": 6 * 1024**2}}),
     ("node.cache_bytes", {"node": {"cache_bytes": 6 * 1024**2}}),
     ("ray.object_store_bytes", {"ray": {"object_store_bytes": 3 * 1024**3}}),
+    ("ray.gcs_redis", {"ray": {"address": "h:1", "gcs_redis": "redis://h:1"}}),
     ("redis.password_file", {"redis": {"password_file": "/x"}}),
     ("s3.credentials_file", {"s3": {"credentials_file": "/x"}}),
     ("ray.token_file", {"ray": {"token_file": "/x"}}),
