@@ -13,8 +13,8 @@ from storage.link import RedisLink
 from storage.refs import BLOB, IMAGE
 from storage.turns import turn
 
-#: Seconds that a deletion waits for the replicas, and is put off for where they don't come.
-_WAIT_S = 2.0
+#: Seconds that a deletion waits for the replicas; where they don't have it all by then it is for another time.
+_REPLICATED_S = 5.0
 #: Keys looked at by one SCAN, and records by one call.
 _BATCH = 500
 
@@ -98,15 +98,10 @@ class RedisCollectStore:
 
     async def due(self, most: int) -> list[Doomed]:
         """Return objects that may be deleted now."""
-        # A link of its own: what waits for replicas holds up whatever comes after it.
-        link = self._link.clone()
-        try:
-            since = link.drops
-            found = await link.run("objects_due", self._prefix, most, may_repeat=True)
-            if not found or not await link.replicated(_WAIT_S, since=since):
-                return []
-        finally:
-            await link.close()
+        since = self._link.drops
+        found = await self._link.run("objects_due", self._prefix, most, may_repeat=True)
+        if not found or not await self._link.replicated(_REPLICATED_S, since=since):
+            return []
         split = (text.decode().split(" ", 1) for text in found)
         return [Doomed(Digest(digest), key) for digest, key in split]
 

@@ -15,7 +15,6 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``children:REF`` | set | refs on top of it; one that is no record any more counts for nothing |
 | ``users:DIGEST`` | set | refs whose blob it is; likewise |
 | ``deleting`` | zset | ``DIGEST KEY`` of an object that nothing names any more → when it may be deleted, milliseconds |
-| ``deleting:asked`` | string, a day | when somebody last asked what may be deleted, milliseconds |
 | ``turn:WORK`` | string, seconds | token of who does it: what one process at a time is enough for |
 | ``blob:DIGEST`` | string | payload ``blob`` (:class:`cluster.ref.BlobRecord`): the blob is present |
 | ``absent:DIGEST`` | string, a week | why a blob that was present was found gone or damaged |

@@ -5,8 +5,6 @@
 -- return  a list of 'DIGEST KEY', the longest due first
 -- include: time
 local prefix, now = KEYS[1], now_ms()
--- A write, so that a WAIT on this connection tells of all that was written before, by whomever.
-redis.call('SET', prefix .. ':deleting:asked', now, 'EX', 86400)
 local due = {}
 for _, doomed in ipairs(redis.call('ZRANGEBYSCORE', prefix .. ':deleting', '-inf', now, 'LIMIT', 0, ARGV[1])) do
   local digest, key = string.match(doomed, '^(%S+) (.+)$')
