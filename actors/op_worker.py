@@ -16,6 +16,7 @@ from actors.session_host import SessionServer
 from actors.shell import answers
 from cluster.descriptor import Compression
 from cluster.errors import ClusterError
+from cluster.faultpoints import FaultPoint, ahit
 from cluster.graph import decode_vertex
 from cluster.op_messages import ContentKeyRequest, ContentKeyResult, RunOpRequest, RunOpResult, WatchOpRequest
 from cluster.ref import RefId
@@ -147,7 +148,9 @@ class OpWorker(SessionServer):
                     log=told.tell,
                     timeout_s=request.timeout_s,
                 )
+                await ahit(FaultPoint.RESULT_RECORDED)
                 await parts.keys.publish(request.keys, Result(ref=ref, config=request.config))
+                await ahit(FaultPoint.RESULT_PUBLISHED)
                 await self._note_here(parts, ref)
         except BaseException as exc:
             bound.warning(

@@ -23,6 +23,7 @@ from actors.session_host import SessionServer
 from actors.workers import Workers
 from cluster.digest import Digest
 from cluster.errors import ClusterError, InternalError, JobEndedError, JobNotFoundError, LeaseLostError, StaleFenceError
+from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.cache_import import ImportedResult
 from cluster.graph import Definition, decode_definition
 from cluster.job import ClaimedJob, ClaimState, JobClaim, JobEvent, JobId, JobSpec, JobState, JobWarning, registries_of
@@ -223,7 +224,9 @@ class SolverScheduler(SessionServer):
         bound = log.bind(job=job, trace=run.spec.session.trace)
         bound.info("job.started", fence=run.claim.fence, detached=run.spec.is_detached)
         try:
+            await ahit(FaultPoint.JOB_CLAIMED)
             outcome = await self._outcome(parts, run, claimed)
+            await ahit(FaultPoint.JOB_END_BEFORE)
             await self._end(parts, run, outcome)
         finally:
             parts.dispatcher.forget(job)

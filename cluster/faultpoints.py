@@ -81,6 +81,14 @@ class FaultPoint(StrEnum):
     COLLECT_REMOVED = "collect.removed", "some refs are gone, and others that are to go are not"
     COLLECT_OBJECT_DELETED = "collect.object-deleted", "objects are deleted that are still on record as to be deleted"
     LEASE_RENEW_BEFORE = "lease.renew.before", "a lease or fence is about to be renewed"
+    JOB_CLAIMED = "job.claimed", "a scheduler has a job, nothing of it is begun"
+    JOB_END_BEFORE = "job.end.before", "all that a job wants is done, its end is not recorded"
+    OP_BEGUN = "op.begun", "an op's inputs are known, nothing is made for it"
+    OP_RAN = "op.ran", "an op's command has ended, no layer is made of what it changed"
+    LAYER_UPLOADED = "layer.uploaded", "S3 has an op's layer, which is not present"
+    LAYER_COMMITTED = "layer.committed", "an op's layer is present, held by its flight's lease and not by the job's"
+    RESULT_RECORDED = "result.recorded", "an op's ref is recorded and held, no cache key leads to it"
+    RESULT_PUBLISHED = "result.published", "cache keys lead to an op's result, who waits for it was not told"
 
 
 def listing() -> str:

@@ -399,6 +399,7 @@ class LayerStore:
         digest = uploaded.descriptor.digest
         while True:
             try:
+                await ahit(FaultPoint.LAYER_UPLOADED)
                 outcome = await self._claim(blob_resource(digest))
             except BaseException:
                 # No record names it. Once a commit was tried one may, whatever came of it.

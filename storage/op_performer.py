@@ -32,6 +32,7 @@ from cluster.errors import (
     SnapshotError,
     SourceDateError,
 )
+from cluster.faultpoints import FaultPoint, ahit
 from cluster.graph import DiffOp, FileOp, ImageOp, LocalOp, MergeOp, Op, RunOp, Vertex, content_inputs
 from cluster.lease import LeaseId, blob_resource
 from cluster.ports import LeaseStore, RefStore
@@ -145,6 +146,7 @@ class OpPerformer:
         async with _deadline(_description(vertex.op), timeout_s) as limit:
             call = _Call(name=_new_name(), op=vertex.op, lease_id=lease_id, limit=limit)
             records = await self._records(inputs)
+            await ahit(FaultPoint.OP_BEGUN)
             match vertex.op:
                 case RunOp() as op:
                     made = await self._run(call, op, records, secrets, log)
@@ -217,6 +219,7 @@ class OpPerformer:
                 await self._containers.run(
                     op, workspace.path, binds=binds, secrets=values, log=log, timeout_s=call.left_s
                 )
+            await ahit(FaultPoint.OP_RAN)
             return await self._keep(call, workspace, inputs[0], source_date_epoch=epoch)
 
     async def _file(self, call: _Call, op: FileOp, inputs: Sequence[RefRecord | None]) -> RefRecord | None:
@@ -261,6 +264,7 @@ class OpPerformer:
     async def _put(self, call: _Call, write_tar: Callable[[BinaryIO], Digest]) -> Descriptor:
         """Make the layer present, and hold it; return its descriptor."""
         stored = await self._layers.put_layer(write_tar, compression=self._compression, deadline_s=call.left_s)
+        await ahit(FaultPoint.LAYER_COMMITTED)
         await self._leases.attach(call.lease_id, [blob_resource(stored.descriptor.digest)])
         return stored.descriptor
 

@@ -11,6 +11,7 @@ import json
 import random
 import re
 import shutil
+import signal
 import ssl
 import subprocess
 import tarfile
@@ -74,7 +75,25 @@ class Registry:
     tls: ssl.SSLContext | None = None
     #: Scope to Authorization header, for :meth:`call`; None where it asks for none.
     authorize: Callable[[str], str] | None = None
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _seen: int = field(default=0, repr=False)
+
+    def start(self) -> None:
+        """Start it, with its blobs, at the address that it had before."""
+        file = self.directory / "config.yml"
+        if self.host:
+            document = json.loads(file.read_text())
+            document["http"]["addr"] = self.host
+            file.write_text(json.dumps(document))
+        with (self.directory / "access.log").open("ab") as access, (self.directory / "server.log").open("wb") as server:
+            self.process = subprocess.Popen([BINARY, "serve", str(file)], stdout=access, stderr=server)
+        self.host = _await_start(self.process, self.directory / "server.log")
+
+    def stop(self, by: signal.Signals = signal.SIGKILL) -> None:
+        """End it by that signal."""
+        if self.process is not None:
+            self.process.send_signal(by)
+            self.process.wait()
 
     @property
     def url(self) -> str:
@@ -199,16 +218,13 @@ def docker_registry(
         document.update(config or {})
         # Port 0: the kernel chooses, and the log says which.
         document["http"] = {"addr": "127.0.0.1:0", "secret": "one-for-all", **document.get("http", {})}
-        file = directory / "config.yml"
-        file.write_text(json.dumps(document))  # YAML takes JSON.
-        with (directory / "access.log").open("wb") as access, (directory / "server.log").open("wb") as server:
-            process = subprocess.Popen([BINARY, "serve", str(file)], stdout=access, stderr=server)
+        (directory / "config.yml").write_text(json.dumps(document))  # YAML takes JSON.
+        registry = Registry("", directory, tls, authorize)
         try:
-            host = _await_start(process, directory / "server.log")
-            yield Registry(host, directory, tls, authorize)
+            registry.start()
+            yield registry
         finally:
-            process.kill()
-            process.wait()
+            registry.stop()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
