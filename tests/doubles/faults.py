@@ -7,9 +7,7 @@ test gives one up: then the first process that passes the point takes it, acts, 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import hashlib
 import io
 import itertools
 import json
@@ -24,11 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import zstandard
 
 from cluster.config import S3Config
-from cluster.digest import Digest
 from cluster.faultpoints import FaultPoint
 from cluster.ref import BlobRecord
 from lazyfarm.farm import Farm
@@ -36,10 +32,9 @@ from storage.blobs import S3ContentStore
 from storage.faults import HITS_VARIABLE, PLAN_VARIABLE
 from storage.refs import BLOB
 from storage.services.local import LocalServices
-from storage.services.process import FARM_MARK, marked_pids
-from storage.services.state_dir import StateDir
+from tests.doubles.checker import CheckedFarm
 from tests.doubles.farm import RunningFarm, running_farm
-from tests.doubles.observed import ObservedFarm, eventually
+from tests.doubles.observed import eventually
 from tests.doubles.registry import Image, LayerCompression, Registry, build_image, build_layer, docker_registry
 from tests.doubles.registry_faults import RegistryFaultProxy, registry_fault_proxy
 from tests.doubles.s3_faults import Hang, S3FaultProxy
@@ -173,7 +168,7 @@ class FaultSwitches:
 
 
 @dataclass(kw_only=True)
-class BrokenFarm(ObservedFarm):
+class BrokenFarm(CheckedFarm):
     """A farm of three nodes with something to break on every side."""
 
     faults: FaultSwitches
@@ -182,7 +177,6 @@ class BrokenFarm(ObservedFarm):
     #: Between the farm and the open registry.
     proxy: RegistryFaultProxy
     registry: Registry
-    store: S3ContentStore
     #: Of images: never those of another run on the same farm.
     _seeds: Iterator[int] = field(default_factory=lambda: itertools.count(secrets.randbits(48)))
 
@@ -284,11 +278,6 @@ class BrokenFarm(ObservedFarm):
         """Return the fetch workers' pids, by node."""
         return {actor.node: actor.pid for actor in await self.actors() if actor.kind == "fetch-worker"}
 
-    def processes(self) -> set[int]:
-        """Return the pids of all of the farm's processes."""
-        mark = StateDir(self.running.state_dir).farm_id()
-        return set(marked_pids({FARM_MARK: mark}))
-
     # -- invariants --
 
     async def assert_whole(self, image: Image | None = None) -> None:
@@ -299,81 +288,6 @@ class BrokenFarm(ObservedFarm):
 
         await eventually(all_there, "three workers")
         await self.assert_consistent(image)
-
-    async def assert_consistent(self, image: Image | None = None) -> None:
-        """I2, I4 and I9: what is recorded is true, and nothing is left behind."""
-        await self._assert_nothing_left()
-        await self._assert_present_is_whole()
-        await self._assert_one_record_each(image)
-
-    async def _assert_nothing_left(self) -> None:
-        """No flight, no waiter, no recorded upload, no staging file, no mount of nothing."""
-
-        async def left() -> list[str]:
-            keys = await self.live_flights()
-            # What a fetch that nobody wanted any more had uploaded is kept for the next one; not once that is done.
-            uploads = await self.keys("upload:*")
-            done = [await self.redis("EXISTS", f"{self.prefix}:{key.removeprefix('upload:')}") for key in uploads]
-            return keys + [key for key, is_done in zip(uploads, done, strict=True) if is_done] + self.staged()
-
-        last: list[str] = []
-
-        async def nothing() -> bool:
-            last[:] = await left()
-            return not last
-
-        await eventually(nothing, lambda: f"these to go: {last}", within_s=4 * LEASE_TTL_S + 6)
-
-    def staged(self) -> list[str]:
-        """Return what is being written on the nodes, or was."""
-        nodes = self.running.state_dir / "nodes"
-        found = [str(path) for path in nodes.glob("*/cache/staging/*")]
-        return found + [str(path) for path in nodes.glob("*/snapshots/*/staging/*")]
-
-    async def _assert_present_is_whole(self) -> None:
-        """Each blob record names an object of S3 that hashes to its digest."""
-        for key in await self.keys("blob:*"):
-            value = await self.redis("GET", f"{self.prefix}:{key}")
-            if value is None:
-                continue
-            record = BLOB.decode(value)
-            assert f"blob:{record.digest}" == key
-            if record.digest not in _verified:
-                assert await asyncio.to_thread(self.digest_in_s3, record) == record.digest, f"{key} is not whole in S3"
-                _verified[record.digest] = record.key
-            assert _verified[record.digest] == record.key or (
-                await asyncio.to_thread(self.digest_in_s3, record) == record.digest
-            )
-
-    def digest_in_s3(self, record: BlobRecord) -> str:
-        """Hash what S3 has."""
-        hasher, size = hashlib.sha256(), 0
-        buffer = memoryview(bytearray(MIB))
-        with self.store.open(record.key) as stream:
-            while count := stream.readinto(buffer):
-                hasher.update(buffer[:count])
-                size += count
-        assert size == record.size_bytes
-        return f"sha256:{hasher.hexdigest()}"
-
-    async def _assert_one_record_each(self, image: Image | None) -> None:
-        """I4: one record a blob chain ID, and one snapshot a chain ID and node, by name and by content."""
-        refs = await self.keys("ref:*")
-        for key in refs:
-            _version, _kind, record = msgpack.unpackb(await self.redis("GET", f"{self.prefix}:{key}"))
-            assert key == f"ref:{record['id']}"
-        assert len(await self.redis("ZRANGE", f"{self.prefix}:refs", 0, -1)) == len(refs)
-        if image is not None:
-            digests = {layer.digest for layer in image.layers}
-            blobs = [msgpack.unpackb(await self.redis("GET", f"{self.prefix}:{key}"))[2]["blob"] for key in refs]
-            assert len([blob for blob in blobs if blob["digest"] in digests]) == len(digests)
-        for node in (self.running.state_dir / "nodes").glob("*"):
-            chains = [json.loads(path.read_bytes())["chain"] for path in node.glob("snapshots/*/s/*/snapshot.json")]
-            assert len(chains) == len(set(chains)), f"{node.name} has a chain twice"
-
-
-#: Digests whose object was read already: a second look costs as much as the first.
-_verified: dict[Digest, str] = {}
 
 
 def assert_extracted(path: str, image: Image) -> None:
