@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import secrets
@@ -47,17 +48,19 @@ def said(events: Iterable[JobEvent]) -> str:
 
 async def log_of(job: Job, text: str) -> None:
     """Wait until a job's commands say *text*."""
-    async for event in job.events():
-        if isinstance(event, VertexLog) and text in event.text:
-            return
+    async with contextlib.aclosing(job.events()) as events:
+        async for event in events:
+            if isinstance(event, VertexLog) and text in event.text:
+                return
     raise AssertionError(f"{job} ended before it said {text!r}")
 
 
 async def state_of(job: Job, name: str, state: VertexState) -> None:
     """Wait until the vertex called *name* is in *state*."""
-    async for event in job.events():
-        if isinstance(event, VertexEvent) and (event.name, event.state) == (name, state):
-            return
+    async with contextlib.aclosing(job.events()) as events:
+        async for event in events:
+            if isinstance(event, VertexEvent) and (event.name, event.state) == (name, state):
+                return
     raise AssertionError(f"{job} ended before {name!r} was {state.value}")
 
 

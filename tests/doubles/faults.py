@@ -29,6 +29,7 @@ from cluster.faultpoints import FaultPoint
 from cluster.ref import BlobRecord
 from lazyfarm.farm import Farm
 from storage.blobs import S3ContentStore
+from storage.connect import connect_sync
 from storage.faults import HITS_VARIABLE, PLAN_VARIABLE
 from storage.refs import BLOB
 from storage.services.local import LocalServices
@@ -210,6 +211,17 @@ class BrokenFarm(CheckedFarm):
     def start_redis(self) -> None:
         """Start Redis again, as ``up`` does."""
         assert LocalServices(self.running.state_dir, self.running.settings.wanted).up_redis().was_started
+
+    @contextlib.contextmanager
+    def redis_refuses_writes(self) -> Iterator[None]:
+        """Have no memory for one more write while the body runs: each is answered by an error."""
+        link = connect_sync(self.running.settings.config.redis)
+        try:
+            link.execute("CONFIG", "SET", "maxmemory", 1)
+            yield
+        finally:
+            link.execute("CONFIG", "SET", "maxmemory", 0)
+            link.close()
 
     def heal(self) -> None:
         """Disarm everything, and count anew."""

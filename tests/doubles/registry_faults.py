@@ -157,6 +157,11 @@ class RegistryFaultProxy:
         with self._lock:
             self._rules.append(_Rule(fault, of, times))
 
+    def unscript(self) -> None:
+        """Drop every rule."""
+        with self._lock:
+            self._rules.clear()
+
     def forget(self) -> None:
         """Count anew, and drop every rule."""
         with self._lock:

@@ -1,0 +1,84 @@
+"""A driver that is a process of its own: to be killed, cut off and paused, and to outlive a cluster or not.
+
+``python -m tests.doubles.driver_process STATE_DIR (extract IMAGE NODE | push IMAGE TARGET |
+build BASE GATE COMMAND | submit BASE GATE COMMAND)`` says what comes of it in lines of JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import ClusterError
+
+
+@dataclass
+class DriverProcess:
+    """One that runs."""
+
+    process: asyncio.subprocess.Process
+
+    @property
+    def pid(self) -> int:
+        """Return its process ID."""
+        return self.process.pid
+
+    async def said(self) -> dict[str, str]:
+        """Wait for what it says next; ``error`` alone where it ended without a word."""
+        assert self.process.stdout is not None
+        line = await self.process.stdout.readline()
+        found: dict[str, str] = json.loads(line) if line else {"error": "it ended"}
+        return found
+
+
+@contextlib.asynccontextmanager
+async def driver_process(state_dir: Path, *arguments: str) -> AsyncIterator[DriverProcess]:
+    """Run one; it is killed in the end."""
+    program = [sys.executable, "-m", "tests.doubles.driver_process", str(state_dir), *arguments]
+    process = await asyncio.create_subprocess_exec(
+        *program, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        yield DriverProcess(process)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def _main(state_dir: str, do: str, *arguments: str) -> None:
+    # Not before it is a process of its own: Ray is slow to import.
+    from lazyfarm.farm import Farm  # noqa: PLC0415
+    from lazyfarm.graph import cache, image  # noqa: PLC0415
+
+    async with await Farm.connect(Path(state_dir), credentials={}) as farm:
+        if do in ("extract", "push"):
+            name, where = arguments
+            ref = await farm.pull(name, plain_http=True)
+            if do == "extract":
+                _say(path=(await ref.extract(where)).path)
+            else:
+                _say(digest=(await farm.push(ref, where, plain_http=True)).digest)
+            return
+        base, gate, command = arguments
+        graph = image(base, plain_http=True).run(command, mounts=[cache("/gate", id=gate)])
+        job = await farm.solve(graph, detached=do == "submit").submitted()
+        _say(job=job.id)
+        if do == "build":
+            _say(ref=(await job).ref.id)
+
+
+def _say(**what: str) -> None:
+    print(json.dumps(what), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(_main(*sys.argv[1:]))
+    except ClusterError as exc:
+        _say(error=type(exc).__name__)
