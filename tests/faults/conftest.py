@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from storage.blobs import S3ContentStore
 from tests.doubles.builds import BuildFarm
 from tests.doubles.faults import BrokenFarm, broken_farm
 from tests.doubles.shell_image import shell_image
+from tests.faults.report import FaultsReport
 
 
 @pytest.fixture(scope="package")
@@ -48,6 +50,18 @@ def base(lab: BrokenFarm) -> str:
     tag = secrets.token_hex(8)
     lab.registry.push("shell", tag, shell_image(tag))
     return f"{lab.proxy.host}/shell:{tag}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let ``make faults`` say where its page is."""
+    parser.addoption("--faults-report", type=Path, metavar="FILE", help="write what came of the run there")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the page written, where it is asked for."""
+    file = config.getoption("--faults-report", default=None)
+    if file is not None:
+        config.pluginmanager.register(FaultsReport(file))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
