@@ -115,9 +115,8 @@ class Session:
         self._renewal = asyncio.create_task(self._keep_lease())
 
     async def _close(self, *, discard: bool) -> None:
-        tasks = [task for _count, task in self._attended.values()]
-        if self._renewal is not None:
-            tasks.append(self._renewal)
+        # All that runs here: what attends a job whose caller has just been cancelled has not ended yet.
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,6 +1,6 @@
 """A driver that is a process of its own: to be killed, cut off and paused, and to outlive a cluster or not.
 
-``python -m tests.doubles.driver_process STATE_DIR (extract IMAGE NODE | push IMAGE TARGET |
+``python -m tests.doubles.driver_process STATE_DIR (extract IMAGE NODE | push IMAGE TARGET | get REF… |
 build BASE GATE COMMAND | submit BASE GATE COMMAND)`` says what comes of it in lines of JSON.
 """
 
@@ -10,11 +10,15 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.errors import ClusterError
+
+if TYPE_CHECKING:
+    from lazyfarm.farm import Farm
 
 
 @dataclass
@@ -37,9 +41,9 @@ class DriverProcess:
 
 
 @contextlib.asynccontextmanager
-async def driver_process(state_dir: Path, *arguments: str) -> AsyncIterator[DriverProcess]:
-    """Run one; it is killed in the end."""
-    program = [sys.executable, "-m", "tests.doubles.driver_process", str(state_dir), *arguments]
+async def driver_process(state_dir: Path, *arguments: str, within: Sequence[str] = ()) -> AsyncIterator[DriverProcess]:
+    """Run one, by the command *within* where there is one; it is killed in the end."""
+    program = [*within, sys.executable, "-m", "tests.doubles.driver_process", str(state_dir), *arguments]
     process = await asyncio.create_subprocess_exec(
         *program, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
     )
@@ -57,9 +61,14 @@ async def _main(state_dir: str, do: str, *arguments: str) -> None:
     from lazyfarm.graph import cache, image  # noqa: PLC0415
 
     async with await Farm.connect(Path(state_dir), credentials={}) as farm:
+        if do == "get":
+            for ref_id in arguments:
+                await _get(farm, ref_id)
+            return
         if do in ("extract", "push"):
             name, where = arguments
             ref = await farm.pull(name, plain_http=True)
+            _say(pulled=ref.id)
             if do == "extract":
                 _say(path=(await ref.extract(where)).path)
             else:
@@ -71,6 +80,13 @@ async def _main(state_dir: str, do: str, *arguments: str) -> None:
         _say(job=job.id)
         if do == "build":
             _say(ref=(await job).ref.id)
+
+
+async def _get(farm: Farm, ref_id: str) -> None:
+    try:
+        _say(got=(await farm.get(ref_id)).id)
+    except ClusterError as exc:
+        _say(error=type(exc).__name__)
 
 
 def _say(**what: str) -> None:

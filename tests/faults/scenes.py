@@ -24,7 +24,7 @@ from actors.join import leave
 from cluster.config import S3Config
 from cluster.errors import ClusterError
 from cluster.faultpoints import FaultPoint
-from cluster.job import JobId, JobState
+from cluster.job import JobEvent, JobId, JobState
 from lazyfarm.farm import Farm
 from lazyfarm.graph import image as image_state
 from lazyfarm.jobs import open_jobs
@@ -33,7 +33,7 @@ from storage.services.process import SERVICE_MARK, marked_pids
 from storage.services.state_dir import StateDir
 from storage.services.swift import SwiftService
 from tests.doubles.builds import Gate as OpGate
-from tests.doubles.builds import log_of, wait_for
+from tests.doubles.builds import states, wait_for
 from tests.doubles.driver_process import DriverProcess, driver_process
 from tests.doubles.faults import LEASE_TTL_S, MIB, PART_BYTES, RANGES, BrokenFarm, Gate, assert_extracted, eventually
 from tests.doubles.network import cut_off, refused, silenced
@@ -280,9 +280,12 @@ class Running(UnderWay):
             await eventually(self.gate.came, "the command to run", within_s=60)
         if not scene.is_head_gone:
             driver = await scene.driver()
-            job = driver.solve(image_state(scene.base, plain_http=True).run(command, mounts=[self.gate.mount]))
-            self.result = scene.call(_ref_of(job))
-            await log_of(await job.submitted(), "at the gate")
+            events: list[JobEvent] = []
+            graph = image_state(scene.base, plain_http=True).run(command, mounts=[self.gate.mount]).named("op")
+            self.result = scene.call(_ref_of(driver.solve(graph, on_event=events.append)))
+            # What the command says was said before, where it runs for another's job already.
+            await eventually(lambda: states(events, "op"), "the job to come to it", within_s=40)
+            await eventually(self.gate.came, "the command to run", within_s=40)
 
     async def see(self) -> None:
         """Let it end."""
@@ -466,6 +469,8 @@ class Pushing(_Extracts):
 
 async def _path_of(process: DriverProcess) -> str:
     said = await process.said()
+    while "pulled" in said:
+        said = await process.said()
     return said.get("path", "")
 
 
