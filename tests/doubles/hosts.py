@@ -130,7 +130,7 @@ def host_farm(s3: S3Config, network: Network) -> Iterator[HostFarm]:
         stack.enter_context(network.up())
         near = {**environ_of(s3_proxy.config), "LAZYFARM__REDIS__URL": redis.config.url}
         far = {name: value.replace("127.0.0.1", network.gateway) for name, value in near.items()}
-        far |= {"LAZYFARM__RAY__DASHBOARD": "false", "LAZYFARM__RAY__CALL_TIMEOUT_S": "5"}
+        far |= {"LAZYFARM__RAY__DASHBOARD": "false", "LAZYFARM__RAY__CALL_TIMEOUT_S": "4"}
         settings = load_settings(root, None, near)
         running = RunningFarm(state_dir=root, settings=settings, environ={**far, **faults.environ})
         # What was begun is taken down even where not all of it came up.

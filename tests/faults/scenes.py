@@ -190,7 +190,7 @@ async def play(lab: BrokenFarm, s3: S3Config, base: str, cells: Collection[Cell]
         for each in under_way.values():
             async with asyncio.timeout(60):
                 await each.begin()
-        async with _happening(scene):
+        async with happening(scene):
             for each in under_way.values():
                 each.go_on()
         return {cell: await _outcome(each) for cell, each in under_way.items()}
@@ -497,7 +497,7 @@ _SITUATIONS: dict[Situation, type[UnderWay]] = {
 
 
 @contextlib.asynccontextmanager
-async def _happening(scene: Scene) -> AsyncIterator[None]:
+async def happening(scene: Scene) -> AsyncIterator[None]:
     """Do the fault to the part, let the body run while it lasts, and make it good."""
     if scene.is_head_gone:
         # This process is in the cluster that ends.

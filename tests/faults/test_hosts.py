@@ -87,22 +87,21 @@ async def test_a_shard_that_is_cut_off_costs_its_callers_an_error_and_nobody_els
     shards = {actor.node: actor.name for actor in await hosts.actors() if actor.kind == "cache-shard"}
     assert set(shards) == {"n0", "n1"}
     before = set(await hosts.keys("ref:*"))
-    name, _image = hosts.hosted_image(*[1000] * 8)
+    name, _image = hosts.hosted_image(*[1000] * 4)
     async with hosts.driver_on(0, "extract", name, "n0") as driver:
         assert "pulled" in await driver.said()
         assert "path" in await driver.said()
     wanted = sorted(key.removeprefix("ref:") for key in set(await hosts.keys("ref:*")) - before)
-    assert len(wanted) == 8  # one a layer, each with a shard of its own
+    assert len(wanted) == 4  # one a layer, each with a shard of its own
     lost = {ref for ref in wanted if Ring(len(shards)).shard_of(ref) == int(shards["n1"].split("@")[0][-1])}
     with hosts.network.cut_off(1):
         async with hosts.driver_on(2, "get", *wanted) as driver, asyncio.timeout(60):
             answers = [await driver.said() for _ in wanted]
     for ref, answer in zip(wanted, answers, strict=True):
-        assert (
-            (answer.get("error") in {"UnavailableError", "DeadlineExceededError"})
-            if ref in lost
-            else answer["got"] == ref
-        )
+        if ref in lost:
+            assert answer.get("error") in {"UnavailableError", "DeadlineExceededError"}
+        else:
+            assert answer == {"got": ref}
     async with hosts.driver_on(2, "get", *wanted) as again:
         for ref in wanted:
             assert await again.said() == {"got": ref}
