@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from cluster.errors import ClusterError
 
 if TYPE_CHECKING:
     from lazyfarm.farm import Farm
+
+#: Seconds after which Ray ends a driver whose cluster has lost its head; by itself it would be 60.
+HEADLESS_S = 10
 
 
 @dataclass
@@ -45,7 +49,10 @@ async def driver_process(state_dir: Path, *arguments: str, within: Sequence[str]
     """Run one, by the command *within* where there is one; it is killed in the end."""
     program = [*within, sys.executable, "-m", "tests.doubles.driver_process", str(state_dir), *arguments]
     process = await asyncio.create_subprocess_exec(
-        *program, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        *program,
+        env={**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEADLESS_S)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
     )
     try:
         yield DriverProcess(process)
