@@ -114,6 +114,8 @@ class Scene:
     here: str = _NODES[1]
     drivers: list[DriverProcess] = field(default_factory=list)
     calls: list[asyncio.Task[Any]] = field(default_factory=list)
+    #: Of drivers that are processes: by itself one would go on for 30 s after its driver's end.
+    jobs: list[JobId] = field(default_factory=list)
 
     @property
     def elsewhere(self) -> tuple[str, str]:
@@ -163,6 +165,9 @@ class Scene:
         for call in self.calls:
             call.cancel()
         await asyncio.gather(*self.calls, return_exceptions=True)
+        async with open_jobs(self.lab.running.settings) as jobs:
+            for job in self.jobs:
+                await jobs.cancel(job)
 
     async def is_joined(self, image: Image) -> None:
         """Wait until somebody waits for the flight of an image's one layer."""
@@ -261,8 +266,9 @@ class Running(UnderWay):
         """Start it, and note where it runs."""
         scene = self.scene
         for _ in range(_TRIES):
+            before = scene.lab.containers()
             await self._start()
-            (scene.here,) = scene.lab.containers()
+            (scene.here,) = (node for node, ids in scene.lab.containers().items() if ids - before.get(node, set()))
             if scene.part is not Part.RAYLET or scene.here != _HEAD:
                 return
             assert self.result is not None
@@ -277,6 +283,7 @@ class Running(UnderWay):
             do = "submit" if scene.is_head_gone else "build"
             process = await scene.driver_process(do, scene.base, self.gate.name, command)
             self.job = JobId((await process.said())["job"])
+            scene.jobs.append(self.job)
             await eventually(self.gate.came, "the command to run", within_s=60)
         if not scene.is_head_gone:
             driver = await scene.driver()
@@ -295,10 +302,6 @@ class Running(UnderWay):
             await self.gate.open_until(self.scene.call(self._ends()))
         scene = self.scene
         assert 1 <= self.gate.came() <= (2 if scene.may_run_again else 1)
-        if scene.part is Part.DRIVER and self.job is not None:
-            # By itself it would be when nobody has been there for it for 30 s.
-            async with open_jobs(scene.lab.running.settings) as jobs:
-                await jobs.cancel(self.job)
 
     async def _ends(self) -> None:
         assert self.job is not None
@@ -389,7 +392,7 @@ class Pulling(_Extracts):
 
 @dataclass
 class TakingOver(_Extracts):
-    """An owner elsewhere falls silent, and who waits for it here has just taken its fence."""
+    """An owner elsewhere falls silent, and who waits for it here has taken its fence and fetches the rest."""
 
     async def begin(self) -> None:
         """Begin a fetch elsewhere, stop its worker, and end it once the other has the fence."""
@@ -400,7 +403,8 @@ class TakingOver(_Extracts):
         pid = await first.arrival()
         await self.extract(scene.here, as_victim=True)
         await scene.is_joined(self.image)
-        second = self.hang(FaultPoint.FLIGHT_OWNED)
+        # Not before it renews its lease: held up for longer, it would be taken for silent itself.
+        second = self.hang(FaultPoint.FETCH_PART_RECEIVED)
         os.kill(pid, signal.SIGSTOP)
         try:
             assert await second.arrival() != pid
