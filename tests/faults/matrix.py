@@ -65,7 +65,7 @@ FAULTS = {
 SITUATIONS = {
     Situation.IDLE: "nothing; afterwards an image that nobody has seen is pulled and extracted",
     Situation.PULLING: "the worker here has fetched a part of a layer, a driver on another node waits for the same",
-    Situation.TAKING_OVER: "an owner elsewhere has fallen silent, the worker here has taken its fence and fetches the rest",
+    Situation.TAKING_OVER: "an owner elsewhere fell silent, the worker here took its fence and fetches the rest",
     Situation.EXTRACTING: "a layer is unpacked here, and not published yet",
     Situation.RUNNING: "a command runs here",
     Situation.PUSHING: "every layer is at the target, the manifest is not",
