@@ -21,9 +21,7 @@ pytestmark = [
 ]
 
 
-async def test_a_farm_that_is_worked_and_broken_at_random_is_whole_after_each_round(
-    lab: BrokenFarm, swift_s3: S3Config
-):
+async def test_a_farm_that_is_broken_at_random_is_whole_after_each_round(lab: BrokenFarm, swift_s3: S3Config):
     """Every call ends well, or with a typed error and well when it is made again; the checker finds nothing."""
     soak = Soak(lab, swift_s3)
     for wanted in itertools.islice(rounds(7), 2):
