@@ -73,6 +73,7 @@ SITUATIONS = {
 
 _SERVED = "both callers get every byte"
 _TAKEN_OVER = "another owner ends it with the parts that were uploaded; both callers get every byte"
+_NODE_GONE = f"another owner ends it; who wanted it on a node that is gone may be told so, and {_SERVED} in the end"
 _PUBLISHED = "one snapshot is published, with every byte"
 _PUSHED = "the target has the very manifest"
 _ONCE = "it ends well, once"
@@ -104,8 +105,8 @@ _OF_PART: dict[Part, dict[Situation, str]] = {
     Part.SCHEDULER: {Situation.RUNNING: "whoever claims its job next ends it well"},
     Part.OP_WORKER: {Situation.RUNNING: "it is run again, and ends well"},
     Part.RAYLET: {
-        Situation.PULLING: _TAKEN_OVER,
-        Situation.TAKING_OVER: _TAKEN_OVER,
+        Situation.PULLING: _NODE_GONE,
+        Situation.TAKING_OVER: _NODE_GONE,
         Situation.EXTRACTING: f"once the node is back, {_PUBLISHED}",
         Situation.RUNNING: "it ends well, here or on another node",
     },

@@ -137,7 +137,8 @@ class Scene:
     @property
     def may_fail(self) -> bool:
         """Tell whether calls may end with an error: what they need is away for longer than they try."""
-        return self.part in (Part.REDIS, Part.S3, Part.REGISTRY, Part.TOKEN_SERVER)
+        is_node_gone = self.part is Part.RAYLET and self.fault in (Fault.KILLED, Fault.RESTARTED)
+        return is_node_gone or self.part in (Part.REDIS, Part.S3, Part.REGISTRY, Part.TOKEN_SERVER)
 
     async def driver(self) -> Farm:
         """Join as a driver of this process, to the scene's end."""
@@ -546,7 +547,11 @@ async def _ended(scene: Scene) -> AsyncIterator[None]:
     if scene.part is Part.REGISTRY:
         await asyncio.to_thread(scene.source.registry.stop, by)
     else:
-        _send(await _pids(scene), by)
+        pids = await _pids(scene)
+        _send(pids, by)
+        if scene.part in (Part.REDIS, Part.S3):
+            # Started again only then: one that is about to end still looks as if it ran.
+            await eventually(lambda: not any(map(_runs, pids)), f"{scene.part} to end")
     yield
     if scene.fault is Fault.KILLED and scene.part in (Part.REDIS, Part.S3, Part.REGISTRY):
         await asyncio.sleep(HOLD_S)
@@ -644,6 +649,13 @@ def _send(pids: Collection[int], what: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, what)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _port(url: str) -> int:
