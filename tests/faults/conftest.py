@@ -61,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Have the page written, where it is asked for."""
     file = config.getoption("--faults-report", default=None)
     if file is not None:
-        config.pluginmanager.register(FaultsReport(file))
+        config.pluginmanager.register(FaultsReport(file, config.cache))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -49,6 +49,7 @@ class Situation(StrEnum):
     EXTRACTING = "extracting"
     RUNNING = "running an op"
     PUSHING = "pushing"
+    COLLECTING = "collecting"
 
 
 #: What each fault is, to the letter.
@@ -69,6 +70,7 @@ SITUATIONS = {
     Situation.EXTRACTING: "a layer is unpacked here, and not published yet",
     Situation.RUNNING: "a command runs here",
     Situation.PUSHING: "every layer is at the target, the manifest is not",
+    Situation.COLLECTING: "what nothing holds is being removed",
 }
 
 _SERVED = "both callers get every byte"
@@ -140,6 +142,7 @@ _HEAD_GONE = {
 
 #: (part, fault, situation; None: all) → why such cells are left out. The first that applies counts.
 LEFT_OUT: dict[tuple[Part | None, Fault | None, Situation | None], str] = {
+    (None, None, Situation.COLLECTING): "no release collects anything yet: there is no `prune` to be in the middle of",
     (Part.DRIVER, Fault.ERRORS, None): "nobody asks a driver anything but for credentials: see `test_sessions`",
     (Part.SCHEDULER, Fault.ERRORS, None): "an actor's errors are those of the step that fails: see the fault points",
     (Part.SHARD, Fault.ERRORS, None): "an actor's errors are those of the step that fails: see the fault points",

@@ -1,6 +1,7 @@
 """Writes ``docs/faults.md`` from a run: every cell of the matrix with its promise and its result, and every other test.
 
-Registered by ``make faults``, which runs the long ones, too.
+Registered by ``make faults``, which runs the long ones, too. Results are kept: who runs a part of the suite again
+(``PYTEST="-k Redis"``) writes the page with those, and with what the others came to when they were last run.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.matrix import FAULTS, SITUATIONS, Cell, Fault, Part, Situation, every_cell
+from tests.faults.matrix import FAULTS, SITUATIONS, Cell, Fault, Part, Situation, cells, every_cell
 
 _KEPT, _BROKEN, _NOT_RUN = "kept", "**broken**", "not run"
+#: Where pytest keeps them.
+_RESULTS = "faults/results"
 _SUMMARY = """\
-Written by `make faults` on {date} at {commit}: {kept} promises kept, {broken} broken, {not_run} not run.
+Written by `make faults` at {commit}, of {date}: {kept} promises kept, {broken} broken, {not_run} not run.
 
 Each part of a farm of three nodes meets each fault while something is under way. What is promised is checked, and
 afterwards that all is there again and nothing is left: no flight, lease, key, file, mount, container or process of
@@ -42,6 +45,7 @@ class FaultsReport:
     """Collects what came of a run, and writes it in the end."""
 
     file: Path
+    cache: pytest.Cache
     _items: dict[str, pytest.Item] = field(default_factory=dict)
     _results: dict[str, str] = field(default_factory=dict)
 
@@ -58,17 +62,31 @@ class FaultsReport:
 
     def pytest_sessionfinish(self) -> None:
         """Write it."""
-        cells: dict[Cell, str] = {}
-        others: list[Told] = []
-        for nodeid, item in self._items.items():
-            result = self._results.get(nodeid, _NOT_RUN)
-            callspec = getattr(item, "callspec", None)
-            if callspec is not None and isinstance(callspec.params.get("cell"), Cell):
-                cells[callspec.params["cell"]] = result
-            else:
-                others.append(Told(item.path.stem, item.name, _promise_of(item), result))
+        known = {str(cell): cell for cell in cells()}
         date = time.strftime("%Y-%m-%d", time.gmtime())
-        self.file.write_text(render(cells, others, date=date, commit=_commit()), encoding="utf-8")
+        kept: dict[str, dict[str, str]] = self.cache.get(_RESULTS, {})
+        for nodeid, item in self._items.items():
+            callspec = getattr(item, "callspec", None)
+            cell = callspec.params.get("cell") if callspec is not None else None
+            if nodeid in self._results:
+                kept[nodeid] = {
+                    "cell": str(cell) if isinstance(cell, Cell) else "",
+                    "module": item.path.stem,
+                    "name": item.name,
+                    "promise": _promise_of(item),
+                    "result": self._results[nodeid],
+                    "date": date,
+                }
+        self.cache.set(_RESULTS, kept)
+        results = {known[each["cell"]]: each["result"] for each in kept.values() if each["cell"] in known}
+        others = [
+            Told(each["module"], each["name"], each["promise"], each["result"])
+            for _, each in sorted(kept.items())
+            if not each["cell"]
+        ]
+        since = min((each["date"] for each in kept.values()), default=date)
+        page = render(results, others, date=date if since == date else f"{since} to {date}", commit=_commit())
+        self.file.write_text(page, encoding="utf-8")
 
 
 def _promise_of(item: pytest.Item) -> str:
@@ -81,9 +99,9 @@ def _commit() -> str:
     return said.stdout.strip() or "unknown"
 
 
-def render(cells: Mapping[Cell, str], others: Sequence[Told], *, date: str, commit: str) -> str:
+def render(results_of: Mapping[Cell, str], others: Sequence[Told], *, date: str, commit: str) -> str:
     """Return the page."""
-    results = list(cells.values()) + [told.result for told in others]
+    results = [results_of.get(cell, _NOT_RUN) for cell in cells()] + [told.result for told in others]
     left_out = [cell for cell in every_cell() if cell.why_left_out]
     lines = [
         "# Faults",
@@ -114,7 +132,7 @@ def render(cells: Mapping[Cell, str], others: Sequence[Told], *, date: str, comm
                 cell = Cell(part, fault, situation)
                 if cell.why_left_out:
                     reasons.setdefault(cell.why_left_out, []).append(cell)
-                row.append("left out" if cell.why_left_out else cells.get(cell, _NOT_RUN))
+                row.append("left out" if cell.why_left_out else results_of.get(cell, _NOT_RUN))
             lines.append(f"| {fault} | {' | '.join(row)} |")
         lines.append("")
         promises: dict[str, set[str]] = {}

@@ -33,7 +33,7 @@ def test_the_page_says_what_came_of_each_cell():
     results = dict.fromkeys(cells(), "kept")
     results[cells()[0]] = "**broken**"
     page = render(results, [Told("test_x", "test_y[a|b]", "It holds.", "kept")], date="2026-01-02", commit="abc")
-    assert f"2026-01-02 at abc: {len(cells())} promises kept, 1 broken, 0 not run" in page
+    assert f"at abc, of 2026-01-02: {len(cells())} promises kept, 1 broken, 0 not run" in page
     assert "| `test_x` test_y[a\\|b] | It holds. | kept |" in page
     for cell in every_cell():
         assert (cell.why_left_out or f"- {cell.situation}: {cell.promise}") in page
