@@ -142,7 +142,11 @@ _HEAD_GONE = {
 
 #: (part, fault, situation; None: all) → why such cells are left out. The first that applies counts.
 LEFT_OUT: dict[tuple[Part | None, Fault | None, Situation | None], str] = {
-    (None, None, Situation.COLLECTING): "no release collects anything yet: there is no `prune` to be in the middle of",
+    (
+        None,
+        None,
+        Situation.COLLECTING,
+    ): "no scene brings a collection about; `tests/property/test_collect_store.py` interleaves its steps",
     (Part.DRIVER, Fault.ERRORS, None): "nobody asks a driver anything but for credentials: see `test_sessions`",
     (Part.SCHEDULER, Fault.ERRORS, None): "an actor's errors are those of the step that fails: see the fault points",
     (Part.SHARD, Fault.ERRORS, None): "an actor's errors are those of the step that fails: see the fault points",
