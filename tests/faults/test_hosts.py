@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.cache.ring import Ring
+from cluster.cache.ring import ShardRing
 from cluster.config import S3Config
 from cluster.faultpoints import FaultPoint
 from storage.blobs import S3ContentStore
@@ -93,7 +93,7 @@ async def test_a_shard_that_is_cut_off_costs_its_callers_an_error_and_nobody_els
         assert "path" in await driver.said()
     wanted = sorted(key.removeprefix("ref:") for key in set(await hosts.keys("ref:*")) - before)
     assert len(wanted) == 4  # one a layer, each with a shard of its own
-    lost = {ref for ref in wanted if Ring(len(shards)).shard_of(ref) == int(shards["n1"].split("@")[0][-1])}
+    lost = {ref for ref in wanted if ShardRing(len(shards)).shard_of(ref) == int(shards["n1"].split("@")[0][-1])}
     with hosts.network.cut_off(1):
         async with hosts.driver_on(2, "get", *wanted) as driver, asyncio.timeout(60):
             answers = [await driver.said() for _ in wanted]
