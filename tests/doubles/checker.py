@@ -1,4 +1,4 @@
-"""What must hold of a farm once nobody wants anything of it: after every scenario, and after every cluster test."""
+"""What must hold of a farm once nobody wants anything of it: after every scenario that breaks it."""
 
 from __future__ import annotations
 
