@@ -35,6 +35,7 @@ from cluster.flight.values import (
     Failed,
     Fence,
     Joined,
+    JoinOutcome,
     Owned,
     Present,
     Progressed,
@@ -272,8 +273,8 @@ class Unlazier:
     async def _fly(self, descriptor: Descriptor, context: FlightContext[Caller]) -> _Arrival:
         """Join or own the cluster's flight until the blob is present, or the flight this waited for failed."""
         key = f"blob:{descriptor.digest}"
+        outcome = await self._join(key)
         while True:
-            outcome = await self._store.join(key, worker=self._worker, token=self._new_token(), ttl_s=self._ttl_s)
             match outcome:
                 case Present(blob=blob):
                     return _Arrival(blob=blob, bytes_fetched=0, source="present", elsewhere=True)
@@ -281,18 +282,24 @@ class Unlazier:
                     await ahit(FaultPoint.FLIGHT_OWNED)
                     with contextlib.suppress(_OwnershipLostError):
                         return await self._own(descriptor, outcome, context)
+                    outcome = await self._join(key)
                 case Joined():
                     await ahit(FaultPoint.FLIGHT_JOINED)
-                    arrival = await self._wait(key, outcome, context)
-                    if arrival is not None:
-                        return arrival
+                    ended = await self._wait(key, outcome, context)
+                    if isinstance(ended, _Arrival):
+                        return ended
+                    outcome = ended
                 case Aborting(fence_number=number, lease_remaining_s=remaining_s):
                     await self._wait_end(key, number, remaining_s)
+                    outcome = await self._join(key)
                 case _:
                     assert_never(outcome)
 
-    async def _wait(self, key: str, joined: Joined, context: FlightContext[Caller]) -> _Arrival | None:
-        """Wait for another process's flight; None: it ended without an outcome, join again.
+    async def _join(self, key: str) -> JoinOutcome:
+        return await self._store.join(key, worker=self._worker, token=self._new_token(), ttl_s=self._ttl_s)
+
+    async def _wait(self, key: str, joined: Joined, context: FlightContext[Caller]) -> _Arrival | JoinOutcome:
+        """Wait for another process's flight; where it ended without an outcome, return what joining again came to.
 
         Raises:
             ClusterError: the flight failed while we waited for it.
@@ -311,31 +318,52 @@ class Unlazier:
                 return _Arrival(blob=blob, bytes_fetched=0, source=f"flight of {joined.owner}", elsewhere=True)
             case Failed(error=error):
                 raise decode_error(error)
-            case Vacated() | None:
-                return None
+            case Vacated():
+                return await self._join(key)
             case _:
-                assert_never(ended)
+                return ended
 
     async def _hear_end(
         self, key: str, joined: Joined, context: FlightContext[Caller]
-    ) -> Committed | Failed | Vacated | None:
-        """Listen until the flight under that fence ends; None: its lease lapsed, or a poll is due."""
+    ) -> Committed | Failed | Vacated | JoinOutcome:
+        """Listen until the flight under that fence ends; return how, or what joining again came to instead.
+
+        A look at a flight that goes on costs one operation, to join it again: thousands of nodes wait for dozens of
+        layers each, and what they ask meanwhile is what a farm's Redis has to do most of.
+        """
         async with self._store.events(key) as events:
             # What ended between the join and the subscription was not heard.
             ended = await self._store.outcome(key, joined.fence_number)
-            due_s = self._clock() + min(self._poll_s, joined.lease_remaining_s + 0.05)
+            due_s = self._due_s(joined)
             while ended is None:
                 try:
                     async with asyncio.timeout(max(0.01, due_s - self._clock())):
                         event = await anext(events)
                 except (TimeoutError, StopAsyncIteration):
-                    return await self._store.outcome(key, joined.fence_number)
+                    again = await self._join(key)
+                    if not isinstance(again, Joined) or again.fence_number != joined.fence_number:
+                        return await self._unheard_end(key, joined, again)
+                    due_s = self._due_s(again)
+                    continue
                 if event.fence_number != joined.fence_number:
                     continue
                 if not isinstance(event, Progressed):
                     return event
                 context.report(event.current_bytes, event.total_bytes)
             return ended
+
+    def _due_s(self, joined: Joined) -> float:
+        """Return when to look at a flight that nothing is heard of."""
+        return self._clock() + min(self._poll_s, joined.lease_remaining_s + 0.05)
+
+    async def _unheard_end(self, key: str, joined: Joined, again: JoinOutcome) -> Committed | Failed | JoinOutcome:
+        """Return how the flight that was waited for ended, where that is known, else what joining again came to."""
+        ended = await self._store.outcome(key, joined.fence_number)
+        if not isinstance(ended, Committed | Failed):
+            return again
+        if isinstance(again, Owned):  # those who waited share the error: whoever comes next starts afresh
+            await self._store.vacate(again.fence)
+        return ended
 
     async def _leave(self, key: str) -> None:
         """Stop waiting. Whether the work goes on is the owner's affair: it may have callers of its own."""
