@@ -189,18 +189,23 @@ class VirtualRenewer:
             if not self._kept:
                 await self._changed.wait()
                 continue
-            ttl_s = min(kept.ttl_s for kept in self._kept.values())
-            due_at = attempted_at + ttl_s / (_RENEWALS if is_answered else _ATTEMPTS)
-            if is_answered and any(kept.is_new for kept in self._kept.values()):
-                due_at = -math.inf
-            due_at = min(due_at, *(kept.lost_at for kept in self._kept.values()))
-            if due_at > loop.now_s:
+            now, kept = loop.now_s, self._kept
+            round_at = attempted_at + min(one.ttl_s for one in kept.values()) / (
+                _RENEWALS if is_answered else _ATTEMPTS
+            )
+            due = {
+                name: one
+                for name, one in kept.items()
+                if round_at <= now or (is_answered and one.is_new) or one.lost_at <= now
+            }
+            if not due:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(due_at):
+                    async with asyncio.timeout_at(min(round_at, *(one.lost_at for one in kept.values()))):
                         await self._changed.wait()
                 continue
-            attempted_at = loop.now_s
-            is_answered = await self._renew(dict(self._kept), attempted_at)
+            is_answered = await self._renew(due, now)
+            if round_at <= now or not is_answered:
+                attempted_at = now
 
     async def _renew(self, kept, sent_at):
         loop = self._redis.loop
