@@ -28,7 +28,7 @@ from cluster.errors import (
 )
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.access import Admission
-from cluster.flight.runner import FlightContext, Flights
+from cluster.flight.runner import FlightContext, FlightOutcome, Flights
 from cluster.flight.values import (
     Aborting,
     Committed,
@@ -211,29 +211,7 @@ class Unlazier:
         item = _Item(self._progress, caller.streams(digest), digest, descriptor.size_bytes, self._spawn)
         try:
             async with asyncio.timeout(self._deadline_s):
-                (blob,) = await self._refs.blobs([digest])
-                if blob is not None:
-                    await self.admit(descriptor, caller, blob.source)
-                    await self._pin(caller, digest)
-                    await item.end(LayerPhase.PRESENT)
-                    return LayerFetch(
-                        digest=digest,
-                        source="present",
-                        bytes_fetched=0,
-                        seconds=self._clock() - started_s,
-                        joined=False,
-                    )
-                item.moved(LayerPhase.WAITING, 0)
-                outcome = await self._flights.run(
-                    f"blob:{digest}",
-                    lambda context: self._fly(descriptor, context),
-                    caller=caller,
-                    on_progress=lambda current, _total: item.moved(LayerPhase.FETCHING, current),
-                )
-                # Whose credentials brought it says nothing of this caller's access.
-                await self.admit(descriptor, caller, outcome.value.blob.source)
-                await ahit(FaultPoint.PIN_BEFORE)
-                await self._pin(caller, digest)
+                outcome = await self._bring_and_pin(descriptor, caller, item)
         except TimeoutError as exc:
             error = DeadlineExceededError(f"unlazy of {digest}", f"not done after {self._deadline_s:.0f} s")
             await item.end(LayerPhase.FAILED, str(error))
@@ -244,6 +222,11 @@ class Unlazier:
         except ClusterError as exc:
             await item.end(LayerPhase.FAILED, str(exc))
             raise
+        if outcome is None:
+            await item.end(LayerPhase.PRESENT)
+            return LayerFetch(
+                digest=digest, source="present", bytes_fetched=0, seconds=self._clock() - started_s, joined=False
+            )
         arrival = outcome.value
         joined = outcome.joined or arrival.elsewhere
         await item.end(LayerPhase.JOINED if joined else LayerPhase.DONE, arrival.source)
@@ -254,6 +237,35 @@ class Unlazier:
             seconds=self._clock() - started_s,
             joined=joined,
         )
+
+    async def _bring_and_pin(
+        self, descriptor: Descriptor, caller: Caller, item: _Item
+    ) -> FlightOutcome[_Arrival] | None:
+        """Make the blob present and pin it; return what its flight came to, or None where it was present."""
+        digest = descriptor.digest
+        while True:
+            (blob,) = await self._refs.blobs([digest])
+            outcome = None
+            if blob is not None:
+                await self.admit(descriptor, caller, blob.source)
+            else:
+                item.moved(LayerPhase.WAITING, 0)
+                outcome = await self._flights.run(
+                    f"blob:{digest}",
+                    lambda context: self._fly(descriptor, context),
+                    caller=caller,
+                    on_progress=lambda current, _total: item.moved(LayerPhase.FETCHING, current),
+                )
+                # Whose credentials brought it says nothing of this caller's access.
+                await self.admit(descriptor, caller, outcome.value.blob.source)
+                await ahit(FaultPoint.PIN_BEFORE)
+            await self._pin(caller, digest)
+            # t=0  the blob is seen to be present, and nobody holds it (any more)
+            # t=1  it is collected
+            # t=2  it is pinned: what this caller would hold is gone
+            (blob,) = await self._refs.blobs([digest])
+            if blob is not None:
+                return outcome
 
     async def admit(self, descriptor: Descriptor, caller: Caller, came_from: str) -> None:
         """Let *caller* have the blob's bytes; see :class:`cluster.fetch.access.Admission`."""

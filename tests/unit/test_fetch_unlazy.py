@@ -199,6 +199,28 @@ async def test_what_is_present_needs_no_flight(cluster):
     assert cluster.end_of("l2") is LayerPhase.PRESENT
 
 
+async def test_what_is_collected_before_it_is_pinned_is_fetched_again(cluster, monkeypatch):
+    """Present when looked at, gone when pinned: a hold on nothing is no result."""
+    process = cluster.process("a")
+    process.transfers.holds = False
+    await (await process.call("l1"))
+    attach, gone = cluster.leases.attach, []
+
+    async def attach_too_late(lease_id, resources):
+        if not gone:
+            gone.append(cluster.memory.blobs.pop(LAYER.digest))
+        await attach(lease_id, resources)
+
+    monkeypatch.setattr(cluster.leases, "attach", attach_too_late)
+    fetch = await (await process.call("l2"))
+    assert gone
+    assert (fetch.joined, fetch.bytes_fetched) == (False, LAYER.size_bytes)
+    assert len(process.transfers.fetches) == 2
+    assert LAYER.digest in cluster.memory.blobs
+    assert await cluster.pinned("l2")
+    assert cluster.end_of("l2") is LayerPhase.DONE
+
+
 async def test_callers_of_one_process_share_one_fetch(cluster):
     """Two callers, one transfer: one did it, the other joined, both have pinned it."""
     process = cluster.process("a")
