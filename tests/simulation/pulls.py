@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.digest import digest_of
@@ -18,12 +17,13 @@ from cluster.lease import LeaseId, blob_resource
 from cluster.provider import ProviderHandle
 from cluster.ref import RefRecord
 from tests.doubles.fetch import FakeAuthorizer, layer_of
+from tests.simulation.collection import CollectedRefs, Collector
 from tests.simulation.farm import FLIGHT_TTL_S, POLL_S, BlobLostError, Farm
 from tests.simulation.loop import all_or_nothing
-from tests.simulation.network import Weather
+from tests.simulation.network import Pipe, Weather
 from tests.simulation.services import PART_BYTES, Remote
 from tests.simulation.transfers import RANGES
-from tests.simulation.watch import RELEASED_WITHIN_S, refusal_in
+from tests.simulation.watch import refusal_in
 
 _LEASE_TTL_S = 60.0
 _PAUSE_S = 0.5
@@ -31,6 +31,8 @@ _PAUSE_S = 0.5
 _TRIES = 40
 #: Errors that say no, after which it takes that for an answer: by then it has come late to a failure, twice.
 _DEFINITE = 3
+#: Messages, one after another, from a flight's end to a caller's: its event, the pin, a last look.
+_MESSAGES = 6
 #: Repositories that have the image: which is asked first varies.
 _REPOSITORIES = ("mirror", "app")
 #: Seconds within which everything is to have ended, counted from the last fault's end.
@@ -66,12 +68,14 @@ def image_of(seed, sizes):
 class Driver:
     """One caller: a process with a lease, and what it wants of a node."""
 
-    def __init__(self, farm, machine, name, image, *, start_s):
+    def __init__(self, farm, machine, name, image, *, start_s, hold_s=None):
         self.farm = farm
         self.machine = machine
         self.name = name
         self.image = image
         self.start_s = start_s
+        #: Seconds for which it holds what it has pulled; None: for as long as it lives.
+        self.hold_s = hold_s
         self.process = farm.loop.process(name)
         self.leases = Remote(farm.redis, self.process, farm.redis.leases)
         #: Set by whoever cancels it, or lets it die.
@@ -108,10 +112,21 @@ class Driver:
                     await asyncio.sleep(_PAUSE_S * (1 + self.farm.network.rng.random()))
                 else:
                     self.done_s = self.farm.loop.now_s
+                    await self._hold()
                     return
             self.error = self.errors[-1] if self.errors else UnavailableError(self.machine.name, "it keeps dying")
         finally:
             keeping.cancel()
+
+    async def _hold(self):
+        """Hold what was pulled for a while, and let go; a lease that can't be deleted lapses."""
+        if self.hold_s is not None:
+            await asyncio.sleep(self.hold_s)
+            lease, self.lease = self.lease, None
+            try:
+                await self.leases.delete(lease)
+            except ClusterError:
+                return
 
     def cancel(self):
         """Give up, as a driver does that is interrupted."""
@@ -165,7 +180,7 @@ class Driver:
         except ClusterError as exc:
             self._check_error(exc, started_s)
             raise
-        farm.watch.promise(lease, blob_resource(digest))
+        farm.watch.promise_blob(lease, digest)
         self._check_release(fetch, digest)
         await worker.bring(ref)
 
@@ -191,7 +206,7 @@ class Driver:
         if not farm.watch.is_clear or not fetch.joined:
             return
         late_s = farm.loop.now_s - farm.watch.ended_s.get(blob_resource(digest), farm.loop.now_s)
-        farm.watch.expect("I5", late_s <= RELEASED_WITHIN_S, f"{self.name} is released {late_s:.3f} s after the end")
+        farm.watch.expect("I5", late_s <= farm.watch.soon_s, f"{self.name} is released {late_s:.3f} s after the end")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,8 +238,9 @@ class PullRun:
     #: Seconds over which drivers begin.
     stagger_s: float = 3.0
     drivers: list[Driver] = field(default_factory=list)
-    #: What else goes on meanwhile: called with this run, ends by itself.
-    beside: Callable | None = None
+    #: Collects what nobody holds; drivers then let go of what they have pulled, after this many seconds at most.
+    collects: type[CollectedRefs] | None = None
+    longest_hold_s: float = 30.0
 
     def run(self):
         """Run it, and check all invariants; violations are the watch's."""
@@ -233,6 +249,7 @@ class PullRun:
     async def _run(self):
         farm, rng = self.farm, self.farm.rng
         chaos, weather = self.chaos, farm.weather
+        farm.watch.soon_s += _MESSAGES * weather.delay_s[1]
         farm.watch.is_clear = not (chaos.pauses or chaos.cuts or chaos.outages or weather.loss or weather.late)
         for blob, ref in zip(self.image.blobs, self.image.refs, strict=True):
             farm.registry.blobs[ref.blob.digest] = blob
@@ -240,11 +257,17 @@ class PullRun:
             for number in range(self.drivers_per_node):
                 name = f"driver-{machine.name}.{number}"
                 start_s = rng.uniform(0.0, self.stagger_s)
-                self.drivers.append(Driver(farm, machine, name, self.image, start_s=start_s))
+                hold_s = None if self.collects is None else rng.uniform(0.0, self.longest_hold_s)
+                self.drivers.append(Driver(farm, machine, name, self.image, start_s=start_s, hold_s=hold_s))
+        if self.collects is not None:
+            self._collected = self.collects(farm.watch, farm.redis)
+            collector = Collector(farm, self._collected, Pipe(farm.links.node))
+            collector.process.spawn(collector.run())
         self._spoil(rng)
         self._plan(rng)
         tasks = {driver: driver.process.spawn(driver.run()) for driver in self.drivers}
-        ends_s = self.chaos.span_s + self.chaos.longest_s + _ENDS_WITHIN_S + farm.deadline_s
+        begun_s = self.stagger_s + self.longest_hold_s + self.chaos.span_s + self.chaos.longest_s
+        ends_s = begun_s + _ENDS_WITHIN_S + farm.deadline_s
         _, late = await asyncio.wait(tasks.values(), timeout=ends_s)
         names = [driver.name for driver, task in tasks.items() if task in late]
         farm.watch.expect("I5", not late, f"{names} have not ended after {ends_s:.0f} s")
@@ -347,11 +370,12 @@ class PullRun:
                 continue
             served = farm.registry.served[digest] - farm.registry.wasted[digest]
             lost = max(0, farm.watch.owned.get(blob_resource(digest), 0) - 1)
-            if self.is_calm:
+            collected = 0 if self.collects is None else self._collected.times.get(digest, 0)
+            if self.is_calm and not collected:
                 farm.watch.expect(
                     "I1", served == len(blob), f"{served} bytes are served of {len(blob)}, and all is well"
                 )
-            allowed = len(blob) + lost * max(RANGES * PART_BYTES, min(len(blob), 3 * PART_BYTES))
+            allowed = (1 + collected) * len(blob) + lost * max(RANGES * PART_BYTES, min(len(blob), 3 * PART_BYTES))
             farm.watch.expect("I1", served <= allowed, f"{served} bytes are served of {len(blob)}, {lost} owners lost")
 
     async def _start_anew(self):

@@ -6,6 +6,7 @@ import random
 
 from tests.simulation.builds import BuildChaos, BuildRun
 from tests.simulation.caches import CacheChaos, CacheRun
+from tests.simulation.collection import CollectedRefs
 from tests.simulation.farm import Farm, Links, Parts
 from tests.simulation.network import Weather
 from tests.simulation.pulls import Chaos, PullRun, image_of
@@ -46,6 +47,12 @@ CACHES = {
     "stops": (CacheChaos(pauses=1, stops=2), Weather()),
     "everything": (CacheChaos(crashes=1, pauses=1, stops=1, cuts=1), _ROUGH),
 }
+#: Pulls with collection by name: the weather. Where messages are slow, much comes between two of them.
+COLLECTIONS = {
+    "calm": Weather(),
+    "slow messages": Weather(delay_s=(0.0002, 0.5)),
+    "everything": Weather(delay_s=(0.0002, 0.5), loss=0.01),
+}
 
 
 def pull_of(name, seed, parts=None):
@@ -57,6 +64,14 @@ def pull_of(name, seed, parts=None):
     )
     image = image_of(seed, [rng.randint(8, 100) for _ in range(3)])
     return PullRun(farm=farm, image=image, chaos=chaos, drivers_per_node=rng.choice([1, 1, 2]))
+
+
+def collection_of(name, seed, collects=CollectedRefs):
+    """Return a pull over some minutes, in which what nobody holds is collected."""
+    weather, rng = COLLECTIONS[name], random.Random(seed)
+    farm = Farm(seed=seed, machines=rng.randint(3, 6), links=_LINKS, weather=weather, deadline_s=60.0)
+    image = image_of(seed, [rng.randint(8, 60) for _ in range(3)])
+    return PullRun(farm=farm, image=image, drivers_per_node=3, stagger_s=400.0, collects=collects)
 
 
 def build_of(name, seed, **broken):

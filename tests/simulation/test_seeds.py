@@ -10,12 +10,13 @@ from functools import partial
 import pytest
 
 from tests.simulation.pulls import digest_of_trace
-from tests.simulation.seeds import BUILDS, CACHES, PULLS, build_of, cache_of, pull_of
+from tests.simulation.seeds import BUILDS, CACHES, COLLECTIONS, PULLS, build_of, cache_of, collection_of, pull_of
 
-#: Seeds of each: 500 pulls, 260 builds, 260 caches.
-_PULLS, _BUILDS, _CACHES = 50, 65, 65
+#: Seeds of each: 400 pulls, 150 with collection, 240 builds, 240 caches.
+_PULLS, _COLLECTIONS, _BUILDS, _CACHES = 40, 50, 60, 60
 _RUNS = [
     *(pytest.param(partial(pull_of, name), _PULLS, id=f"pull, {name}") for name in PULLS),
+    *(pytest.param(partial(collection_of, name), _COLLECTIONS, id=f"collection, {name}") for name in COLLECTIONS),
     *(pytest.param(partial(build_of, name), _BUILDS, id=f"build, {name}") for name in BUILDS),
     *(pytest.param(partial(cache_of, name), _CACHES, id=f"cache, {name}") for name in CACHES),
 ]

@@ -9,8 +9,9 @@ import pytest
 from tests.simulation import broken
 from tests.simulation.builds import ClaimNotChecked
 from tests.simulation.caches import LeaseNotChecked
+from tests.simulation.collection import HoldersNotChecked
 from tests.simulation.farm import Parts
-from tests.simulation.seeds import build_of, cache_of, pull_of
+from tests.simulation.seeds import build_of, cache_of, collection_of, pull_of
 
 #: What is put in, the runs that it is put into, the invariant that finds it, and within how many seeds.
 PULLS = [
@@ -46,6 +47,12 @@ def test_a_broken_pull_is_found(parts, runs, name, seeds):
     """What leaves one thing out breaks the invariant that this is for; the same seeds break nothing without it."""
     assert _found(lambda seed: pull_of(runs, seed, parts), name, seeds) is not None
     assert _found(lambda seed: pull_of(runs, seed), name, seeds) is None
+
+
+def test_a_collection_that_asks_for_no_holders_is_found():
+    """What is collected under a live lease breaks I3; the same seeds collect, and break nothing, with the check."""
+    assert _found(lambda seed: collection_of("calm", seed, HoldersNotChecked), "I3", 5) is not None
+    assert _found(lambda seed: collection_of("calm", seed), "I3", 5) is None
 
 
 def test_a_job_ended_by_a_stale_scheduler_is_found():

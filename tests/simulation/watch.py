@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from cluster.digest import digest_of
 from cluster.flight.values import Aborting, Joined, Owned, Present
+from cluster.lease import blob_resource
 from cluster.wire import decode_error
 
-#: Seconds from a flight's end to the end of those who wait for it, where no message is lost: a few messages.
-RELEASED_WITHIN_S = 0.5
+#: Seconds that may pass where something is to follow at once, beside those that its messages take.
+_SOON_S = 0.4
 
 
 _REFUSAL = re.compile(r"\(answer (\d+)\)")
@@ -56,6 +57,7 @@ class Watch:
         self.violations = []
         #: True while every message gets through, in time, and nobody is stopped: then bounds on time hold, too.
         self.is_clear = True
+        self.soon_s = _SOON_S
         #: Owners of flights, by key, and how often each key was owned.
         self._owners = {}
         self.owned = {}
@@ -117,7 +119,7 @@ class Watch:
         if former is not None and was_waiting and former.worker in self.gone_s:
             took_s = self.loop.now_s - self.gone_s[former.worker]
             self.take_overs_s.append(took_s)
-            bound_s = owner.ttl_s + RELEASED_WITHIN_S
+            bound_s = owner.ttl_s + self.soon_s
             self.expect("I5", took_s <= bound_s or not self.is_clear, f"{key} is taken over after {took_s:.3f} s")
         self._owners[key] = owner
         self.owned[key] = self.owned.get(key, 0) + 1
@@ -196,6 +198,12 @@ class Watch:
         lease = self.redis.memory.leases.get(lease_id)
         is_held = not self.is_live(lease_id) or (lease is not None and resource in lease.resources)
         self.expect("I3", is_held, f"{lease_id} was told that it holds {resource}, and doesn't")
+
+    def promise_blob(self, lease_id, digest):
+        """See a caller told that a blob is present, and held by its lease."""
+        self.promise(lease_id, blob_resource(digest))
+        is_there = not self.is_live(lease_id) or digest in self.redis.memory.blobs
+        self.expect("I3", is_there, f"{lease_id} was told that it has {digest}, which is not present")
 
     def collected(self, resource):
         """See something collected."""
