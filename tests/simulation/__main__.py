@@ -14,6 +14,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Sequence
 
 import structlog
 
@@ -33,17 +34,15 @@ _STAGGER_S, _SPAN_S = 30.0, 40.0
 _SHOWN = 20
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Simulate, and print what came of it."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description="Pull in virtual time.")
     parser.add_argument("--nodes", type=int, default=2000, help="how many nodes want the image")
     parser.add_argument("--layers", type=int, default=50, help="how many layers it has")
     parser.add_argument("--seed", type=int, default=1, help="what decides everything")
     parser.add_argument("--calm", action="store_true", help="nothing goes wrong")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
-    # Next to nothing that lives for long is garbage: looking for it as often as usual takes a third of the time.
-    gc.set_threshold(100_000, 50, 100)
     run = pull(options.nodes, options.layers, options.seed, is_calm=options.calm)
     began_s = time.monotonic()
     run.run()
@@ -112,4 +111,6 @@ def _share(per_s: float) -> str:
 
 
 if __name__ == "__main__":
+    # Next to nothing that lives for long is garbage: looking for it as often as usual takes a third of the time.
+    gc.set_threshold(100_000, 50, 100)
     sys.exit(main())

@@ -98,6 +98,8 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def __init__(self):
         self.now_s = 0.0
         self.turns = 0
+        #: Turns at the clock's last step.
+        self._stepped_at = 0
         self._ready = deque()
         self._timers = []
         self._numbers = itertools.count()
@@ -151,13 +153,11 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             raise DeadlockError(f"nothing is left to happen at {self.now_s:.3f} s")
         if timers[0][0] > self.now_s:
             self.now_s = timers[0][0]
-            self._spun_since = self.turns
-        elif self.turns - self._spun_since > _SPINNING:
+            self._stepped_at = self.turns
+        elif self.turns - self._stepped_at > _SPINNING:
             raise DeadlockError(f"the clock stands still at {self.now_s:.3f} s, and something spins")
         while timers and timers[0][0] <= self.now_s:
             self._ready.append(heapq.heappop(timers)[2])
-
-    _spun_since = 0
 
     def _end_all(self):
         """End the tasks that are left: a task that is collected while it waits would run its clean-up anyway."""
