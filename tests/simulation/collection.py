@@ -9,45 +9,36 @@ from __future__ import annotations
 import asyncio
 
 from cluster.errors import ClusterError
-from cluster.lease import blob_resource, ref_resource
+from cluster.lease import blob_resource
+from storage.memory_collect import MemoryCollectStore
 from tests.simulation.services import Bucket, Remote
 
 _ROUND_S = 0.5
 _GRACE_S = 1.0
+_AT_ONCE = 100
 
 
-class CollectedRefs:
-    """The step in Redis."""
+class CollectedRefs(MemoryCollectStore):
+    """The steps in Redis, which the watch sees."""
 
     def __init__(self, watch, redis):
+        super().__init__(redis.memory)
         self._watch = watch
-        self._redis = redis
         #: How often each blob was collected.
         self.times = {}
 
-    async def condemn(self, digest):
-        """Make a blob absent unless somebody holds it; return what it was, or None."""
-        memory = self._redis.memory
-        blob = memory.blobs.get(digest)
-        if blob is None or self._is_held(digest):
-            return None
-        del memory.blobs[digest]
-        self.times[digest] = self.times.get(digest, 0) + 1
-        self._watch.collected(blob_resource(digest))
-        return blob
-
-    def _is_held(self, digest):
-        memory = self._redis.memory
-        names = {ref_resource(ref) for ref, record in memory.records.items() if record.blob.digest == digest}
-        names.add(blob_resource(digest))
-        live = (lease for lease in memory.leases.values() if memory.is_live(lease.id))
-        return any(names.intersection(lease.resources) for lease in live)
+    def _condemn(self, digest, grace_s):
+        freed = super()._condemn(digest, grace_s)
+        if freed is not None:
+            self.times[digest] = self.times.get(digest, 0) + 1
+            self._watch.collected(blob_resource(digest))
+        return freed
 
 
 class HoldersNotChecked(CollectedRefs):
     """Broken: what is to go goes, whoever holds it."""
 
-    def _is_held(self, digest):
+    def _is_held(self, resource):
         return False
 
 
@@ -64,11 +55,11 @@ class Collector:
         """Collect for ever."""
         while True:
             await asyncio.sleep(_ROUND_S * (0.5 + self._farm.network.rng.random()))
-            for digest in sorted(self._farm.redis.memory.blobs):
-                try:
-                    blob = await self._refs.condemn(digest)
-                    if blob is not None:
-                        await asyncio.sleep(_GRACE_S)
-                        await self._bucket.call("delete", blob.key)
-                except ClusterError:
-                    continue  # what is left of it is swept
+            try:
+                await self._refs.condemn(sorted(self._farm.redis.memory.blobs), grace_s=_GRACE_S)
+                doomed = await self._refs.due(_AT_ONCE)
+                for one in doomed:
+                    await self._bucket.call("delete", one.key)
+                await self._refs.deleted(doomed)
+            except ClusterError:
+                continue  # what is left of it comes with the next round
