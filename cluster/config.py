@@ -130,6 +130,10 @@ class NodeConfig:
     cache_bytes: int = 10 * 1024**3
     #: ``auto``, ``overlay`` or ``copying``.
     snapshotter: Literal["auto", "overlay", "copying"] = "auto"
+    #: Bytes that one layer may unpack to.
+    layer_bytes: int = 64 * 1024**3
+    #: Files and directories that one layer may unpack to.
+    layer_entries: int = 2_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

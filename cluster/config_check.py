@@ -233,6 +233,8 @@ RANGES: dict[str, Range] = {
     "fetch.attempts": Range(1, 100),
     "fetch.retry_budget_s": Range(0, _DAY_S),
     "node.cache_bytes": Range(5 * _MIB, 1024 * _TIB),
+    "node.layer_bytes": Range(_MIB, 1024 * _TIB),
+    "node.layer_entries": Range(1000, 1_000_000_000),
     "build.schedulers": Range(1, 64),
     "build.ops_per_node": Range(1, 1024),
     "build.op_timeout_s": Range(1, 7 * _DAY_S),
