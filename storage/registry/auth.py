@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -257,12 +258,12 @@ def _parse_token(answer: Answer, realm: str) -> tuple[str, float]:
         text = document.get("token") or document.get("access_token")
         expires_in = document.get("expires_in") or DEFAULT_EXPIRES_IN_S
         expires_in_s = float(expires_in)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         # Without its cause: that quotes the answer.
         raise RegistryProtocolError(doing, answer.status, "its answer can't be read") from None
     if not isinstance(text, str) or not text.isascii() or not text.isprintable():
         raise RegistryProtocolError(doing, answer.status, "its answer has no token")
-    return text, expires_in_s if expires_in_s > 0 else DEFAULT_EXPIRES_IN_S
+    return text, expires_in_s if 0 < expires_in_s < math.inf else DEFAULT_EXPIRES_IN_S
 
 
 def _host(key: _Key) -> str:

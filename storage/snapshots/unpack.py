@@ -164,6 +164,8 @@ class Unpacker:
         parts = split(entry.name)
         if parts is None:
             raise self._unsafe(entry.name, "its name leads out of the root")
+        if reason := tar.impossible(entry):
+            raise self._malformed(entry.name, reason)
         if not parts:
             if entry.kind != tar.DIRECTORY:
                 raise self._malformed(entry.name, "the root must be a directory")
