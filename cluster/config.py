@@ -24,8 +24,16 @@ class RedisConfig:
 
     #: ``redis://HOST:PORT/DB``, ``rediss://…`` or ``unix://…``; "" starts one.
     url: str = ""
+    #: User to log in as, with the password; "" for the URL's, else Redis's ``default``.
+    username: str = ""
     #: File that holds the password; "" for none.
     password_file: str = ""
+    #: With ``rediss://``: file with PEM certificates to trust; "" for the system's.
+    ca_file: str = ""
+    #: With ``rediss://``: PEM file with the certificate that we show; "" for none.
+    client_cert_file: str = ""
+    #: PEM file with its key; "" where it is in the same file.
+    client_key_file: str = ""
     #: Seconds that one command may take.
     timeout_s: float = 10.0
 

@@ -249,6 +249,8 @@ RANGES: dict[str, Range] = {
 _NAME = re.compile(r"[a-z0-9-]{1,32}")
 # What every S3 server takes; AWS's rules for new buckets.
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+#: Or "".
+_REDIS_USER = re.compile(r"[^\s:]{0,64}")
 _REGION = re.compile(r"[A-Za-z0-9-]{1,64}")
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _HOST_PORT = re.compile(_HOST.pattern.removesuffix("?").removesuffix("(?::[0-9]{1,5})") + r":[0-9]{1,5}")
@@ -326,6 +328,9 @@ def _absolute(text: str) -> str:
 #: Keys that name files with something to read, "" for none.
 FILES = (
     "redis.password_file",
+    "redis.ca_file",
+    "redis.client_cert_file",
+    "redis.client_key_file",
     "s3.credentials_file",
     "s3.ca_file",
     "ray.token_file",
@@ -336,6 +341,7 @@ FILES = (
 RULES: dict[str, Callable[[Any], str]] = {
     "farm.name": _matches(_NAME, "1 to 32 of a-z, 0-9 and -"),
     "redis.url": _redis_url,
+    "redis.username": _matches(_REDIS_USER, "up to 64 characters without a space or a colon"),
     "s3.endpoint": _s3_endpoint,
     "s3.region": _matches(_REGION, "1 to 64 letters, digits and -"),
     "s3.bucket": _matches(_BUCKET, "3 to 63 of a-z, 0-9, . and -, a letter or digit at both ends"),
@@ -391,6 +397,15 @@ def _own(file_key: str, address_key: str, what: str) -> Iterator[Relation]:
     )
 
 
+def _tls_only(name: str) -> Iterator[Relation]:
+    """A file of certificates means something to TLS alone."""
+    yield Relation(
+        (f"redis.{name}", "redis.url"),
+        lambda config: not getattr(config.redis, name) or config.redis.url.startswith("rediss"),
+        "is set although redis.url doesn't begin with rediss:// (or rediss+…)",
+    )
+
+
 RELATIONS: tuple[Relation, ...] = (
     Relation(
         ("flight.poll_s", "flight.lease_ttl_s"),
@@ -438,6 +453,18 @@ RELATIONS: tuple[Relation, ...] = (
         "must be at most ray.node_memory_bytes: it is a part of it",
     ),
     *_own("redis.password_file", "redis.url", "password"),
+    *_tls_only("ca_file"),
+    *_tls_only("client_cert_file"),
+    Relation(
+        ("redis.client_key_file", "redis.client_cert_file"),
+        lambda c: not c.redis.client_key_file or bool(c.redis.client_cert_file),
+        "is set although redis.client_cert_file is not: a key without a certificate shows nothing",
+    ),
+    Relation(
+        ("redis.username", "redis.url"),
+        lambda c: not c.redis.username or bool(c.redis.url),
+        "is set although redis.url is empty: the farm's own server knows the user `default` alone",
+    ),
     *_own("s3.credentials_file", "s3.endpoint", "keys"),
     *_own("ray.token_file", "ray.address", "token"),
 )

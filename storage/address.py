@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 from cluster.config import RedisConfig
 from cluster.errors import ConfigError
 from storage.protocol import Command
+from storage.redis_tls import trust
 
 _DEFAULT_PORT = 6379
 
@@ -22,7 +23,8 @@ class RedisAddress:
     port: int = 0
     #: Path of a Unix socket; "" for TCP.
     path: str = ""
-    is_tls: bool = False
+    #: What to speak TLS with; None for plain text.
+    trust: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
     database: int = 0
     username: str = ""
     password: str = field(default="", repr=False)
@@ -40,7 +42,7 @@ class RedisAddress:
 
     def tls(self) -> ssl.SSLContext | None:
         """Return the TLS context to connect with, None for plain text."""
-        return ssl.create_default_context() if self.is_tls else None
+        return self.trust
 
     def greeting(self) -> list[Command]:
         """Return the commands that open a connection. PING comes last: it is what a loading server refuses."""
@@ -53,10 +55,10 @@ class RedisAddress:
 
 
 def redis_address(config: RedisConfig) -> RedisAddress:
-    """Return the address that *config* names; reads the password file.
+    """Return the address that *config* names; reads the files that it names.
 
     Raises:
-        ConfigError: no URL, one that can't be meant, or a password file that can't be read. The URL is not
+        ConfigError: no URL, one that can't be meant, or a file that can't be read. The URL is not
             repeated in it: it may hold a password.
     """
     parts = urlsplit(config.url)
@@ -75,6 +77,12 @@ def redis_address(config: RedisConfig) -> RedisAddress:
             password = Path(config.password_file).read_text(encoding="utf-8").strip()
         except OSError as exc:
             faults.append(f"redis.password_file: {exc.strerror} ({config.password_file})")
+    context: ssl.SSLContext | None = None
+    if parts.scheme == "rediss":
+        try:
+            context = trust(config)
+        except ValueError as exc:
+            faults.append(str(exc))
     if faults:
         raise ConfigError("redis", tuple(faults))
     is_unix = parts.scheme == "unix"
@@ -82,9 +90,9 @@ def redis_address(config: RedisConfig) -> RedisAddress:
         host="" if is_unix else parts.hostname or "127.0.0.1",
         port=0 if is_unix else port,
         path=parts.path if is_unix else "",
-        is_tls=parts.scheme == "rediss",
+        trust=context,
         database=database,
-        username=unquote(parts.username or ""),
+        username=config.username or unquote(parts.username or ""),
         password=password,
         timeout_s=config.timeout_s,
     )

@@ -27,6 +27,9 @@ _NOT_NOW = frozenset(
     }
 )
 
+#: How Redis 7 says NOPERM of a command within a script.
+_FORBIDDEN_IN_SCRIPT = "The user executing the script can't"
+
 
 def error_code(error: ReplyError) -> str:
     """Return the first word of an error reply, e.g. ``LOADING``."""
@@ -41,7 +44,7 @@ def translate_reply(error: ReplyError, what: str) -> ClusterError:
     """
     text = str(error)
     code = error_code(error)
-    if code in _NOT_NOW or "max number of clients" in text:
+    if code in _NOT_NOW or "max number of clients" in text or _FORBIDDEN_IN_SCRIPT in text:
         return UnavailableError(what, text)
     return InternalError(f"{what} refuses a command: {text}")
 
