@@ -20,7 +20,7 @@ from cluster.ports import Authorization, AuthRequest
 from storage.registry.answers import FORBIDDEN, UNAUTHORIZED
 from storage.registry.challenge import Challenge, covers, merge_scopes, parse_challenges
 from storage.registry.credentials import Credential, CredentialSource
-from storage.registry.endpoint import may_use_plain_http, registry_config
+from storage.registry.endpoint import may_use_plain_http, registry_config, web_address
 from storage.registry.identity import identity_of
 from storage.registry.transport import Answer, Transport, control_policy, retrying
 
@@ -152,8 +152,8 @@ class CredentialAuthorizer:
 
     def _key(self, identity: str, request: AuthRequest, challenge: Challenge) -> _Key:
         realm = challenge.parameters.get("realm", "")
-        parts = urlsplit(realm)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        parts = web_address(realm)
+        if parts is None:
             raise RegistryProtocolError(f"authorizing at {request.registry}", UNAUTHORIZED, "its realm is no address")
         same_host = parts.hostname == urlsplit(f"//{request.registry}").hostname
         if parts.scheme == "http" and not (
