@@ -41,7 +41,7 @@ check: environment ## Lint, types, layering, unit and property tests
 
 .PHONY: test
 test: packages packages-test environment ## Every test, with the slowest ones named
-	$(bin)/python -m pytest -q --durations=25 $(PYTEST)
+	$(bin)/python -m pytest -q --durations=25 -m "not long" $(PYTEST)
 
 .PHONY: demo
 demo: packages environment ## Show what lazyfarm does and check every number; IMAGE=… for an image of yours

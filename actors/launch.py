@@ -29,7 +29,7 @@ from cluster.settings import FarmSettings, Running
 from cluster.topology import NUMBERED, ON_EACH_NODE, Kind, NodeView, numbers, supervisor_name
 from cluster.wire import encode
 from storage.blobs import S3ContentStore
-from storage.connect import check_policy_sync, connect, connect_sync
+from storage.connect import check_policy, connect, connect_sync
 from storage.farm_file import forget_running, read_running, write_running
 from storage.keys import Keys
 from storage.presence import Presence
@@ -156,7 +156,7 @@ def _tell(report: Report, started: Iterable[str], stopped: Iterable[str]) -> Non
 def _check_redis(config: Config) -> None:
     link = connect_sync(config.redis)
     try:
-        check_policy_sync(link)
+        check_policy(link, Keys(config.farm.name))
     finally:
         link.close()
 

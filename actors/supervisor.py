@@ -15,7 +15,7 @@ from actors.nodes import live_nodes, observe_nodes, worth_telling
 from actors.options import namespace, options
 from actors.version import VERSION
 from cluster.config_record import actor_digest
-from cluster.errors import InternalError
+from cluster.errors import ClusterError, InternalError
 from cluster.messages import NodeRecord
 from cluster.topology import ActorView, Kind, Retire, Spawn, Step, numbers, reconcile
 from cluster.wire import decode, encode
@@ -25,6 +25,8 @@ from storage.services.ray_nodes import taken_down
 log = structlog.get_logger()
 
 _ROUND_S = 1.0
+#: Seconds between pulses; leases stand still 3 s after the last one (storage/lua/lib/lapse.lua).
+_PULSE_S = 1.0
 
 
 class Supervisor:
@@ -52,7 +54,25 @@ class Supervisor:
         await self._starter.start(self._build)
         if self._loop_task is None or self._loop_task.done():
             self._loop_task = self._starter.background.spawn(self._reconcile_forever())
+            self._starter.background.spawn(self._pulse_forever(self._built()))
         return True
+
+    async def _pulse_forever(self, stores: Stores) -> None:
+        """Keep time for leases, beside the rounds: those may take a while."""
+        while True:
+            try:
+                stood_s = await stores.presence.pulse()
+            except ClusterError as exc:
+                log.warning("pulse.failed", error=str(exc))
+            else:
+                if stood_s:
+                    log.warning("pulse.missed", stood_s=stood_s)
+            await asyncio.sleep(_PULSE_S)
+
+    def _built(self) -> Stores:
+        if self._stores is None:
+            raise InternalError("the supervisor works before it was built")
+        return self._stores
 
     async def _reconcile_forever(self) -> None:
         while True:
@@ -66,9 +86,7 @@ class Supervisor:
 
     async def _round(self) -> None:
         config = self._starter.boot.config
-        stores = self._stores
-        if stores is None:
-            raise InternalError("the supervisor reconciles before it was built")
+        stores = self._built()
         observed = await asyncio.to_thread(observe_nodes)
         actors = await self._observe_actors(stores)
         steps = reconcile(live_nodes(observed), actors, numbers=numbers(config), version=VERSION)

@@ -22,7 +22,8 @@ class FarmConfig:
 class RedisConfig:
     """Where records, leases and flights are kept."""
 
-    #: ``redis://HOST:PORT/DB``, ``rediss://…`` or ``unix://…``; "" starts one.
+    #: ``redis://HOST:PORT/DB``, ``rediss://…``, ``unix://…``, ``redis+sentinel://HOST:PORT,…/PRIMARY/DB`` or
+    #: ``redis+cluster://HOST:PORT,…``; "" starts one.
     url: str = ""
     #: User to log in as, with the password; "" for the URL's, else Redis's ``default``.
     username: str = ""
@@ -36,6 +37,8 @@ class RedisConfig:
     client_key_file: str = ""
     #: Seconds that one command may take.
     timeout_s: float = 10.0
+    #: Replicas that must have a write before an object is deleted for its sake; 0 where there are none.
+    wait_replicas: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,8 @@ class S3Config:
     endpoint: str = ""
     region: str = "us-east-1"
     bucket: str = "lazyfarm"
-    #: File with ``access_key_id = …`` and ``secret_access_key = …`` lines; "" uses boto3's own chain.
+    #: File with ``access_key_id = …`` and ``secret_access_key = …`` lines, read again when it changes; "" uses
+    #: boto3's own chain.
     credentials_file: str = ""
     #: File with PEM certificates to trust; "" for the system's.
     ca_file: str = ""
@@ -66,6 +70,9 @@ class RayConfig:
     address: str = ""
     #: File with the cluster's auth token; "" for none.
     token_file: str = ""
+    #: ``redis://HOST:PORT`` that keeps the state of the cluster that is started, so that its head may die and come
+    #: back; "" keeps it with the head.
+    gcs_redis: str = ""
     #: Nodes to start on this machine.
     nodes: int = 1
     #: CPUs that each started node offers to jobs.

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from cluster.config import Config, RegistryConfig
 from cluster.errors import ConfigError
+from cluster.redis_url import RedisKind, parse_redis_url
 
 _KIB = 1024
 _MIB = 1024**2
@@ -206,6 +207,7 @@ _DAY_S = 24 * _HOUR_S
 
 RANGES: dict[str, Range] = {
     "redis.timeout_s": Range(0.05, 10 * _MINUTE_S),
+    "redis.wait_replicas": Range(0, 16),
     "s3.timeout_s": Range(0.1, _HOUR_S),
     "s3.attempts": Range(1, 100),
     "s3.connections": Range(1, 1000),
@@ -268,18 +270,11 @@ def _one_of(*words: str) -> Callable[[str], str]:
 def _redis_url(text: str) -> str:
     if not text:
         return ""
-    parts, reason = _url(text, ("redis", "rediss", "unix"))
-    if parts is None:
-        return reason
-    if parts.password is not None:
-        return f"holds a password; {_SECRET_ADVICE['redis']}"
-    if parts.query or parts.fragment:
-        return "must end after the database: other settings are keys of [redis]"
-    if parts.scheme == "unix":
-        is_good, form = parts.path.startswith("/") and not parts.netloc, "unix:///ABSOLUTE/PATH"
-    else:
-        is_good, form = parts.hostname and re.fullmatch(r"/?[0-9]{0,4}", parts.path), f"{parts.scheme}://HOST:PORT/DB"
-    return "" if is_good else f"must be {form}"
+    try:
+        url = parse_redis_url(text)
+    except ValueError as exc:
+        return str(exc)
+    return f"holds a password; {_SECRET_ADVICE['redis']}" if url.password else ""
 
 
 def _s3_endpoint(text: str) -> str:
@@ -311,6 +306,20 @@ def _ray_address(text: str) -> str:
         return ""
     if not _HOST_PORT.fullmatch(text) or int(text.rpartition(":")[2]) > _MAX_PORT:
         return f"must be HOST:PORT of the cluster's GCS, without a scheme, is {text!r}"
+    return ""
+
+
+def _gcs_redis(text: str) -> str:
+    if not text:
+        return ""
+    try:
+        url = parse_redis_url(text)
+    except ValueError as exc:
+        return str(exc)
+    if url.username or url.password:
+        return "holds a user or a password, which Ray would show on a command line"
+    if url.kind is not RedisKind.SERVER or url.path or url.database:
+        return "must be redis[s]://HOST:PORT of one server: Ray knows no sentinels and no databases"
     return ""
 
 
@@ -346,6 +355,7 @@ RULES: dict[str, Callable[[Any], str]] = {
     "s3.region": _matches(_REGION, "1 to 64 letters, digits and -"),
     "s3.bucket": _matches(_BUCKET, "3 to 63 of a-z, 0-9, . and -, a letter or digit at both ends"),
     "ray.address": _ray_address,
+    "ray.gcs_redis": _gcs_redis,
     "ray.dashboard": lambda _: "",
     "node.root": _absolute,
     "node.snapshotter": _one_of("auto", "overlay", "copying"),
@@ -451,6 +461,11 @@ RELATIONS: tuple[Relation, ...] = (
         ("ray.object_store_bytes", "ray.node_memory_bytes"),
         lambda c: c.ray.object_store_bytes <= c.ray.node_memory_bytes,
         "must be at most ray.node_memory_bytes: it is a part of it",
+    ),
+    Relation(
+        ("ray.gcs_redis", "ray.address"),
+        lambda c: not (c.ray.gcs_redis and c.ray.address),
+        "is set although ray.address names a cluster: where that one keeps its state is its own affair",
     ),
     *_own("redis.password_file", "redis.url", "password"),
     *_tls_only("ca_file"),

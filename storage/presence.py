@@ -32,6 +32,10 @@ class Presence:
             may_repeat=True,
         )
 
+    async def pulse(self) -> float:
+        """Say that the farm can speak to Redis; return the seconds that it could not, and that count for no lease."""
+        return int(await self._link.run("pulse", self._keys.prefix, may_repeat=True)) / 1000
+
     async def forget(self, names: Sequence[str]) -> None:
         """Forget actors that are no longer wanted."""
         if names:

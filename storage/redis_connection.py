@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, cast
 
-from hiredis import ProtocolError, Reader, ReplyError
+from hiredis import ProtocolError, Reader
 
 from cluster.errors import UnavailableError
 from storage.address import RedisAddress
 from storage.protocol import pack_all
+from storage.redis_primary import Dial, RedisPrimary
 from storage.translate import translate_os
 
 #: A reply: bytes, an integer, None, or a list of these. What is in it is the command's affair.
@@ -62,16 +63,41 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
 
 
-async def open_connection(
-    address: RedisAddress, on_reply: Callable[[Reply], None], on_lost: Callable[[Connection, Exception | None], None]
+async def open_primary(
+    primary: RedisPrimary, on_reply: Callable[[Reply], None], on_lost: Callable[[Connection, Exception | None], None]
 ) -> Connection:
-    """Connect and greet the server.
+    """Find the server that takes writes, and connect to it.
 
     Raises:
-        UnavailableError: it can't be reached, or refuses (then ``__cause__`` is its error reply).
+        UnavailableError: there is none just now, or it refuses (then ``__cause__`` is its error reply).
     """
+    search = primary.search()
+    dial = next(search)
+    while True:
+        connection = None
+        answer: list[Reply] | UnavailableError
+        try:
+            connection, answer = await _greet(dial, on_reply, on_lost)
+        except UnavailableError as exc:
+            answer = exc
+        try:
+            dial = search.send(answer)
+        except StopIteration:
+            if connection is None:  # the search ends well with one that answered
+                raise UnavailableError(dial.address.shown, "no connection") from None
+            return connection
+        except BaseException:
+            if connection is not None:
+                connection.abort()
+            raise
+        if connection is not None:
+            connection.abort()
+
+
+async def _greet(
+    dial: Dial, on_reply: Callable[[Reply], None], on_lost: Callable[[Connection, Exception | None], None]
+) -> tuple[Connection, list[Reply]]:
     loop = asyncio.get_running_loop()
-    greeting = address.greeting()
     replies: list[Reply] = []
     greeted: asyncio.Future[None] = loop.create_future()
 
@@ -80,7 +106,7 @@ async def open_connection(
             on_reply(reply)
             return
         replies.append(reply)
-        if len(replies) == len(greeting):
+        if len(replies) == len(dial.greeting):
             greeted.set_result(None)
 
     def lost(connection: Connection, exc: Exception | None) -> None:
@@ -91,21 +117,17 @@ async def open_connection(
 
     connection = Connection(receive, lost)
     try:
-        async with asyncio.timeout(address.timeout_s):
-            await _dial(address, connection)
-            connection.write(pack_all(greeting))
+        async with asyncio.timeout(dial.timeout_s):
+            await _dial(dial.address, connection)
+            connection.write(pack_all(dial.greeting))
             await greeted
     except (OSError, EOFError) as exc:  # TimeoutError is an OSError
         connection.abort()
-        raise translate_os(exc, address.shown) from exc
+        raise translate_os(exc, dial.address.shown) from exc
     except BaseException:
         connection.abort()
         raise
-    for reply in replies:
-        if isinstance(reply, ReplyError):
-            connection.abort()
-            raise UnavailableError(address.shown, str(reply)) from reply
-    return connection
+    return connection, replies
 
 
 async def _dial(address: RedisAddress, connection: Connection) -> None:

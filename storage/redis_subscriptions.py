@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from cluster.errors import UnavailableError
-from storage.address import RedisAddress
 from storage.protocol import Command, pack
-from storage.redis_connection import RETRY_FIRST_S, RETRY_MOST_S, Connection, Reply, open_connection
+from storage.redis_connection import RETRY_FIRST_S, RETRY_MOST_S, Connection, Reply, open_primary
+from storage.redis_primary import RedisPrimary
 from storage.translate import translate_os
 
 #: Seconds of silence after which the connection is asked for a sign of life.
@@ -53,8 +53,8 @@ class _Listener(AsyncIterator[bytes]):
 class Subscriptions:
     """The subscriptions of one link, over one connection that is kept up while there are any."""
 
-    def __init__(self, address: RedisAddress) -> None:
-        self._address = address
+    def __init__(self, primary: RedisPrimary) -> None:
+        self._primary = primary
         self._channels: dict[bytes, _Channel] = {}
         #: SUBSCRIBEs sent and not confirmed, by channel; only the last confirmation counts, as a channel may
         #: have been left and subscribed anew in between.
@@ -78,16 +78,21 @@ class Subscriptions:
             self._keeper = asyncio.get_running_loop().create_task(self._keep())
         try:
             try:
-                async with asyncio.timeout(self._address.timeout_s):
+                async with asyncio.timeout(self._primary.address.timeout_s):
                     await channel.subscribed.wait()
             except TimeoutError as exc:
-                raise translate_os(exc, self._address.shown) from exc
+                raise translate_os(exc, self._primary.address.shown) from exc
             yield listener
         finally:
             channel.listeners.discard(listener)
             if not channel.listeners and self._channels.get(key) is channel:
                 del self._channels[key]
                 self._write(("UNSUBSCRIBE", key))
+
+    def reconnect(self) -> None:
+        """Subscribe anew: the primary has moved."""
+        if self._connection is not None:
+            self._connection.abort()
 
     async def close(self) -> None:
         """End all of them, and disconnect."""
@@ -114,7 +119,7 @@ class Subscriptions:
         while True:
             self._lost.clear()
             try:
-                self._connection = await open_connection(self._address, self._on_reply, self._on_lost)
+                self._connection = await open_primary(self._primary, self._on_reply, self._on_lost)
             except UnavailableError:
                 # Who waits to be subscribed has a deadline of its own.
                 await asyncio.sleep(delay_s)

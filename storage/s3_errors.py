@@ -6,18 +6,53 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from cluster.errors import BlobNotFoundError, ClusterError, ConfigError, UnavailableError, UnsafeStoreError
+from cluster.errors import (
+    BlobNotFoundError,
+    ClusterError,
+    ConfigError,
+    StoreFullError,
+    UnavailableError,
+    UnsafeStoreError,
+)
 
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
 
 #: The object, the upload or one of its parts is not there (any more), or not the one it was.
 _GONE = frozenset({"NoSuchKey", "NoSuchUpload", "InvalidPart", "NotFound", "404", "PreconditionFailed", "412"})
-_NO_BUCKET = frozenset({"NoSuchBucket"})
-_REFUSED = frozenset(
-    {"AccessDenied", "AuthorizationHeaderMalformed", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "401"}
+#: What has to be set otherwise: how it is said, and what to do.
+_SETTINGS = (
+    (frozenset({"NoSuchBucket"}), "no such bucket", "create it, or let `lazyfarm up` do so"),
+    (
+        frozenset(
+            {
+                "AccessDenied",
+                "AuthorizationHeaderMalformed",
+                "InvalidAccessKeyId",
+                "SignatureDoesNotMatch",
+                "403",
+                "401",
+            }
+        ),
+        "refused to {doing} {key}: {code}",
+        "check s3.credentials_file, and that its key may read, write, list and delete in the bucket",
+    ),
+    (
+        frozenset({"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}),
+        "refused to {doing} {key}: {code}",
+        "put new keys into s3.credentials_file: they are used from then on, without a restart",
+    ),
+    (
+        frozenset({"RequestTimeTooSkewed", "RequestExpired"}),
+        "a clock too far from this machine's",
+        "synchronise the clocks (NTP)",
+    ),
 )
-_SKEWED = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
+#: By name, as servers differ in the status: AWS and Ceph, MinIO's disks and its quota.
+_FULL = frozenset(
+    {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "507"}
+)
+_INSUFFICIENT_STORAGE = 507
 #: 4xx that the next try may not meet: bytes damaged or cut short on the way, and "too fast".
 _PASSING = frozenset(
     {
@@ -40,6 +75,7 @@ def translated(where: str, doing: str, key: str) -> Iterator[None]:
 
     Raises:
         BlobNotFoundError: the object, the upload or one of its parts is gone.
+        StoreFullError: there is no room for it.
         UnsafeStoreError: the store refuses: credentials, bucket, clock, or a request it doesn't know.
         ConfigError: there are no credentials.
         UnavailableError: anything else: no answer, or one that says "not now".
@@ -85,22 +121,14 @@ def _ours(exc: Exception, where: str, doing: str, key: str) -> Exception:
 def _answered(exc: ClientError, where: str, doing: str, key: str) -> ClusterError:
     code = str(exc.response.get("Error", {}).get("Code", ""))
     status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if code in _NO_BUCKET:
-        return UnsafeStoreError(where, "no such bucket", "create it, or let `lazyfarm up` do so")
+    for codes, setting, advice in _SETTINGS:
+        if code in codes:
+            return UnsafeStoreError(where, setting.format(doing=doing, key=key, code=code), advice)
+    answered = f"{doing} {key}: HTTP {status} {code}"
     if code in _GONE:
         return BlobNotFoundError(key, where)
-    if code in _REFUSED:
-        return UnsafeStoreError(
-            where,
-            f"refused to {doing} {key}: {code}",
-            "check s3.credentials_file, and that its key may read, write, list and delete in the bucket",
-        )
-    if code in _SKEWED:
-        return UnsafeStoreError(where, "a clock too far from this machine's", "synchronise the clocks (NTP)")
+    if code in _FULL or status == _INSUFFICIENT_STORAGE:
+        return StoreFullError(where, f"could not {answered}")
     if code in _PASSING or status >= _SERVER_ERROR:
-        return UnavailableError(where, f"could not {doing} {key}: HTTP {status} {code}")
-    return UnsafeStoreError(
-        where,
-        f"refused to {doing} {key}: HTTP {status} {code}",
-        "use an S3 server that has multi-part uploads and ranges",
-    )
+        return UnavailableError(where, f"could not {answered}")
+    return UnsafeStoreError(where, f"refused to {answered}", "use an S3 server that has multi-part uploads and ranges")

@@ -12,25 +12,28 @@ from hiredis import ProtocolError, Reader, ReplyError
 from cluster.errors import UnavailableError
 from storage.address import RedisAddress
 from storage.protocol import Argument, Command, pack_all
+from storage.redis_primary import Dial, RedisPrimary
 from storage.scripts import script
-from storage.translate import error_code, translate_os, translate_reply
+from storage.translate import error_code, is_elsewhere, translate_os, translate_reply
 
 _NOTHING = object()
 _READ_BYTES = 65536
+#: How often one call follows a MOVED.
+_MOVES = 3
 
 
 class SyncLink:
     """A server as one thread uses it. Connects when first used, and anew after a drop."""
 
     def __init__(self, address: RedisAddress) -> None:
-        self._address = address
+        self._primary = RedisPrimary(address)
         self._socket: socket.socket | None = None
         self._reader = Reader(notEnoughData=_NOTHING)
 
     @property
     def address(self) -> RedisAddress:
-        """Return where the server is."""
-        return self._address
+        """Return where the server is, or was when it was last seen."""
+        return self._primary.address
 
     def execute(self, *command: Argument, may_repeat: bool = False) -> Any:
         """Send one command and return its reply; raises as :meth:`storage.link.RedisLink.execute`."""
@@ -76,7 +79,7 @@ class SyncLink:
             self._socket = None
 
     def _deadline(self, timeout_s: float | None) -> float:
-        return time.monotonic() + (self._address.timeout_s if timeout_s is None else timeout_s)
+        return time.monotonic() + (self.address.timeout_s if timeout_s is None else timeout_s)
 
     def _converse(self, commands: Sequence[Command], deadline: float, *, may_repeat: bool) -> list[Any]:
         if not commands:
@@ -85,11 +88,21 @@ class SyncLink:
         # A connection that was idle may have been dropped unnoticed; a fresh one is tried once.
         may_try_again = may_repeat and self._socket is not None
         try:
-            return self._exchange(data, len(commands), deadline)
+            replies = self._exchange(data, len(commands), deadline)
         except UnavailableError:
             if not may_try_again or time.monotonic() >= deadline:
                 raise
-        return self._exchange(data, len(commands), deadline)
+            replies = self._exchange(data, len(commands), deadline)
+        for _ in range(_MOVES):
+            elsewhere = [reply for reply in replies if is_elsewhere(reply)]
+            if not elsewhere or not (may_repeat or len(elsewhere) == len(replies)):
+                break
+            self._primary.bounced(elsewhere[0])
+            self.close()  # the next call looks for the primary; this one only where it was told
+            if error_code(elsewhere[0]) != "MOVED" or time.monotonic() >= deadline:
+                break
+            replies = self._exchange(data, len(commands), deadline)
+        return replies
 
     def _exchange(self, data: bytes, count: int, deadline: float) -> list[Any]:
         try:
@@ -98,13 +111,32 @@ class SyncLink:
             return self._send(data, count, deadline)
         except (OSError, EOFError) as exc:
             self.close()
-            raise translate_os(exc, self._address.shown) from exc
+            raise translate_os(exc, self.address.shown) from exc
         except ProtocolError as exc:
             self.close()
-            raise UnavailableError(self._address.shown, f"what answers there is no Redis: {exc}") from exc
+            raise UnavailableError(self.address.shown, f"what answers there is no Redis: {exc}") from exc
 
     def _connect(self, deadline: float) -> None:
-        address = self._address
+        search = self._primary.search()
+        dial = next(search)
+        while True:
+            answer: list[Any] | UnavailableError
+            try:
+                answer = self._greet(dial, min(deadline, time.monotonic() + dial.timeout_s))
+            except (OSError, EOFError) as exc:
+                answer = translate_os(exc, dial.address.shown)
+                answer.__cause__ = exc
+            try:
+                dial = search.send(answer)
+            except StopIteration:
+                return
+            except BaseException:
+                self.close()
+                raise
+            self.close()
+
+    def _greet(self, dial: Dial, deadline: float) -> list[Any]:
+        address = dial.address
         timeout_s = max(deadline - time.monotonic(), 0.001)
         self._reader = Reader(notEnoughData=_NOTHING)
         if address.path:
@@ -118,11 +150,7 @@ class SyncLink:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if (context := address.tls()) is not None:
             self._socket = context.wrap_socket(plain, server_hostname=address.host)
-        greeting = address.greeting()
-        for reply in self._send(pack_all(greeting), len(greeting), deadline):
-            if isinstance(reply, ReplyError):
-                self.close()
-                raise UnavailableError(address.shown, str(reply)) from reply
+        return self._send(pack_all(dial.greeting), len(dial.greeting), deadline)
 
     def _send(self, data: bytes, count: int, deadline: float) -> list[Any]:
         if self._socket is None:
@@ -143,5 +171,5 @@ class SyncLink:
 
     def _checked(self, reply: Any) -> Any:
         if isinstance(reply, ReplyError):
-            raise translate_reply(reply, self._address.shown) from reply
+            raise translate_reply(reply, self.address.shown) from reply
         return reply

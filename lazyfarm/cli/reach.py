@@ -17,7 +17,9 @@ class Address(NamedTuple):
 
 
 def url_address(url: str) -> Address | None:
-    """Return the address a URL of the configuration names; None for none, or a Unix socket's."""
+    """Return the address a URL of the configuration names; None for none, a Unix socket's, or several."""
+    if "+" in url.partition("://")[0]:  # a Redis that others are asked for
+        return None
     parts = urlsplit(url)
     if not parts.hostname:
         return None

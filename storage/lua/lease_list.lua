@@ -5,7 +5,7 @@
 -- include: time
 -- include: lease
 local found = {}
-for i, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1] .. ':leases', '(' .. now_ms(), '+inf')) do
+for i, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1] .. ':leases', '(' .. lapse_ms(KEYS[1], now_ms()), '+inf')) do
   found[i] = lease_read(KEYS[1], id)
 end
 return found

@@ -13,13 +13,14 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from cluster.config import RayConfig
 from cluster.errors import StartError
+from storage.services.kept_cluster import KeptCluster
 from storage.services.loopback import choose_ports, is_listening
 from storage.services.process import FARM_MARK, SERVICE_MARK, ServiceProcess, marked_pids
 from storage.services.ray_dashboard import RayDashboard, RaySession
@@ -85,8 +86,8 @@ class RayNode:
         marks = {FARM_MARK: self._state.farm_id(), SERVICE_MARK: self.process.name}
         return {_command_name(pid): pid for pid in marked_pids(marks)}
 
-    def start(self, config: RayConfig, temp: Path, gcs_port: int) -> None:
-        """Start the node and wait until the cluster knows it.
+    def start(self, config: RayConfig, temp: Path, gcs_port: int, kept: Mapping[str, str] | None = None) -> None:
+        """Start the node and wait until the cluster knows it; *kept* tells a head where its state is.
 
         Raises:
             StartError: it did not start.
@@ -120,6 +121,7 @@ class RayNode:
             ],
             environment={
                 **ray_environment(self._state),
+                **(kept or {}),
                 NODE_VARIABLE: self.name,
                 STATE_VARIABLE: str(self._state.root),
                 # `python driver.py` of a job is this one, which has Ray and us.
@@ -145,6 +147,7 @@ class RayService:
     def __init__(self, state: StateDir) -> None:
         self._state = state
         self._dashboard = RayDashboard(state)
+        self._kept = KeptCluster(state.run)
 
     @property
     def jobs_url(self) -> str:
@@ -186,7 +189,7 @@ class RayService:
         """Bring the cluster to *nodes* nodes; return the processes that were started, and those that were ended.
 
         A dead worker node or dashboard is started alone. A dead head takes the cluster's state with it, so all
-        start anew.
+        start anew; but where ``gcs_redis`` has that state, the head alone comes back to it.
 
         Args:
             config: What each node offers, and whether the dashboard is wanted.
@@ -203,8 +206,9 @@ class RayService:
         started: list[RayNode] = []
         if not (head.is_alive() and is_listening(head.process.ports.get("gcs", 0))):
             self._stop_dashboard()
-            self._stop(self.nodes)
-            self._start_head(head, config)
+            if not self._resume(head, config):
+                self._stop(self.nodes)
+                self._start_head(head, config)
             started.append(head)
         temp, gcs_port = self._temp_dir(), head.process.ports["gcs"]
         dead = [node for node in workers if not node.is_alive()]
@@ -220,7 +224,9 @@ class RayService:
 
     def stop(self) -> list[str]:
         """End all nodes, the head last; return the names of the processes that ran."""
-        return [*self._stop_dashboard(), *self._stop(self.nodes)]
+        stopped = [*self._stop_dashboard(), *self._stop(self.nodes)]
+        self._kept.forget()
+        return stopped
 
     def purge(self) -> None:
         """Remove sockets and logs; nothing runs."""
@@ -240,8 +246,23 @@ class RayService:
     def _stop_dashboard(self) -> list[str]:
         return [self._dashboard.process.name] if self._dashboard.url and self._dashboard.stop() else []
 
+    def _resume(self, head: RayNode, config: RayConfig) -> bool:
+        """Start a head that died over the state that it left; tell whether the cluster goes on with it."""
+        kept = self._kept.environment(config.gcs_redis)
+        if not kept or head.process.pid is None:
+            return False
+        temp = self._temp_dir()
+        (temp / head.name / "ray_current_cluster").unlink(missing_ok=True)
+        try:
+            head.start(config, temp, head.process.ports["gcs"], kept)
+        except StartError:
+            return False  # its port or its Redis is gone
+        return True
+
     def _start_head(self, head: RayNode, config: RayConfig) -> None:
         temp = self._temp_dir()
+        self._kept.forget()
+        kept = self._kept.begin(config.gcs_redis)
         for node_dir in temp.glob("n*"):
             # Names a cluster that is gone, and makes a new head refuse to start.
             (node_dir / "ray_current_cluster").unlink(missing_ok=True)
@@ -250,16 +271,18 @@ class RayService:
         # Not the port of the cluster that is gone: its drivers would ask this one thousands of times a second, each
         # time with the other's ID.
         gcs_port = choose_ports(["gcs"], {})["gcs"]
-        self._try(head, config, temp, gcs_port)
+        self._try(head, config, temp, gcs_port, kept)
 
-    def _try(self, node: RayNode, config: RayConfig, temp: Path, gcs_port: int) -> None:
+    def _try(
+        self, node: RayNode, config: RayConfig, temp: Path, gcs_port: int, kept: Mapping[str, str] | None = None
+    ) -> None:
         try:
-            node.start(config, temp, gcs_port)
+            node.start(config, temp, gcs_port, kept)
         except StartError:
             # Once more: Ray takes ports that it saw free and finds them taken, or gives up under load.
             if node.index == 0:
                 gcs_port = choose_ports(["gcs"], node.process.ports)["gcs"]
-            node.start(config, temp, gcs_port)
+            node.start(config, temp, gcs_port, kept)
 
     @staticmethod
     def _stop(nodes: Iterable[RayNode]) -> list[str]:

@@ -13,10 +13,11 @@ from uuid import uuid4
 import pytest
 
 from cluster.config import S3Config
-from cluster.errors import BlobNotFoundError, ConfigError, UnavailableError, UnsafeStoreError
+from cluster.errors import BlobNotFoundError, ConfigError, StoreFullError, UnavailableError, UnsafeStoreError
 from cluster.ports import ContentStore
 from storage.blobs import S3ContentStore, _ViewBody
 from storage.memory_blobs import MemoryContentStore
+from storage.s3_credentials import FileProvider
 from tests.doubles.s3_faults import LOST, Answer, Hang, LoseAnswer, ResetAfter, TruncateAfter
 
 MIB = 1024**2
@@ -437,6 +438,60 @@ def test_a_credentials_file_without_a_secret_is_a_fault_of_the_configuration(tmp
     with pytest.raises(ConfigError, match="secret_access_key") as caught:
         store.head(key)
     assert "AKIAEXAMPLE" not in str(caught.value)
+
+
+@pytest.mark.s3
+def test_keys_that_are_exchanged_are_used_at_once(s3_proxy, s3_config, tmp_path, key):
+    """Expired keys are called so; new ones in the file are used without a restart, half written ones are not."""
+    good = Path(s3_config.credentials_file).read_text()
+    file = tmp_path / "credentials"
+    file.write_text(good)
+    store = S3ContentStore(replace(s3_proxy.config, credentials_file=str(file)))
+    store.put(key, b"x")
+    s3_proxy.plan(Answer(400, "ExpiredToken"), method="GET")
+    with pytest.raises(UnsafeStoreError, match="ExpiredToken") as caught:
+        read(store, key)
+    assert "without a restart" in caught.value.hint
+
+    file.write_text(good.splitlines()[0])
+    assert read(store, key) == b"x"
+    file.write_text("access_key_id = other\nsecret_access_key = other\n")
+    with pytest.raises(UnsafeStoreError):
+        read(store, key)
+    whole = tmp_path / "new"
+    whole.write_text(good)
+    whole.replace(file)
+    assert read(store, key) == b"x"
+    store.close()
+
+
+def test_temporary_keys_have_a_token(tmp_path):
+    """It is sent with them, and goes when others take their place."""
+    file = tmp_path / "credentials"
+    file.write_text("access_key_id = id\nsecret_access_key = secret\nsession_token = token==\n")
+    credentials = FileProvider(str(file)).load()
+    assert credentials.get_frozen_credentials()[:3] == ("id", "secret", "token==")
+    file.write_text("access_key_id = other\nsecret_access_key = more\n")
+    assert credentials.get_frozen_credentials()[:3] == ("other", "more", None)
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("status", "code"), [(507, "InsufficientStorage"), (403, "QuotaExceeded"), (400, "XMinioAdminBucketQuotaExceeded")]
+)
+def test_a_full_bucket_is_called_so(faulty, s3_proxy, key, status, code):
+    """It is not tried again, and says what to do; what is there can be read."""
+    faulty.put(key, b"x")
+    s3_proxy.plan(Answer(status, code), method="PUT", times=99)
+    puts = s3_proxy.count("PUT")
+
+    with pytest.raises(StoreFullError, match=f"write {key}/2: HTTP {status} {code}") as caught:
+        faulty.put(f"{key}/2", b"x")
+
+    assert not caught.value.retryable
+    assert "make room" in caught.value.hint
+    assert s3_proxy.count("PUT") == puts + 1
+    assert read(faulty, key) == b"x"
 
 
 @pytest.mark.s3

@@ -11,6 +11,8 @@ from cluster.digest import digest_of
 from cluster.errors import JobEndedError, JobIdTakenError, JobNotFoundError, StaleFenceError
 from cluster.job import ClaimState, JobId, JobSpec, JobState
 from cluster.messages import SessionInfo
+from storage.jobs import RedisJobStore
+from storage.presence import Presence
 from tests.doubles.solver_stores import redis_solver_stores
 
 J, K = JobId("job:1"), JobId("job:2")
@@ -295,3 +297,21 @@ async def test_forgotten_jobs_leave_nothing(redis_farm):
     names = sorted(key.decode().removeprefix(redis_farm.keys.prefix) for key in left)
     assert names == [":fence", f":job:{K}", ":jobs", ":jobs:held"]
     assert await redis_farm.links[0].execute("ZRANGE", f"{redis_farm.keys.prefix}:jobs", 0, -1) == [K.encode()]
+
+
+@pytest.mark.redis
+async def test_no_driver_is_taken_for_gone_because_redis_was_away(redis_farm):
+    """A job stays attended for what was left, and is abandoned when its driver doesn't come back either."""
+    redis_farm.stores()
+    jobs = RedisJobStore(redis_farm.links[0], redis_farm.keys)
+    presence = Presence(redis_farm.links[0], redis_farm.keys)
+    await presence.pulse()
+    await jobs.submit(spec(), DEFINITION)
+
+    await redis_farm.be_away(600.0)
+
+    assert not (await jobs.get(J)).is_abandoned
+    await presence.pulse()
+    assert not (await jobs.get(J)).is_abandoned
+    redis_farm.pass_time(31.0)
+    assert (await jobs.get(J)).is_abandoned

@@ -6,6 +6,7 @@ import pytest
 
 from cluster.errors import LeaseLostError
 from cluster.lease import LeaseId, blob_resource, ref_resource
+from storage.presence import Presence
 
 L = LeaseId("build:1")
 M = LeaseId("build:2")
@@ -152,3 +153,46 @@ async def test_what_lapsed_leases_left_is_swept(redis_farm):
 
     left = await redis_farm.links[0].execute("KEYS", f"{redis_farm.keys.prefix}:*")
     assert sorted(key.decode().removeprefix(redis_farm.keys.prefix) for key in left) == [f":lease:{L}", ":leases"]
+
+
+# -- while Redis is away ----------------------------------------------------------------------------------
+
+
+@pytest.mark.redis
+async def test_time_in_which_redis_was_away_counts_for_no_lease(redis_farm):
+    """Who held one goes on holding it, before and after the first pulse; then its time runs on, and it may lapse."""
+    stores = redis_farm.stores()
+    presence = Presence(redis_farm.links[0], redis_farm.keys)
+    assert await presence.pulse() == 0
+    await stores.leases.create(L, ttl_s=10.0)
+    await stores.leases.create(M, ttl_s=60.0)
+    await stores.leases.attach(L, ["r"])
+
+    await redis_farm.be_away(600.0)
+
+    assert [lease.id for lease in await stores.leases.leases()] == [L, M]
+    assert await stores.leases.holders("r") == [L]
+    assert await presence.pulse() == pytest.approx(597.0, abs=1.0)
+    assert await presence.pulse() == 0
+    assert await stores.leases.holders("r") == [L]
+    redis_farm.pass_time(8.0)
+    assert [lease.id for lease in await stores.leases.leases()] == [M]
+    await stores.leases.renew(M, ttl_s=60.0)
+    assert await stores.leases.holders("r") == []
+
+
+@pytest.mark.redis
+async def test_what_had_lapsed_before_redis_went_away_stays_lapsed(redis_farm):
+    """Nothing that was gone comes back, and a pinned lease stays pinned."""
+    stores = redis_farm.stores()
+    presence = Presence(redis_farm.links[0], redis_farm.keys)
+    await stores.leases.create(L, ttl_s=10.0)
+    await stores.leases.create(M, ttl_s=None)
+    redis_farm.pass_time(11.0)
+    await presence.pulse()
+
+    await redis_farm.be_away(600.0)
+    await presence.pulse()
+
+    (left,) = await stores.leases.leases()
+    assert (left.id, left.expires_wall_s) == (M, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import threading
 import time
 
@@ -14,11 +13,11 @@ import pytest
 from cluster.config import RedisConfig
 from cluster.errors import ConfigError, DeadlineExceededError, InternalError, UnavailableError, UnsafeStoreError
 from cluster.flight.values import Fence
-from storage.connect import check_policy, check_policy_sync, connect, connect_sync
+from storage.connect import check_policy, connect, connect_sync
 from storage.keys import Keys
 from storage.renewer import RedisFlightRenewer
 from storage.scripts import script, script_names
-from tests.doubles.redis import RedisServer, redis_binaries, redis_server
+from tests.doubles.redis import RedisServer, frozen, redis_binaries, redis_server
 
 pytestmark = pytest.mark.redis
 
@@ -39,16 +38,6 @@ async def linked(server: RedisServer, *, timeout_s: float = 10.0):
         yield link
     finally:
         await link.close()
-
-
-@contextlib.contextmanager
-def frozen(server: RedisServer):
-    """Stop the server's process without ending it: connections stay up and nothing answers."""
-    os.kill(server.process.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.process.pid, signal.SIGCONT)
 
 
 # -- calls --------------------------------------------------------------------------------------------
@@ -129,6 +118,13 @@ async def test_nobody_there_is_unavailable():
     await link.close()
     with pytest.raises(UnavailableError, match="closed"):
         await link.execute("PING")
+
+
+async def test_a_server_that_was_away_for_long_is_found(server):
+    """However often in a row it could not be reached."""
+    async with linked(server, timeout_s=5) as link:
+        link._failures = 5000
+        assert await link.execute("PING") == b"PONG"
 
 
 async def test_a_command_that_makes_no_sense_is_our_bug(redis_any):
@@ -345,21 +341,17 @@ def test_all_faults_are_told_at_once(tmp_path):
     assert len(caught.value.faults) == 2
 
 
-async def test_a_server_that_evicts_is_unsafe(redis_any):
-    """check_policy() accepts noeviction only, by both clients, without CONFIG."""
-    sync = redis_any.link()
-    async with linked(redis_any) as link:
-        await check_policy(link)
-        check_policy_sync(sync)
-        await link.execute("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+def test_a_server_that_evicts_is_unsafe(redis_any):
+    """check_policy() accepts noeviction only, without CONFIG."""
+    keys = Keys("farm")
+    with contextlib.closing(redis_any.link()) as link:
+        check_policy(link, keys)
+        link.execute("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
         try:
             with pytest.raises(UnsafeStoreError, match="allkeys-lru") as caught:
-                await check_policy(link)
-            with pytest.raises(UnsafeStoreError):
-                check_policy_sync(sync)
+                check_policy(link, keys)
         finally:
-            await link.execute("CONFIG", "SET", "maxmemory-policy", "noeviction")
-    sync.close()
+            link.execute("CONFIG", "SET", "maxmemory-policy", "noeviction")
     assert "noeviction" in caught.value.hint
 
 

@@ -206,9 +206,16 @@ class BrokenFarm(ObservedFarm):
 
     def restart_redis(self) -> None:
         """Kill Redis and start it again, as ``up`` does."""
-        state = self.running.state_dir
-        os.kill(json.loads((state / "run" / "redis.json").read_text())["pid"], signal.SIGKILL)
-        assert LocalServices(state, self.running.settings.wanted).up_redis().was_started
+        self.kill_redis()
+        self.start_redis()
+
+    def kill_redis(self) -> None:
+        """Kill Redis; whoever needs it waits."""
+        os.kill(json.loads((self.running.state_dir / "run" / "redis.json").read_text())["pid"], signal.SIGKILL)
+
+    def start_redis(self) -> None:
+        """Start Redis again, as ``up`` does."""
+        assert LocalServices(self.running.state_dir, self.running.settings.wanted).up_redis().was_started
 
     def heal(self) -> None:
         """Disarm everything, and count anew."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.config import RedisConfig
 from cluster.errors import UnavailableError
@@ -18,6 +21,8 @@ from storage.address import redis_address
 from storage.sync_link import SyncLink
 
 _START_TIMEOUT_S = 10.0
+_TOGETHER_TIMEOUT_S = 60.0
+_STORE = ("--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction")
 _CLUSTER_PORT_LIMIT = 55_000
 
 
@@ -64,6 +69,8 @@ class RedisServer:
     port: int
     arguments: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
+    #: What comes between the binary and the arguments: a configuration, where it is no store.
+    program: tuple[str, ...] = ()
 
     @property
     def config(self) -> RedisConfig:
@@ -82,8 +89,9 @@ class RedisServer:
         """Start it and wait until it answers."""
         self.process = subprocess.Popen(
             [
-                *(self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.directory),
-                *("--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction", *self.arguments),
+                *(self.binary, *self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.directory),
+                *(() if self.program else _STORE),
+                *self.arguments,
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -113,6 +121,17 @@ class RedisServer:
 
 
 @contextlib.contextmanager
+def frozen(server: RedisServer) -> Iterator[None]:
+    """Stop the server's process without ending it: connections stay up and nothing answers."""
+    assert server.process is not None
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
 def redis_server(binary: str, *arguments: str) -> Iterator[RedisServer]:
     """Run a server; it ends with the block."""
     with tempfile.TemporaryDirectory(prefix="lazyfarm-redis-") as directory:
@@ -122,3 +141,131 @@ def redis_server(binary: str, *arguments: str) -> Iterator[RedisServer]:
             yield server
         finally:
             server.kill()
+
+
+@dataclass
+class SentinelRedis:
+    """A primary, its replica, and three sentinels that watch them."""
+
+    primary: RedisServer
+    replica: RedisServer
+    sentinels: list[RedisServer]
+
+    #: What the sentinels call it.
+    NAME = "farm-1"
+
+    @property
+    def config(self) -> RedisConfig:
+        """Return how to connect to whichever is the primary."""
+        places = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
+        return RedisConfig(url=f"redis+sentinel://{places}/{self.NAME}/0", wait_replicas=1)
+
+    def lose_what_is_written_now(self) -> None:
+        """Cut the replica off from the primary; it stays a replica that may take over."""
+        assert self.replica.process is not None
+        os.kill(self.replica.process.pid, signal.SIGSTOP)
+        # Not the replica's own buffers: what it had received before it was stopped, it would still read.
+        self._ask(self.primary, "CLIENT", "KILL", "TYPE", "replica")
+
+    def fail_over(self) -> None:
+        """Kill the primary, and let the replica take over, when the sentinels have noticed."""
+        assert self.replica.process is not None
+        self.primary.kill()
+        os.kill(self.replica.process.pid, signal.SIGCONT)
+
+    def is_primary(self, server: RedisServer) -> bool:
+        """Tell whether a server takes itself for the primary."""
+        return bool(self._ask(server, "ROLE")[0] == b"master")
+
+    def is_watched(self) -> bool:
+        """Tell whether the sentinels know each other and the replica, so that they can fail over."""
+        return all(
+            self._ask(sentinel, "SENTINEL", "REPLICAS", self.NAME)
+            and len(self._ask(sentinel, "SENTINEL", "SENTINELS", self.NAME)) == len(self.sentinels) - 1
+            for sentinel in self.sentinels
+        )
+
+    @staticmethod
+    def _ask(server: RedisServer, *command: str) -> Any:
+        link = server.link()
+        try:
+            return link.execute(*command)
+        finally:
+            link.close()
+
+
+@contextlib.contextmanager
+def sentinel_redis(binary: str) -> Iterator[SentinelRedis]:
+    """Run a primary with a replica and sentinels that fail over within a second or two."""
+    with contextlib.ExitStack() as stack:
+        diskless = ("--repl-diskless-sync-delay", "0")
+        primary = stack.enter_context(redis_server(binary, *diskless))
+        replica = stack.enter_context(redis_server(binary, *diskless, "--replicaof", "127.0.0.1", str(primary.port)))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfarm-sentinel-")))
+        sentinels = []
+        for number in range(3):
+            config = directory / f"{number}.conf"
+            config.write_text(
+                f"sentinel monitor {SentinelRedis.NAME} 127.0.0.1 {primary.port} 2\n"
+                f"sentinel down-after-milliseconds {SentinelRedis.NAME} 500\n"
+                f"sentinel failover-timeout {SentinelRedis.NAME} 3000\n"
+            )
+            sentinel = RedisServer(binary, str(directory), free_port(), program=(str(config), "--sentinel"))
+            sentinel.start()
+            stack.callback(sentinel.kill)
+            sentinels.append(sentinel)
+        redis = SentinelRedis(primary, replica, sentinels)
+        _wait_until(redis.is_watched, "sentinels that know each other")
+        yield redis
+
+
+@dataclass
+class ClusterRedis:
+    """Three nodes that share the slots, and a replica of the first."""
+
+    nodes: list[RedisServer]
+    replica: RedisServer
+
+    @property
+    def config(self) -> RedisConfig:
+        """Return how to connect to it."""
+        return RedisConfig(url=f"redis+cluster://{','.join(f'127.0.0.1:{node.port}' for node in self.nodes)}")
+
+
+@contextlib.contextmanager
+def cluster_redis(binary: str, key: str) -> Iterator[ClusterRedis]:
+    """Run a cluster whose first node, the one with a replica, has *key*'s slot."""
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0")
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(redis_server(binary, *options)) for _ in range(4)]
+        links = [server.link() for server in servers]
+        for link in links:
+            stack.callback(link.close)
+        slot = links[0].execute("CLUSTER", "KEYSLOT", key)
+        for number, link in enumerate(links):
+            link.execute("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            if number < 3:
+                link.execute("CLUSTER", "ADDSLOTS", *[s for s in range(16384) if (s - slot) % 3 == number])
+            links[0].execute("CLUSTER", "MEET", "127.0.0.1", servers[number].port)
+        name = links[0].execute("CLUSTER", "MYID").decode()
+        _wait_until(lambda: all(_cluster_knows(link, len(servers)) for link in links), "nodes that know each other")
+        links[3].execute("CLUSTER", "REPLICATE", name)
+        _wait_until(lambda: links[0].execute("CLUSTER", "SLOTS") and _replicas(links[0]) == 1, "a replica")
+        yield ClusterRedis(servers[:3], servers[3])
+
+
+def _cluster_knows(link: SyncLink, count: int) -> bool:
+    info = link.execute("CLUSTER", "INFO")
+    return b"cluster_state:ok" in info and f"cluster_known_nodes:{count}".encode() in info
+
+
+def _replicas(link: SyncLink) -> int:
+    return int(link.execute("INFO", "replication").partition(b"connected_slaves:")[2].split()[0])
+
+
+def _wait_until(fact: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + _TOGETHER_TIMEOUT_S
+    while not fact():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"waited {_TOGETHER_TIMEOUT_S:.0f} s for {what}")
+        time.sleep(0.05)

@@ -159,6 +159,11 @@ class RedisFarm:
         """Age everything of this farm."""
         age_redis(self._admin, self.keys, seconds)
 
+    async def be_away(self, seconds: float) -> None:
+        """Let time pass in which nobody can speak to Redis: the last pulse is as old as everything else."""
+        self.pass_time(seconds)
+        await self.links[0].execute("DECRBY", f"{self.keys.prefix}:pulse", int(seconds * 1000))
+
     async def close(self) -> None:
         for link in self.links:
             await link.close()

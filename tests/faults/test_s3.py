@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.errors import BlobNotFoundError, ClusterError, UnavailableError
+from cluster.errors import BlobNotFoundError, ClusterError, StoreFullError, UnavailableError, UnsafeStoreError
 from tests.doubles.faults import MIB, BrokenFarm, assert_extracted
 from tests.doubles.registry import docker_registry
 from tests.doubles.registry_faults import Respond
@@ -60,6 +60,26 @@ async def test_i5_every_caller_ends_while_s3_is_down(lab: BrokenFarm):
         async with asyncio.timeout(45):
             outcomes = await asyncio.gather(mine.extract("n1"), theirs.extract("n2"), return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [UnavailableError] * 2
+        lab.s3_back()
+        assert_extracted((await mine.extract("n1")).path, image)
+    await lab.assert_whole(image)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [(Answer(507, "InsufficientStorage"), StoreFullError), (Answer(400, "ExpiredToken"), UnsafeStoreError)],
+    ids=["full", "expired"],
+)
+async def test_i5_every_caller_is_told_why_s3_takes_nothing(lab: BrokenFarm, answer: Answer, error: type[ClusterError]):
+    """No room, or keys that have expired: both callers get the error that says what to do, and then it works."""
+    name, image = lab.image(6 * MIB)
+    async with lab.driver() as one, lab.driver() as two:
+        mine, theirs = await one.pull(name, plain_http=True), await two.pull(name, plain_http=True)
+        for method in ("PUT", "POST"):
+            lab.s3_proxy.plan(answer, method=method, times=10_000)
+        async with asyncio.timeout(45):
+            outcomes = await asyncio.gather(mine.extract("n1"), theirs.extract("n2"), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [error] * 2
         lab.s3_back()
         assert_extracted((await mine.extract("n1")).path, image)
     await lab.assert_whole(image)

@@ -33,6 +33,7 @@ from lazyfarm.cli.human import duration, short, size
 from lazyfarm.cli.layers import LiveLayers, PlainLayers
 from lazyfarm.cli.main import COMMANDS, app
 from lazyfarm.cli.output import Output
+from lazyfarm.cli.reach import url_address
 from storage.farm_file import write_running
 
 MIB = 1024**2
@@ -398,6 +399,21 @@ def test_down_where_no_farm_is_says_so_and_makes_nothing(args, tmp_path):
         assert "nothing was running there" in result.stdout
         assert document("down", *args, "--state-dir", str(directory)) == ({"stopped": []}, 0)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["logs", "mine", "precious"]
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("rediss://h", ("h", 6379)),
+        ("https://h:1", ("h", 1)),
+        ("unix:///run/redis.sock", None),
+        ("redis+sentinel://a:1,b:2/farm", None),
+        ("rediss+cluster://a:1,b:2", None),
+    ],
+)
+def test_only_one_server_has_an_address_to_try(url, address):
+    """A socket has none, and of several it is for the client to find the one."""
+    assert url_address(url) == address
 
 
 @pytest.mark.usefixtures("launched", "records")

@@ -181,6 +181,10 @@ def test_a_password_within_a_url_is_refused_and_not_repeated(section, key, value
         "unix:///run/redis.sock",
         "redis://me@h",
         "redis://[::1]:6379",
+        "redis+sentinel://a:26379,b,[::1]:26380/farm-1",
+        "rediss+sentinel://me@a/farm/3",
+        "redis+cluster://a:7000,b:7001",
+        "rediss+cluster://a/0",
     ],
 )
 def test_good_redis_urls_pass(url):
@@ -189,7 +193,12 @@ def test_good_redis_urls_pass(url):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://h", "redis://", "redis://h/zero", "redis://h?db=1", "unix://h/x", "redis://h:99999"]
+    "url",
+    [
+        *("http://h", "redis://", "redis://h/zero", "redis://h?db=1", "unix://h/x", "redis://h:99999", "redis://a,b"),
+        *("redis+sentinel://a:1,b:1", "redis+sentinel://a,,b/farm", "redis+sentinel:///farm", "redis+sentinel://a/f/x"),
+        *("redis+cluster://a/1", "redis+cluster://", "redis+other://a"),
+    ],
 )
 def test_bad_redis_urls_are_faults(url):
     """What can't be connected to is told at start, not at the first command."""
@@ -201,6 +210,16 @@ def test_a_ray_address_is_host_and_port(address):
     """`auto` joins whatever cluster the machine knows of: never ours by design."""
     assert "ray.address" in reasons({"ray": {"address": address}})
     assert reasons({"ray": {"address": "head.internal:6379"}}) == {}
+
+
+@pytest.mark.parametrize(
+    "url", ["h:1", "redis://h:1/2", "redis://me@h:1", "redis://:hunter2@h:1", "redis+cluster://h:1", "unix:///x"]
+)
+def test_ray_keeps_its_state_on_one_open_server(url):
+    """Ray shows what it is given on a command line, and knows neither databases nor several places."""
+    told = reasons({"ray": {"gcs_redis": url}})["ray.gcs_redis"]
+    assert "hunter2" not in told
+    assert reasons({"ray": {"gcs_redis": "redis://127.0.0.1:6380"}}) == {}
 
 
 @pytest.mark.parametrize("host", ["https://ghcr.io", "ghcr.io/x", "", "-a"])
@@ -226,6 +245,7 @@ BROKEN_RELATIONS = [
     ("fetch.parallel_from_bytes", {"fetch": {"parallel_from_bytes": 6 * 1024**2}}),
     ("node.cache_bytes", {"node": {"cache_bytes": 6 * 1024**2}}),
     ("ray.object_store_bytes", {"ray": {"object_store_bytes": 3 * 1024**3}}),
+    ("ray.gcs_redis", {"ray": {"address": "h:1", "gcs_redis": "redis://h:1"}}),
     ("redis.password_file", {"redis": {"password_file": "/x"}}),
     ("redis.username", {"redis": {"username": "x"}}),
     ("redis.ca_file", {"redis": {"url": "redis://h:1", "ca_file": "/x"}}),

@@ -45,9 +45,17 @@ def test_a_digest_tells_apart_all_that_actors_read():
     """Every section counts but what the machine's own Ray nodes offer, and how many they are."""
     changes = [Config(cache=CacheConfig(shards=3)), Config(ray=RayConfig(address="h:1")), CHANGED, Config()]
     assert len({actor_digest(config) for config in changes}) == len(changes)
-    nodes = RayConfig(nodes=9, node_cpus=3, node_memory_bytes=2**30, object_store_bytes=2**27, dashboard=False)
+    nodes = RayConfig(
+        gcs_redis="redis://h:1",
+        nodes=9,
+        node_cpus=3,
+        node_memory_bytes=2**30,
+        object_store_bytes=2**27,
+        dashboard=False,
+    )
     assert actor_digest(Config(ray=nodes)) == actor_digest(Config())
     assert {field.name for field in fields(RayConfig)} - {"address", "token_file", "call_timeout_s"} == {
+        "gcs_redis",
         "nodes",
         "node_cpus",
         "node_memory_bytes",

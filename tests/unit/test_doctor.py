@@ -136,6 +136,15 @@ def test_runc_is_named_as_what_run_ops_need(environ, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("connected", "wanted", "verdicts"),
+    [(0, 0, []), (1, 1, ["ok"]), (2, 1, ["ok"]), (1, 0, ["warn"]), (0, 1, ["fail"]), (1, 2, ["fail"])],
+)
+def test_replicas_are_judged_by_how_many_a_deletion_waits_for(connected, wanted, verdicts):
+    """Too few stop the collection; ones that nobody waits for may take over with less than is known."""
+    assert [finding.ok for finding in doctor._replicas(connected, wanted)] == verdicts
+
+
+@pytest.mark.parametrize(
     ("redis_wall_s", "verdict"),
     [(1000.0, "ok"), (1000.5, "ok"), (997.0, "ok"), (1010.0, "warn"), (990.0, "warn"), (2000.0, "fail")],
 )

@@ -84,6 +84,7 @@ _EXAMPLES = {
     "s3.region": ("eu", "eu"),
     "s3.bucket": ("abc", "abc"),
     "ray.address": ("h:1", "h:1"),
+    "ray.gcs_redis": ("redis://h:1", "redis://h:1"),
     "ray.dashboard": ("false", False),
     "node.root": ("/r", "/r"),
     "node.snapshotter": ("copying", "copying"),

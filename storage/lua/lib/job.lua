@@ -1,6 +1,7 @@
 -- Jobs. A job that has not ended is in PREFIX:jobs:held, with the time (milliseconds) until which its owner holds
 -- it, or since when nobody does; an attached one is in PREFIX:jobs:attended too, with the time until which its
 -- driver is taken to be there. Who owns a job is told by the fence of its last claim alone.
+-- include: lapse
 
 local KEPT_S = 7 * 86400
 local ENDS = {done = true, failed = true, cancelled = true}
@@ -28,7 +29,7 @@ end
 -- Tell whether a job is attached, goes on, and its driver is gone.
 local function job_is_abandoned(prefix, id, now)
   local until_ms = redis.call('ZSCORE', attended_key(prefix), id)
-  return until_ms and tonumber(until_ms) <= now
+  return until_ms and tonumber(until_ms) <= lapse_ms(prefix, now)
 end
 
 -- Return {spec, state, created, ended or '', owner, cancel, abandoned, error, results}; false where there is none.

@@ -1,6 +1,7 @@
 -- Leases. A lease is live exactly as long as its score in PREFIX:leases (expiry, milliseconds; inf:
 -- pinned) lies ahead. What a lapsed one leaves is swept little by little by the scripts that write
 -- leases; until then nobody sees it, because every reader asks the score.
+-- include: lapse
 
 local SWEEP_LEASES = 4
 local SWEEP_RESOURCES = 256
@@ -8,7 +9,7 @@ local SWEEP_RESOURCES = 256
 -- Tell whether the lease is live.
 local function lease_is_live(prefix, id, now)
   local expires = redis.call('ZSCORE', prefix .. ':leases', id)
-  return expires and (expires == 'inf' or tonumber(expires) > now)
+  return expires and (expires == 'inf' or tonumber(expires) > lapse_ms(prefix, now))
 end
 
 -- Hold a resource by a lease that is live.
@@ -44,7 +45,7 @@ end
 
 -- Clear a bounded part of what lapsed leases left.
 local function leases_sweep(prefix, now)
-  local lapsed = redis.call('ZRANGEBYSCORE', prefix .. ':leases', '-inf', now, 'LIMIT', 0, SWEEP_LEASES)
+  local lapsed = redis.call('ZRANGEBYSCORE', prefix .. ':leases', '-inf', lapse_ms(prefix, now), 'LIMIT', 0, SWEEP_LEASES)
   for _, id in ipairs(lapsed) do
     lease_release(prefix, id, SWEEP_RESOURCES)
   end
