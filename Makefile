@@ -13,6 +13,9 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 # `make demo IMAGE=debian:12` shows the same against an image of yours.
 IMAGE ?=
+# What `make simulate` simulates.
+NODES ?= 2000
+SEED ?= 1
 # Options for pytest, e.g. PYTEST="-k flight -x".
 PYTEST ?=
 
@@ -50,6 +53,10 @@ demo: packages environment ## Show what lazyfarm does and check every number; IM
 .PHONY: bench
 bench: packages environment ## Measure lazyfarm against its peers
 	$(bin)/python -m tests.bench
+
+.PHONY: simulate
+simulate: environment ## Simulate a pull of 50 layers with faults, in virtual time; NODES=2000 SEED=1
+	$(bin)/python -m tests.simulation --nodes $(NODES) --seed $(SEED)
 
 .PHONY: packages packages-test
 packages:

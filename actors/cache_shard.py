@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from actors.boot import Boot, Starter, Stores, build_stores
+from actors.collection import collect_forever
 from actors.session_host import SessionServer
 from actors.shell import answers
 from cluster.messages import GetByBlobRequest, GetRequest, RefsResult
@@ -25,7 +26,9 @@ class CacheShard(SessionServer):
         return self._stores
 
     async def _build(self) -> Presence:
-        self._stores = build_stores(self._starter.boot.config)
+        config = self._starter.boot.config
+        self._stores = build_stores(config)
+        self._starter.background.spawn(collect_forever(self._stores, config))
         return self._stores.presence
 
     async def ready(self) -> bool:

@@ -38,6 +38,10 @@ def set_ray_environment(config: Config) -> None:
         AuthenticationTokenLoader.instance().reset_cache()
 
 
+#: Held by who joins: drivers of one process may do so at one time, and Ray is not made for that.
+_JOINING = threading.Lock()
+
+
 def join(config: Config, *, state_dir: str) -> None:
     """Connect this process to the farm's cluster; does nothing where it is connected already.
 
@@ -48,6 +52,11 @@ def join(config: Config, *, state_dir: str) -> None:
         FarmNotRunningError: nothing answers there.
         OtherClusterError: the process is in another cluster.
     """
+    with _JOINING:
+        _join(config, state_dir=state_dir)
+
+
+def _join(config: Config, *, state_dir: str) -> None:
     if ray.is_initialized():
         current = ray.get_runtime_context().gcs_address
         if current == config.ray.address:

@@ -102,6 +102,22 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CollectConfig:
+    """Collection of what nobody holds, in the bucket."""
+
+    #: Seconds between collections; 0: only when somebody prunes.
+    every_s: float = 60.0
+    #: Seconds between the end of a blob and that of its object.
+    grace_s: float = 60.0
+    #: Bytes below which no limit makes collection go.
+    reserved_bytes: int = 0
+    #: Bytes that all blobs together may take; 0: any number.
+    max_used_bytes: int = 0
+    #: Seconds after its last use for which what nobody holds is kept.
+    unused_s: float = 60 * 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FlightConfig:
     """Flights."""
 
@@ -208,6 +224,7 @@ class Config:
     s3: S3Config = field(default_factory=S3Config)
     ray: RayConfig = field(default_factory=RayConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
     flight: FlightConfig = field(default_factory=FlightConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     node: NodeConfig = field(default_factory=NodeConfig)

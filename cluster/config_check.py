@@ -222,6 +222,11 @@ RANGES: dict[str, Range] = {
     "cache.lease_ttl_s": Range(0.5, _DAY_S),
     "cache.keep_s": Range(1, 3660 * _DAY_S),
     "cache.proof_ttl_s": Range(0.1, 30 * _DAY_S),
+    "collect.every_s": Range(0, 30 * _DAY_S),
+    "collect.grace_s": Range(0, _DAY_S),
+    "collect.reserved_bytes": Range(0, 1024 * _TIB),
+    "collect.max_used_bytes": Range(0, 1024 * _TIB),
+    "collect.unused_s": Range(1, 3660 * _DAY_S),
     "flight.lease_ttl_s": Range(0.3, _HOUR_S),
     "flight.poll_s": Range(0.01, _HOUR_S),
     "flight.deadline_s": Range(1, 7 * _DAY_S),
@@ -431,6 +436,11 @@ RELATIONS: tuple[Relation, ...] = (
         ("cache.keep_s", "cache.lease_ttl_s"),
         lambda c: c.cache.keep_s >= c.cache.lease_ttl_s,
         "must be at least cache.lease_ttl_s: what is kept after a command outlives what is held during it",
+    ),
+    Relation(
+        ("collect.reserved_bytes", "collect.max_used_bytes"),
+        lambda c: not c.collect.max_used_bytes or c.collect.reserved_bytes <= c.collect.max_used_bytes,
+        "must be at most collect.max_used_bytes: what is reserved can't be more than what may be used",
     ),
     Relation(
         ("flight.deadline_s", "flight.lease_ttl_s"),

@@ -77,6 +77,9 @@ class FaultPoint(StrEnum):
     PUSH_MOUNT_BEFORE = "push.mount.before", "the target lacks the blob, no mount is asked for"
     PUSH_UPLOAD_BEFORE = "push.upload.before", "the target could not mount the blob, nothing is sent"
     PUSH_MANIFEST_BEFORE = "push.manifest.before", "the target has every blob, and no manifest"
+    COLLECT_PLANNED = "collect.planned", "what may go is known, nothing has gone"
+    COLLECT_REMOVED = "collect.removed", "some refs are gone, and others that are to go are not"
+    COLLECT_OBJECT_DELETED = "collect.object-deleted", "objects are deleted that are still on record as to be deleted"
     LEASE_RENEW_BEFORE = "lease.renew.before", "a lease or fence is about to be renewed"
 
 

@@ -360,6 +360,9 @@ class Farm(_Twin[asynchronous.Farm]):
         """Keep a ref when this driver has long gone; see :meth:`lazyfarm.farm.Farm.pin`."""
         return self._loop.run(lambda: self._original.pin(ref._original, ttl_s=ttl_s, labels=labels))  # noqa: SLF001
 
+    du = _blocking(asynchronous.Farm.du)
+    prune = _blocking(asynchronous.Farm.prune)
+    kept = _blocking(asynchronous.Farm.kept)
     unpin = _blocking(asynchronous.Farm.unpin)
     leases = _blocking(asynchronous.Farm.leases)
     nodes = _blocking(asynchronous.Farm.nodes)

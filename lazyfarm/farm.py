@@ -20,6 +20,9 @@ from actors.version import VERSION
 from cluster.cache.names import find_ref
 from cluster.cache.ring import ShardRing
 from cluster.cache_options import CacheSource, CacheTarget, parse_cache_source, parse_cache_target
+from cluster.collect.runner import Pruned
+from cluster.collect.stock import Kept, Usage
+from cluster.collect.values import Item
 from cluster.config import Config
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
@@ -51,6 +54,7 @@ from cluster.provider import DescHandler, registries_of
 from cluster.ref import ImageRecord, RefId, RefRecord, RefState
 from cluster.reference import parse_reference
 from lazyfarm.builds import BuildOptions, Builds, ResolvedImage
+from lazyfarm.collection import FarmCollection
 from lazyfarm.graph import Resolved, State
 from lazyfarm.job import EventCallback, Job, Result
 from lazyfarm.lease import FarmLease
@@ -94,6 +98,7 @@ class Farm:
         self._refs = RedisRefStore(self._link, keys)
         self._leases = RedisLeaseStore(self._link, keys)
         self._pins = FarmLeases.over(self._link, keys, config.cache)
+        self._collection = FarmCollection.over(self._link, keys, config.collect)
         self._presence = Presence(self._link, keys)
         self._progress = RedisProgressStore(self._link, keys)
         self._ring = ShardRing(config.cache.shards)
@@ -498,6 +503,60 @@ class Farm:
         """Let go of what :meth:`pin` keeps; LeaseNotFoundError where no live lease has that ID."""
         self._raise_if_closed()
         await self._pins.release(lease_id)
+
+    async def du(self) -> Usage:
+        """Return what the content store is used for: by ref and by image, what is in use, and what is avoided."""
+        self._raise_if_closed()
+        return await self._collection.usage()
+
+    async def prune(
+        self,
+        *,
+        everything: bool = False,
+        keep_bytes: int = 0,
+        keep_duration_s: float = 0.0,
+        filters: Sequence[str] = (),
+        dry_run: bool = False,
+        on_removed: Callable[[Item], object] = lambda _: None,
+    ) -> Pruned:
+        """Remove from the content store what nobody holds. What this driver made is held as long as it lives.
+
+        A ref goes after all that stands on it. A blob turns lazy where a ref that stays has it, and its object is
+        deleted ``collect.grace_s`` later.
+
+        Args:
+            everything: Also what others share: blobs that several refs have, refs that several images have.
+            keep_bytes: Bytes that may stay; what was used longest ago and least often goes first. 0: nothing need.
+            keep_duration_s: Seconds since its last use for which a ref stays, and what it stands on.
+            filters: ``FIELD==VALUE``, ``!=`` or ``~=REGEX``, several with commas; what matches one of them may go.
+                Fields: id, parents, type, description, inuse, shared, private, lazy.
+            dry_run: Only say what would go.
+            on_removed: Told of each item as it goes.
+
+        Raises:
+            InvalidArgumentError: a filter can't be read, or a number is below 0.
+        """
+        self._raise_if_closed()
+        return await self._collection.prune(
+            everything=everything,
+            keep_bytes=keep_bytes,
+            keep_duration_s=keep_duration_s,
+            filters=filters,
+            dry_run=dry_run,
+            on_removed=on_removed,
+        )
+
+    async def kept(self, ref: str) -> Kept:
+        """Return why a ref is kept: leases on it and on what stands on it, and which refs do.
+
+        Args:
+            ref: Its ID, the first digits of that, or the image that it is the top of.
+
+        Raises:
+            RefNotFoundError, AmbiguousRefError: it names none, or several.
+        """
+        self._raise_if_closed()
+        return await self._collection.kept(ref)
 
     async def leases(self) -> list[Lease]:
         """Return the live leases."""

@@ -12,6 +12,10 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``refs:used`` | zset | ref ID → last use, milliseconds |
 | ``refs:count`` | hash | ref ID → how often used |
 | ``chain:CHAIN`` | set | ref IDs with that chain ID |
+| ``children:REF`` | set | refs on top of it; one that is no record any more counts for nothing |
+| ``users:DIGEST`` | set | refs whose blob it is; likewise |
+| ``deleting`` | zset | ``DIGEST KEY`` of an object that nothing names any more → when it may be deleted, milliseconds |
+| ``turn:WORK`` | string, seconds | token of who does it: what one process at a time is enough for |
 | ``blob:DIGEST`` | string | payload ``blob`` (:class:`cluster.ref.BlobRecord`): the blob is present |
 | ``absent:DIGEST`` | string, a week | why a blob that was present was found gone or damaged |
 | ``providers:DIGEST`` | set | payloads ``provider`` |
@@ -106,6 +110,11 @@ class Keys:
     def providers(self, digest: Digest) -> str:
         """Name the set of providers known for a digest."""
         return f"{self.prefix}:providers:{digest}"
+
+    @property
+    def deleting(self) -> str:
+        """Name the index of objects that are to be deleted."""
+        return f"{self.prefix}:deleting"
 
     @property
     def images(self) -> str:

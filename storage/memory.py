@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+from cluster.collect.ports import Doomed
 from cluster.digest import Digest, is_digest
 from cluster.errors import (
     DeadlineExceededError,
@@ -85,6 +86,8 @@ class Memory:
         self.images: dict[str, ImageRecord] = {}
         self.images_by_digest: dict[Digest, ImageRecord] = {}
         self.images_by_ref: dict[RefId, ImageRecord] = {}
+        self.deleting: dict[Doomed, float] = {}
+        self.turns: set[str] = set()
         self.leases: dict[LeaseId, Lease] = {}
         self.epoch = "memory"
         self.last_fence = 0

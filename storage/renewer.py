@@ -41,7 +41,7 @@ class _Kept:
     on_lost: Callable[[], None] | None
     #: When the last renewal that succeeded was *sent*, monotonic: the store counts from later on.
     renewed_at: float
-    #: Until its first renewal, which follows at once: what the join's answer took is not known here.
+    #: Until its first renewal, which follows at once, by itself: what the join's answer took is not known here.
     is_new: bool = True
 
     @property
@@ -130,29 +130,40 @@ class ThreadFlightRenewer:
                 with self._changed:
                     if self._is_closed:
                         return
-                    wait_s = self._until_due(attempted_at, is_answered=is_answered)
-                    if wait_s is None or wait_s > 0:
-                        self._changed.wait(wait_s)
+                    now = time.monotonic()
+                    round_at = self._round_at(attempted_at, is_answered=is_answered)
+                    due = self._due(now, round_at, is_answered=is_answered)
+                    if not due:
+                        self._changed.wait(self._until_due(now, round_at))
                         continue
-                    kept = dict(self._kept)
-                attempted_at = time.monotonic()
-                is_answered = self._renew(kept, attempted_at)
+                is_answered = self._renew(due, now)
+                if round_at <= now or not is_answered:
+                    attempted_at = now
         finally:
             self._store.close()
 
-    def _until_due(self, attempted_at: float, *, is_answered: bool) -> float | None:
-        """Return seconds until the next round, which renews all; None while there is nothing to renew."""
+    def _round_at(self, attempted_at: float, *, is_answered: bool) -> float:
+        """Return when the next round is, which renews all; never while there is nothing to renew."""
+        times = _RENEWALS if is_answered else _ATTEMPTS
+        return attempted_at + min((kept.ttl_s for kept in self._kept.values()), default=math.inf) / times
+
+    def _due(self, now: float, round_at: float, *, is_answered: bool) -> dict[Fence | str, _Kept]:
+        """Return what is to be renewed, or given up, now: between rounds only what is new, or was not renewed in time.
+
+        Else a process that begins to wait for fifty layers, one after another, would renew a thousand times.
+        """
+        if round_at <= now:
+            return dict(self._kept)
+        return {name: one for name, one in self._kept.items() if (is_answered and one.is_new) or one.lost_at <= now}
+
+    def _until_due(self, now: float, round_at: float) -> float | None:
+        """Return seconds until something is due; None while there is nothing to renew."""
         if not self._kept:
             return None
-        times = _RENEWALS if is_answered else _ATTEMPTS
-        due_at = attempted_at + min(kept.ttl_s for kept in self._kept.values()) / times
-        if is_answered and any(kept.is_new for kept in self._kept.values()):
-            due_at = -math.inf
-        lost_at = min(kept.lost_at for kept in self._kept.values())
-        return min(due_at, lost_at) - time.monotonic()
+        return max(0.0, min(round_at, *(kept.lost_at for kept in self._kept.values())) - now)
 
     def _renew(self, kept: Mapping[Fence | str, _Kept], sent_at: float) -> bool:
-        """Renew all, and tell those that are lost; tell whether the store answered."""
+        """Renew what is kept, and tell those that are lost; tell whether the store answered."""
         due = {name: one for name, one in kept.items() if one.lost_at > sent_at}
         answers: Sequence[bool | None] = [None] * len(due)
         if due:

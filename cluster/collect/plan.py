@@ -34,6 +34,13 @@ def total_bytes(items: Iterable[Item]) -> int:
     return sum({item.space or item.id: item.size_bytes for item in items}.values())
 
 
+def freed_bytes(items: Iterable[Item], going: Sequence[Item]) -> int:
+    """Return the bytes that are free once *going*, of *items*, are gone: a space is, with the last that shares it."""
+    left = Counter(item.space or item.id for item in items)
+    left.subtract(item.space or item.id for item in going)
+    return sum({item.space or item.id: item.size_bytes for item in going if not left[item.space or item.id]}.values())
+
+
 def plan(items: Sequence[Item], policy: KeepPolicy, *, now_wall_s: float, free_bytes: int | None = None) -> list[Item]:
     """Return what goes, each after all that stands on it.
 

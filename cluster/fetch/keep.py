@@ -71,12 +71,13 @@ class Keeper:
         await asyncio.gather(*(self._keep(digest, data, lease_id) for digest, data in documents.items()))
 
     async def _keep(self, digest: Digest, data: bytes, lease_id: LeaseId) -> None:
+        # Held first: what is there already, and held by nobody, could be collected before it is.
+        await self._leases.attach(lease_id, [blob_resource(digest)])
         try:
             async with asyncio.timeout(_KEEP_DEADLINE_S):
                 await self._write_once(digest, data)
         except TimeoutError as exc:
             raise DeadlineExceededError(f"storing {digest}", f"not done after {_KEEP_DEADLINE_S:.0f} s") from exc
-        await self._leases.attach(lease_id, [blob_resource(digest)])
 
     async def _write_once(self, digest: Digest, data: bytes) -> None:
         key = f"blob:{digest}"

@@ -28,13 +28,14 @@ from cluster.errors import (
 )
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.access import Admission
-from cluster.flight.runner import FlightContext, Flights
+from cluster.flight.runner import FlightContext, FlightOutcome, Flights
 from cluster.flight.values import (
     Aborting,
     Committed,
     Failed,
     Fence,
     Joined,
+    JoinOutcome,
     Owned,
     Present,
     Progressed,
@@ -210,29 +211,7 @@ class Unlazier:
         item = _Item(self._progress, caller.streams(digest), digest, descriptor.size_bytes, self._spawn)
         try:
             async with asyncio.timeout(self._deadline_s):
-                (blob,) = await self._refs.blobs([digest])
-                if blob is not None:
-                    await self.admit(descriptor, caller, blob.source)
-                    await self._pin(caller, digest)
-                    await item.end(LayerPhase.PRESENT)
-                    return LayerFetch(
-                        digest=digest,
-                        source="present",
-                        bytes_fetched=0,
-                        seconds=self._clock() - started_s,
-                        joined=False,
-                    )
-                item.moved(LayerPhase.WAITING, 0)
-                outcome = await self._flights.run(
-                    f"blob:{digest}",
-                    lambda context: self._fly(descriptor, context),
-                    caller=caller,
-                    on_progress=lambda current, _total: item.moved(LayerPhase.FETCHING, current),
-                )
-                # Whose credentials brought it says nothing of this caller's access.
-                await self.admit(descriptor, caller, outcome.value.blob.source)
-                await ahit(FaultPoint.PIN_BEFORE)
-                await self._pin(caller, digest)
+                outcome = await self._bring_and_pin(descriptor, caller, item)
         except TimeoutError as exc:
             error = DeadlineExceededError(f"unlazy of {digest}", f"not done after {self._deadline_s:.0f} s")
             await item.end(LayerPhase.FAILED, str(error))
@@ -243,6 +222,11 @@ class Unlazier:
         except ClusterError as exc:
             await item.end(LayerPhase.FAILED, str(exc))
             raise
+        if outcome is None:
+            await item.end(LayerPhase.PRESENT)
+            return LayerFetch(
+                digest=digest, source="present", bytes_fetched=0, seconds=self._clock() - started_s, joined=False
+            )
         arrival = outcome.value
         joined = outcome.joined or arrival.elsewhere
         await item.end(LayerPhase.JOINED if joined else LayerPhase.DONE, arrival.source)
@@ -253,6 +237,35 @@ class Unlazier:
             seconds=self._clock() - started_s,
             joined=joined,
         )
+
+    async def _bring_and_pin(
+        self, descriptor: Descriptor, caller: Caller, item: _Item
+    ) -> FlightOutcome[_Arrival] | None:
+        """Make the blob present and pin it; return what its flight came to, or None where it was present."""
+        digest = descriptor.digest
+        while True:
+            (blob,) = await self._refs.blobs([digest])
+            outcome = None
+            if blob is not None:
+                await self.admit(descriptor, caller, blob.source)
+            else:
+                item.moved(LayerPhase.WAITING, 0)
+                outcome = await self._flights.run(
+                    f"blob:{digest}",
+                    lambda context: self._fly(descriptor, context),
+                    caller=caller,
+                    on_progress=lambda current, _total: item.moved(LayerPhase.FETCHING, current),
+                )
+                # Whose credentials brought it says nothing of this caller's access.
+                await self.admit(descriptor, caller, outcome.value.blob.source)
+                await ahit(FaultPoint.PIN_BEFORE)
+            await self._pin(caller, digest)
+            # t=0  the blob is seen to be present, and nobody holds it (any more)
+            # t=1  it is collected
+            # t=2  it is pinned: what this caller would hold is gone
+            (blob,) = await self._refs.blobs([digest])
+            if blob is not None:
+                return outcome
 
     async def admit(self, descriptor: Descriptor, caller: Caller, came_from: str) -> None:
         """Let *caller* have the blob's bytes; see :class:`cluster.fetch.access.Admission`."""
@@ -272,8 +285,8 @@ class Unlazier:
     async def _fly(self, descriptor: Descriptor, context: FlightContext[Caller]) -> _Arrival:
         """Join or own the cluster's flight until the blob is present, or the flight this waited for failed."""
         key = f"blob:{descriptor.digest}"
+        outcome = await self._join(key)
         while True:
-            outcome = await self._store.join(key, worker=self._worker, token=self._new_token(), ttl_s=self._ttl_s)
             match outcome:
                 case Present(blob=blob):
                     return _Arrival(blob=blob, bytes_fetched=0, source="present", elsewhere=True)
@@ -281,18 +294,24 @@ class Unlazier:
                     await ahit(FaultPoint.FLIGHT_OWNED)
                     with contextlib.suppress(_OwnershipLostError):
                         return await self._own(descriptor, outcome, context)
+                    outcome = await self._join(key)
                 case Joined():
                     await ahit(FaultPoint.FLIGHT_JOINED)
-                    arrival = await self._wait(key, outcome, context)
-                    if arrival is not None:
-                        return arrival
+                    ended = await self._wait(key, outcome, context)
+                    if isinstance(ended, _Arrival):
+                        return ended
+                    outcome = ended
                 case Aborting(fence_number=number, lease_remaining_s=remaining_s):
                     await self._wait_end(key, number, remaining_s)
+                    outcome = await self._join(key)
                 case _:
                     assert_never(outcome)
 
-    async def _wait(self, key: str, joined: Joined, context: FlightContext[Caller]) -> _Arrival | None:
-        """Wait for another process's flight; None: it ended without an outcome, join again.
+    async def _join(self, key: str) -> JoinOutcome:
+        return await self._store.join(key, worker=self._worker, token=self._new_token(), ttl_s=self._ttl_s)
+
+    async def _wait(self, key: str, joined: Joined, context: FlightContext[Caller]) -> _Arrival | JoinOutcome:
+        """Wait for another process's flight; where it ended without an outcome, return what joining again came to.
 
         Raises:
             ClusterError: the flight failed while we waited for it.
@@ -311,31 +330,52 @@ class Unlazier:
                 return _Arrival(blob=blob, bytes_fetched=0, source=f"flight of {joined.owner}", elsewhere=True)
             case Failed(error=error):
                 raise decode_error(error)
-            case Vacated() | None:
-                return None
+            case Vacated():
+                return await self._join(key)
             case _:
-                assert_never(ended)
+                return ended
 
     async def _hear_end(
         self, key: str, joined: Joined, context: FlightContext[Caller]
-    ) -> Committed | Failed | Vacated | None:
-        """Listen until the flight under that fence ends; None: its lease lapsed, or a poll is due."""
+    ) -> Committed | Failed | Vacated | JoinOutcome:
+        """Listen until the flight under that fence ends; return how, or what joining again came to instead.
+
+        A look at a flight that goes on costs one operation, to join it again: thousands of nodes wait for dozens of
+        layers each, and what they ask meanwhile is what a farm's Redis has to do most of.
+        """
         async with self._store.events(key) as events:
             # What ended between the join and the subscription was not heard.
             ended = await self._store.outcome(key, joined.fence_number)
-            due_s = self._clock() + min(self._poll_s, joined.lease_remaining_s + 0.05)
+            due_s = self._due_s(joined)
             while ended is None:
                 try:
                     async with asyncio.timeout(max(0.01, due_s - self._clock())):
                         event = await anext(events)
                 except (TimeoutError, StopAsyncIteration):
-                    return await self._store.outcome(key, joined.fence_number)
+                    again = await self._join(key)
+                    if not isinstance(again, Joined) or again.fence_number != joined.fence_number:
+                        return await self._unheard_end(key, joined, again)
+                    due_s = self._due_s(again)
+                    continue
                 if event.fence_number != joined.fence_number:
                     continue
                 if not isinstance(event, Progressed):
                     return event
                 context.report(event.current_bytes, event.total_bytes)
             return ended
+
+    def _due_s(self, joined: Joined) -> float:
+        """Return when to look at a flight that nothing is heard of."""
+        return self._clock() + min(self._poll_s, joined.lease_remaining_s + 0.05)
+
+    async def _unheard_end(self, key: str, joined: Joined, again: JoinOutcome) -> Committed | Failed | JoinOutcome:
+        """Return how the flight that was waited for ended, where that is known, else what joining again came to."""
+        ended = await self._store.outcome(key, joined.fence_number)
+        if not isinstance(ended, Committed | Failed):
+            return again
+        if isinstance(again, Owned):  # those who waited share the error: whoever comes next starts afresh
+            await self._store.vacate(again.fence)
+        return ended
 
     async def _leave(self, key: str) -> None:
         """Stop waiting. Whether the work goes on is the owner's affair: it may have callers of its own."""

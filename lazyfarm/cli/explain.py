@@ -9,15 +9,18 @@ import typer
 from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import count, duration, short, size
-from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
+from lazyfarm.cli.leases import document as lease_document
+from lazyfarm.cli.leases import expiry
+from lazyfarm.cli.options import JsonOption, RefArgument, StateDirOption, command_app, example
 
 if TYPE_CHECKING:
+    from cluster.collect.stock import Hold
     from lazyfarm.explain import LayerWait
 
 app = command_app()
 
 
-@app.callback(epilog=example("lazyfarm explain wait debian:12"))
+@app.callback(epilog=example("lazyfarm explain kept debian:12", "lazyfarm explain wait debian:12"))
 def explain() -> None:
     """Say why things are as they are. Reads records only: Ray is not joined."""
 
@@ -40,6 +43,40 @@ def wait(
             out.line(f"{short(layer.digest)}  {_told(layer)}")
             for waiting in layer.asked_by:
                 out.line(f"  for vertex {short(waiting.vertex)} of job {waiting.job}")
+
+
+@app.command("kept", epilog=example("lazyfarm explain kept debian:12"))
+def kept(*, ref: RefArgument, state_dir: StateDirOption = None, as_json: JsonOption = False) -> None:
+    """Say what keeps a ref from being collected: which lease, of whom and until when, and what stands on it."""
+    with reporting(as_json=as_json, state_dir=state_dir) as out:
+        found = parts.with_collection(parts.running_settings(state_dir), lambda farm: farm.kept(ref))
+        out.document(
+            {
+                "ref": found.ref,
+                "holds": [
+                    {"lease": lease_document(hold.lease), "ref": hold.ref, "image": hold.image or None}
+                    for hold in found.holds
+                ],
+                "children": list(found.children),
+            }
+        )
+        for hold in found.holds:
+            out.line(_held(hold, found.ref))
+        for child in found.children:
+            out.line(f"{short(child)} stands on it")
+        if not found.holds:
+            stays = "nothing holds it" + (", nor what stands on it" if found.children else "")
+            out.line(f"{stays}: it goes with the next collection whose policy lets it go")
+
+
+def _held(hold: Hold, ref_id: str) -> str:
+    """Return one reason, in words: ``lease driver-1 (host=a pid=7) holds it, expires in 42 s``."""
+    labels = " ".join(f"{name}={value}" for name, value in sorted(hold.lease.labels.items()))
+    held = "it" if hold.ref == ref_id else f"{short(hold.ref)}, which stands on it"
+    held = f"{hold.image}, whose top is {held}" if hold.image else held
+    until = expiry(hold.lease.expires_wall_s)
+    ends = "has no expiry" if hold.lease.expires_wall_s is None else f"expires {until}"
+    return f"lease {hold.lease.id}{f' ({labels})' if labels else ''} holds {held}, {ends}"
 
 
 def _told(layer: LayerWait) -> str:

@@ -17,7 +17,7 @@ COMMANDS = (
     *("up", "down", "status", "doctor"),
     *("pull", "refs", "unlazy", "extract", "push"),
     *("build", "jobs", "attach"),
-    *("leases", "explain", "config"),
+    *("du", "prune", "leases", "explain", "config"),
 )
 
 

@@ -16,6 +16,7 @@ from lazyfarm.cli.reach import accepts, url_address
 from lazyfarm.settings import FarmSettings, load_settings
 
 if TYPE_CHECKING:
+    from lazyfarm.collection import FarmCollection
     from lazyfarm.explain import FarmExplain
     from lazyfarm.farm import Farm
     from lazyfarm.jobs import FarmJobs
@@ -103,6 +104,18 @@ def open_explain(settings: FarmSettings) -> contextlib.AbstractAsyncContextManag
     from lazyfarm.explain import open_explain  # noqa: PLC0415 - see the module
 
     return open_explain(settings)
+
+
+def with_collection(settings: FarmSettings, act: Callable[[FarmCollection], Coroutine[None, None, T]]) -> T:
+    """*act* on the farm's collection; raises as :func:`with_leases`."""
+    return _over_redis(settings, open_collection, act)
+
+
+def open_collection(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager[FarmCollection]:
+    """Return the farm's collection."""
+    from lazyfarm.collection import open_collection  # noqa: PLC0415 - see the module
+
+    return open_collection(settings)
 
 
 def _over_redis(

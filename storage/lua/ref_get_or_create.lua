@@ -66,6 +66,10 @@ for i, record in ipairs(records) do
     redis.call('SET', key, value)
     redis.call('ZADD', prefix .. ':refs', 0, id)
     redis.call('SADD', prefix .. ':chain:' .. chain, id)
+    redis.call('SADD', prefix .. ':users:' .. cmsgpack.unpack(value)[3].blob.digest, id)
+    if record[2] ~= '' then
+      redis.call('SADD', prefix .. ':children:' .. record[2], id)
+    end
   end
   ref_used(prefix, id, now)
   lease_hold(prefix, lease, 'ref:' .. id)

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 import storage.link
 from storage.memory import Memory, MemoryFlightStore, MemoryLeaseStore, MemoryRefStore
+from storage.memory_collect import MemoryCollectStore
 from storage.scripts import Script
 from tests.doubles.stores import FakeClock, RedisFarm
 
@@ -90,10 +91,11 @@ class StoreMachine(RuleBasedStateMachine):
 class MemoryWorld:
     """The fakes, or broken ones, driven without an event loop: they never wait."""
 
-    def __init__(self, *, flights=MemoryFlightStore, leases=MemoryLeaseStore):
+    def __init__(self, *, flights=MemoryFlightStore, leases=MemoryLeaseStore, collect=MemoryCollectStore):
         self.clock = FakeClock()
         memory = Memory(self.clock)
         self.flights, self.leases, self.refs = flights(memory), leases(memory), MemoryRefStore(memory)
+        self.collect = collect(memory)
 
     def run(self, coroutine):
         try:
@@ -120,6 +122,7 @@ class RedisWorld:
         self.farm = RedisFarm(config)
         stores = self.farm.stores()
         self.flights, self.leases, self.refs = stores.flights, stores.leases, stores.refs
+        self.collect = stores.collect
 
     def run(self, coroutine):
         return self.runner.run(coroutine)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.collect.ports import CollectStore
 from cluster.config import Config, RedisConfig, RegistryConfig
 from cluster.ports import FlightRenewer, FlightStore, HostLimiter, LeaseStore, ProgressStore, ProofStore, RefStore
 from cluster.settings import Running
+from storage.collect import RedisCollectStore
 from storage.connect import connect
 from storage.farm_file import write_running
 from storage.flights import RedisFlightStore
@@ -29,6 +31,7 @@ from storage.memory import (
     MemoryProofStore,
     MemoryRefStore,
 )
+from storage.memory_collect import MemoryCollectStore
 from storage.progress import RedisProgressStore
 from storage.proofs import RedisProofStore
 from storage.refs import RedisRefStore
@@ -101,6 +104,7 @@ class Stores:
     proofs: ProofStore
     limiter: HostLimiter
     progress: ProgressStore
+    collect: CollectStore
     #: Lets seconds pass by the store's clock.
     pass_time: Callable[[float], None]
     new_renewer: Callable[[], FlightRenewer]
@@ -118,6 +122,7 @@ def memory_stores(memory: Memory, clock: FakeClock) -> Stores:
         proofs=MemoryProofStore(memory),
         limiter=MemoryHostLimiter(memory, lambda _host: LIMIT, lambda host: config.registry(host).max_requests_per_s),
         progress=MemoryProgressStore(memory),
+        collect=MemoryCollectStore(memory),
         pass_time=clock.advance,
         new_renewer=lambda: MemoryFlightRenewer(flights),
         other=lambda: memory_stores(memory, clock),
@@ -150,6 +155,7 @@ class RedisFarm:
             proofs=RedisProofStore(link, self.keys),
             limiter=RedisHostLimiter(link, self.keys, config),
             progress=RedisProgressStore(link, self.keys),
+            collect=RedisCollectStore(link, self.keys),
             pass_time=self.pass_time,
             new_renewer=lambda: RedisFlightRenewer(self.config, self.keys),
             other=self.stores,

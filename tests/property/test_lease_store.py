@@ -262,7 +262,7 @@ SCRIPT_MUTANTS = [
     ("lease_renew", "if redis.call('ZSCORE', leases, id) ~= 'inf' then", "if true then", "I3"),
     (
         "*",
-        "'ZRANGEBYSCORE', prefix .. ':leases', '-inf', now,",
+        "'ZRANGEBYSCORE', prefix .. ':leases', '-inf', lapse_ms(prefix, now),",
         "'ZRANGEBYSCORE', prefix .. ':leases', '-inf', '+inf',",
         "I3",
     ),

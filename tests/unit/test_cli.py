@@ -479,6 +479,9 @@ def test_an_error_with_json_is_the_document(farm):
         ["leases", "release", "x"],
         ["leases", "leaks"],
         ["explain", "wait", "x"],
+        ["explain", "kept", "x"],
+        ["du"],
+        ["prune", "--dry-run"],
         ["pull", "debian:12"],
         ["unlazy", "x"],
         ["extract", "x"],
@@ -627,7 +630,7 @@ def test_every_command_has_help_with_an_example():
             "refs": [["ls"], ["show"]],
             "leases": [["ls"], ["show"], ["pin"], ["release"], ["leaks"]],
             "jobs": [["ls"], ["show"], ["logs"], ["cancel"]],
-            "explain": [["wait"]],
+            "explain": [["wait"], ["kept"]],
             "config": [["explain"], ["show"]],
         }.get(name, [[]])
         for sub in subcommands:

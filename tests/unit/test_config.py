@@ -239,6 +239,7 @@ BROKEN_RELATIONS = [
     ("flight.poll_s", {"flight": {"lease_ttl_s": 6.0, "poll_s": 4.0}}),
     ("cache.lease_ttl_s", {"cache": {"lease_ttl_s": 5.0}}),
     ("cache.keep_s", {"cache": {"keep_s": 30.0}}),
+    ("collect.reserved_bytes", {"collect": {"reserved_bytes": 2, "max_used_bytes": 1}}),
     ("flight.deadline_s", {"flight": {"deadline_s": 10.0}, "fetch": {"stall_timeout_s": 1, "retry_budget_s": 1}}),
     ("fetch.stall_timeout_s", {"flight": {"deadline_s": 20.0}, "fetch": {"retry_budget_s": 1}}),
     ("fetch.retry_budget_s", {"flight": {"deadline_s": 60.0}}),

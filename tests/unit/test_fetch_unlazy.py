@@ -1,6 +1,7 @@
 """Unlazy: one flight for the cluster, seen from several processes over one store."""
 
 import asyncio
+from collections import Counter
 from itertools import count
 
 import pytest
@@ -198,6 +199,28 @@ async def test_what_is_present_needs_no_flight(cluster):
     assert cluster.end_of("l2") is LayerPhase.PRESENT
 
 
+async def test_what_is_collected_before_it_is_pinned_is_fetched_again(cluster, monkeypatch):
+    """Present when looked at, gone when pinned: a hold on nothing is no result."""
+    process = cluster.process("a")
+    process.transfers.holds = False
+    await (await process.call("l1"))
+    attach, gone = cluster.leases.attach, []
+
+    async def attach_too_late(lease_id, resources):
+        if not gone:
+            gone.append(cluster.memory.blobs.pop(LAYER.digest))
+        await attach(lease_id, resources)
+
+    monkeypatch.setattr(cluster.leases, "attach", attach_too_late)
+    fetch = await (await process.call("l2"))
+    assert gone
+    assert (fetch.joined, fetch.bytes_fetched) == (False, LAYER.size_bytes)
+    assert len(process.transfers.fetches) == 2
+    assert LAYER.digest in cluster.memory.blobs
+    assert await cluster.pinned("l2")
+    assert cluster.end_of("l2") is LayerPhase.DONE
+
+
 async def test_callers_of_one_process_share_one_fetch(cluster):
     """Two callers, one transfer: one did it, the other joined, both have pinned it."""
     process = cluster.process("a")
@@ -278,6 +301,47 @@ async def test_a_lost_message_is_found_by_the_slow_poll(cluster):
     fetch.proceed.set()
     await ended(first)
     assert (await ended(second)).result().joined
+
+
+async def test_a_lost_message_of_a_failure_is_found_too(cluster):
+    """Who waited shares the error, and leaves nothing that it came to own by asking again."""
+    a, b = cluster.process("a"), cluster.process("b", poll_s=0.05)
+    a.flights.is_deaf = True
+    a.transfers.plan = [BlobNotFoundError(LAYER.digest, "r.example/app")]
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2")
+    await b.is_waiting()
+    fetch.proceed.set()
+    await failure(first, BlobNotFoundError)
+    await failure(second, BlobNotFoundError)
+    assert await b.flights.state(KEY) is None
+    assert b.transfers.fetches == []
+
+
+async def test_a_look_at_a_flight_that_goes_on_is_one_question(cluster, monkeypatch):
+    """However long it waits, it subscribes once and asks once how the flight ended; then it only joins again."""
+    a, b = cluster.process("a"), cluster.process("b", poll_s=0.02)
+    asked = Counter()
+
+    def counted(name):
+        method = getattr(b.flights, name)
+
+        def call(*args, **kwargs):
+            asked[name] += 1
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(b.flights, name, call)
+
+    for name in ("join", "outcome", "events"):
+        counted(name)
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2")
+    await eventually(lambda: asked["join"] >= 5)
+    assert (asked["events"], asked["outcome"]) == (1, 1)
+    fetch.proceed.set()
+    await asyncio.gather(first, second)
 
 
 async def test_a_lost_lease_is_the_callers_own_affair(cluster):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -63,3 +64,21 @@ async def test_what_joining_raises_is_raised(monkeypatch):
     monkeypatch.setattr(joining, "join", refuse)
     with pytest.raises(FarmNotRunningError, match="in /farm: no"):
         await joining.join_in_time(config_of("127.0.0.1:1"), state_dir="/farm")
+
+
+async def test_drivers_of_one_process_join_one_after_the_other(monkeypatch):
+    """Ray is not made for two at a time; the second finds the process connected."""
+    inside, overlaps, joined = 0, 0, 0
+
+    def connect(_config, *, state_dir):
+        nonlocal inside, overlaps, joined
+        inside += 1
+        overlaps += inside > 1
+        time.sleep(0.02)
+        joined += 1
+        inside -= 1
+
+    monkeypatch.setattr(joining, "_join", connect)
+    config = config_of("127.0.0.1:1")
+    await asyncio.gather(*(joining.join_in_time(config, state_dir="/farm") for _ in range(4)))
+    assert (joined, overlaps) == (4, 0)

@@ -1,0 +1,60 @@
+"""Collection in the background: one shard at a time keeps the farm's policies, and deletes what has ended."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from actors.boot import Stores
+from cluster.collect.policy import default_policies
+from cluster.collect.runner import Collector
+from cluster.config import CollectConfig, Config
+from cluster.errors import ClusterError
+from storage.blobs import S3ContentStore
+from storage.collect import RedisCollectStore
+from storage.keys import Keys
+
+log = structlog.get_logger()
+
+#: Which turn it is.
+_WORK = "collect"
+
+
+async def collect_forever(stores: Stores, config: Config) -> None:
+    """Collect every ``collect.every_s`` seconds, unless another shard does; never where that is 0."""
+    if not config.collect.every_s:
+        return
+    store = RedisCollectStore(stores.link, Keys(config.farm.name))
+    collector = Collector(refs=stores.refs, leases=stores.leases, store=store, grace_s=config.collect.grace_s)
+    objects = S3ContentStore(config.s3)
+
+    async def delete(key: str) -> None:
+        await asyncio.to_thread(objects.delete, key)
+
+    try:
+        while True:
+            await asyncio.sleep(config.collect.every_s)
+            try:
+                async with store.turn(_WORK) as is_mine:
+                    if is_mine:
+                        await _collect(collector, config.collect)
+                        deleted = await collector.delete_due(delete)
+                        if deleted:
+                            log.info("collect.deleted", objects=deleted)
+            except ClusterError as exc:  # Redis or S3 is away: the next round goes on
+                log.warning("collect.failed", error=str(exc), error_type=type(exc).__name__)
+    finally:
+        objects.close()
+
+
+async def _collect(collector: Collector, config: CollectConfig) -> None:
+    policies = default_policies(
+        reserved_bytes=config.reserved_bytes, max_used_bytes=config.max_used_bytes, unused_s=config.unused_s
+    )
+    for number, policy in enumerate(policies, start=1):
+        pruned = await collector.prune(policy)
+        if pruned.items or pruned.freed_bytes:
+            log.info(
+                "collect.pruned", policy=number, items=len(pruned.items), freed=pruned.freed_bytes, kept=pruned.kept
+            )

@@ -1,0 +1,95 @@
+"""``lazyfarm prune``: make room in the content store."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lazyfarm.cli import parts
+from lazyfarm.cli.boundary import reporting
+from lazyfarm.cli.human import count, short, size
+from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
+from lazyfarm.cli.quantities import parse_duration, parse_size
+
+if TYPE_CHECKING:
+    from cluster.collect.runner import Pruned
+    from cluster.collect.values import Item
+
+app = command_app()
+
+
+@app.command(
+    epilog=example(
+        "lazyfarm prune --dry-run",
+        "lazyfarm prune --keep-bytes 500GB --keep-duration 7d",
+        "lazyfarm prune --all --filter description~=nightly",
+    )
+)
+def prune(
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also what several refs or images share.")] = False,
+    keep_bytes: Annotated[
+        str, typer.Option(metavar="SIZE", help="What may stay, as 500GB or 2TiB; the least useful goes first.")
+    ] = "",
+    keep_duration: Annotated[
+        str, typer.Option(metavar="DURATION", help="Keep what was used within it, as 12h or 7d.")
+    ] = "",
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            metavar="FILTER",
+            help="FIELD==VALUE, FIELD!=VALUE or FIELD~=REGEX of id, parents, type, description, inuse, shared, "
+            "private or lazy; with commas: all of them. Given several times: one of them.",
+        ),
+    ] = None,
+    state_dir: StateDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what nobody holds from the bucket. `lazyfarm explain kept REF` says what holds a ref.
+
+    Objects are deleted collect.grace_s seconds later. Needs Redis only: Ray is not joined.
+    """
+    with reporting(as_json=as_json, state_dir=state_dir) as out:
+        wanted_bytes = parse_size("--keep-bytes", keep_bytes) if keep_bytes else 0
+        wanted_s = parse_duration("--keep-duration", keep_duration) if keep_duration else 0.0
+        pruned = parts.with_collection(
+            parts.running_settings(state_dir),
+            lambda farm: farm.prune(
+                everything=everything,
+                keep_bytes=wanted_bytes,
+                keep_duration_s=wanted_s,
+                filters=filters or (),
+                dry_run=dry_run,
+            ),
+        )
+        out.document(document(pruned))
+        for item in pruned.items:
+            out.line(f"{short(item.id)}  {size(item.size_bytes)}  {item.description}".rstrip())
+        doing = "would free" if pruned.is_dry_run else "freed"
+        taken_up = f"; {count(pruned.kept, 'item')} taken up meanwhile" if pruned.kept else ""
+        out.line(f"{count(len(pruned.items), 'item')}, {doing} {size(pruned.freed_bytes)}{taken_up}")
+
+
+def document(pruned: Pruned) -> dict[str, object]:
+    """Return the JSON document; sizes are bytes, times wall-clock seconds."""
+    return {
+        "items": [_item(item) for item in pruned.items],
+        "freed": pruned.freed_bytes,
+        "kept": pruned.kept,
+        "dry_run": pruned.is_dry_run,
+    }
+
+
+def _item(item: Item) -> dict[str, object]:
+    return {
+        "id": item.id,
+        "type": item.kind.value,
+        "size": item.size_bytes,
+        "last_used": item.last_used_wall_s,
+        "usage_count": item.usage_count,
+        "shared": item.is_shared,
+        "description": item.description,
+    }

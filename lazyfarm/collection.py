@@ -1,0 +1,90 @@
+"""What a farm's content store is used for, and making room in it, over its Redis alone.
+
+Nothing here reaches for S3: what ends here is deleted there by the farm, after a grace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Self
+
+from cluster.cache.names import find_ref
+from cluster.collect.filters import parse_filter
+from cluster.collect.runner import Collector, Pruned
+from cluster.collect.stock import Kept, Usage
+from cluster.collect.values import Item, KeepPolicy
+from cluster.config import CollectConfig
+from cluster.errors import InvalidArgumentError, NoLayersError
+from cluster.ports import RefStore
+from cluster.settings import FarmSettings
+from lazyfarm.redis_only import connection
+from storage.collect import RedisCollectStore
+from storage.keys import Keys
+from storage.leases import RedisLeaseStore
+from storage.link import RedisLink
+from storage.refs import RedisRefStore
+
+
+class FarmCollection:
+    """Collection in one farm. Every method may raise UnavailableError: Redis doesn't answer."""
+
+    def __init__(self, refs: RefStore, collector: Collector) -> None:
+        self._refs = refs
+        self._collector = collector
+
+    @classmethod
+    def over(cls, link: RedisLink, keys: Keys, config: CollectConfig) -> Self:
+        """Return that of a farm whose Redis a client is connected to."""
+        refs = RedisRefStore(link, keys)
+        leases, store = RedisLeaseStore(link, keys), RedisCollectStore(link, keys)
+        return cls(refs, Collector(refs=refs, leases=leases, store=store, grace_s=config.grace_s))
+
+    async def usage(self) -> Usage:
+        """Return what takes how much, by ref and by image."""
+        return await self._collector.usage()
+
+    async def prune(
+        self,
+        *,
+        everything: bool = False,
+        keep_bytes: int = 0,
+        keep_duration_s: float = 0.0,
+        filters: Sequence[str] = (),
+        dry_run: bool = False,
+        on_removed: Callable[[Item], object] = lambda _: None,
+    ) -> Pruned:
+        """Remove what nobody holds; see :meth:`lazyfarm.farm.Farm.prune`."""
+        for name, value in (("keep_bytes", keep_bytes), ("keep_duration_s", keep_duration_s)):
+            if value < 0:
+                raise InvalidArgumentError(name, f"{value:g}", "it is at least 0")
+        policy = KeepPolicy(
+            filters=tuple(map(parse_filter, filters)),
+            includes_shared=everything,
+            keep_duration_s=keep_duration_s,
+            max_used_bytes=keep_bytes,
+        )
+        return await self._collector.prune(policy, is_dry_run=dry_run, on_removed=on_removed)
+
+    async def kept(self, name: str) -> Kept:
+        """Return why a ref is kept, by its ID, the first digits of that, or the image that it is the top of.
+
+        Raises:
+            RefNotFoundError, AmbiguousRefError: it names none, or several.
+            NoLayersError: it names an image without layers.
+        """
+        image, ref_id = await find_ref(self._refs, name)
+        if ref_id is None:
+            raise NoLayersError(image.name if image is not None else name)
+        return await self._collector.kept(ref_id)
+
+
+@asynccontextmanager
+async def open_collection(settings: FarmSettings) -> AsyncIterator[FarmCollection]:
+    """Connect to a farm's Redis for as long as the body runs.
+
+    Raises:
+        FarmNotRunningError: the settings name no Redis.
+    """
+    async with connection(settings) as (link, keys):
+        yield FarmCollection.over(link, keys, settings.config.collect)

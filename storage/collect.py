@@ -1,0 +1,135 @@
+"""The end of refs, images and blobs in Redis."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+
+from cluster.collect.ports import Doomed, Outcome, Removal
+from cluster.digest import Digest
+from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefUsage
+from storage.keys import Keys
+from storage.link import RedisLink
+from storage.refs import BLOB, IMAGE
+from storage.turns import turn
+
+#: Seconds that a deletion waits for the replicas; where they don't have it all by then it is for another time.
+_REPLICATED_S = 5.0
+#: Keys looked at by one SCAN, and records by one call.
+_BATCH = 500
+
+
+class RedisCollectStore:
+    """Implements :class:`cluster.collect.ports.CollectStore`."""
+
+    def __init__(self, link: RedisLink, keys: Keys) -> None:
+        self._link = link
+        self._keys = keys
+        self._prefix = keys.prefix
+
+    async def now_wall_s(self) -> float:
+        """Return Redis's time."""
+        seconds, microseconds = await self._link.execute("TIME", may_repeat=True)
+        return int(seconds) + int(microseconds) / 1e6
+
+    async def usages(self) -> Mapping[RefId, RefUsage]:
+        """Return when and how often each ref was used."""
+        commands = [("ZRANGE", self._keys.refs_used, 0, -1, "WITHSCORES"), ("HGETALL", self._keys.refs_count)]
+        used, counted = await self._link.execute_many(commands, may_repeat=True)
+        counts = dict(zip(counted[::2], counted[1::2], strict=True))
+        return {
+            RefId(ref_id.decode()): RefUsage(last_used_wall_s=int(at) / 1000, usage_count=int(counts.get(ref_id, 0)))
+            for ref_id, at in zip(used[::2], used[1::2], strict=True)
+        }
+
+    async def resolved(self) -> list[ImageRecord]:
+        """Return every image by the digest of its manifest."""
+        found = await self._link.execute("HVALS", self._keys.images_by_digest, may_repeat=True)
+        return [IMAGE.decode(value) for value in found]
+
+    async def blobs(self) -> list[BlobRecord]:
+        """Return every blob that is present."""
+        found: dict[Digest, BlobRecord] = {}
+        async for keys in self._scan("blob:*"):
+            values = await self._link.execute("MGET", *keys, may_repeat=True)
+            records = [BLOB.decode(value) for value in values if value is not None]
+            found.update({record.digest: record for record in records})
+        return list(found.values())
+
+    async def _scan(self, pattern: str) -> AsyncIterator[list[bytes]]:
+        cursor = b"0"
+        while True:
+            # The hash tag's braces are no pattern of Redis's.
+            command = ("SCAN", cursor, "MATCH", f"{self._prefix}:{pattern}", "COUNT", _BATCH)
+            cursor, keys = await self._link.execute(*command, may_repeat=True)
+            if keys:
+                yield keys
+            if int(cursor) == 0:
+                return
+
+    async def index(self, records: Sequence[RefRecord]) -> None:
+        """Note which refs stand on which, and use which blobs."""
+        batches = (records[start : start + _BATCH] for start in range(0, len(records), _BATCH))
+        for batch in batches:
+            told = [part for record in batch for part in (record.id, record.parent or "", record.blob.digest)]
+            await self._link.run("refs_index", self._prefix, *told, may_repeat=True)
+
+    async def remove_ref(self, ref_id: RefId, images: Sequence[ImageRecord], *, grace_s: float) -> Removal:
+        """Remove a ref, unless it is held or stood on."""
+        names = {image.name for image in images}
+        manifests = {image.manifest.digest for image in images}
+        arguments: list[str | int] = [ref_id, _ms(grace_s), len(names), *sorted(names), *sorted(manifests)]
+        return _removal(await self._link.run("ref_remove", self._prefix, *arguments, may_repeat=True))
+
+    async def remove_image(self, images: Sequence[ImageRecord], *, grace_s: float) -> Removal:
+        """Remove an image that has no ref, under all its names."""
+        names = sorted({image.name for image in images})
+        arguments: list[str | int] = [images[0].manifest.digest, _ms(grace_s), *names]
+        return _removal(await self._link.run("image_remove", self._prefix, *arguments, may_repeat=True))
+
+    async def condemn(self, digests: Sequence[Digest], *, grace_s: float) -> list[int | None]:
+        """Turn blobs absent that nothing needs."""
+        freed: list[int | None] = []
+        for start in range(0, len(digests), _BATCH):
+            batch = digests[start : start + _BATCH]
+            found = await self._link.run("blobs_condemn", self._prefix, _ms(grace_s), *batch, may_repeat=True)
+            freed += [None if size < 0 else size for size in found]
+        return freed
+
+    async def due(self, most: int) -> list[Doomed]:
+        """Return objects that may be deleted now."""
+        since = self._link.drops
+        found = await self._link.run("objects_due", self._prefix, most, may_repeat=True)
+        if not found or not await self._link.replicated(_REPLICATED_S, since=since):
+            return []
+        split = (text.decode().split(" ", 1) for text in found)
+        return [Doomed(Digest(digest), key) for digest, key in split]
+
+    async def deleted(self, doomed: Sequence[Doomed]) -> None:
+        """Forget objects that are deleted."""
+        if doomed:
+            members = [f"{one.digest} {one.key}" for one in doomed]
+            await self._link.execute("ZREM", self._keys.deleting, *members, may_repeat=True)
+
+    async def doomed(self) -> int:
+        """Return how many objects are to be deleted."""
+        count: int = await self._link.execute("ZCARD", self._keys.deleting, may_repeat=True)
+        return count
+
+    def turn(self, work: str) -> AbstractAsyncContextManager[bool]:
+        """Take the turn for *work*."""
+        return turn(self._link, self._keys, work)
+
+
+def _removal(reply: list[bytes | int]) -> Removal:
+    match reply:
+        case [b"removed", int(freed)]:
+            return Removal(Outcome.REMOVED, freed)
+        case [bytes(outcome)]:
+            return Removal(Outcome(outcome.decode()))
+        case _:
+            raise AssertionError(reply)
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
