@@ -28,6 +28,7 @@ from storage.registry.endpoint import Endpoint, joined, web_address
 from storage.registry.pool import AuthorizationPool
 from storage.registry.pump import StreamPump
 from storage.registry.transport import Answer, Transport, retrying
+from storage.to_the_end import to_the_end
 
 #: Seconds without a byte taken by the registry, or read from the stream, until an upload is given up.
 _STALL_S = 120.0
@@ -95,7 +96,7 @@ class Uploader:
         if answer.status == ACCEPTED:
             # Not mounted: the registry began an upload instead.
             location = _location(endpoint, url, answer)
-            await self._drop(endpoint, location, authorizer)
+            await to_the_end(self._drop(endpoint, location, authorizer))
         return answer.status == CREATED
 
     async def upload(self, upload: Upload) -> None:
@@ -118,7 +119,8 @@ class Uploader:
         try:
             await self._forward_to(upload, pieces, _piece_bytes(upload, begun), verified)
         except BaseException:
-            await asyncio.shield(self._drop(upload.endpoint, pieces.location, upload.authorizer))
+            # Cancelled while it drops, too: both happen when the bytes turn out wrong while they are forwarded.
+            await to_the_end(self._drop(upload.endpoint, pieces.location, upload.authorizer))
             raise
 
     async def _forward_to(
@@ -195,7 +197,7 @@ class Uploader:
             await self._put(upload, _with_digest(location, upload.descriptor.digest))
         except BaseException:
             # Also when cancelled: an upload that nobody ends stays in the registry's storage for a week.
-            await asyncio.shield(self._drop(upload.endpoint, location, upload.authorizer))
+            await to_the_end(self._drop(upload.endpoint, location, upload.authorizer))
             raise
 
     async def _put(self, upload: Upload, url: str) -> None:

@@ -773,6 +773,44 @@ async def test_a_forwarding_that_is_cancelled_leaves_nothing_behind(registry_pro
     arriving.verdict.cancel()
 
 
+def of_drops(seen):
+    """Match what drops an upload."""
+    return seen.method == "DELETE"
+
+
+async def fail_upload(client, target, authorizer):
+    await client.upload_blob(target, descriptor_of(b"abcd"), opener(b"abc"), authorizer)
+
+
+async def fail_forwarding(client, target, authorizer):
+    async def verified():
+        pytest.fail("a stream that is too short was asked for its verdict")
+
+    await client.forward_blob(target, descriptor_of(b"abcd"), opener(b"abc"), authorizer, verified=verified)
+
+
+async def fail_mount(client, target, authorizer):
+    await client.mount_blob(target, digest_of(b"nowhere"), "drop/empty", authorizer)
+
+
+@pytest.mark.parametrize("failing", [fail_upload, fail_forwarding, fail_mount])
+async def test_a_cancellation_while_an_upload_is_dropped_waits_for_that(registry, registry_proxy, make, failing):
+    """Failed and cancelled at once, as a push whose source lies: no upload stays behind at the registry."""
+    hang = Hang()
+    registry_proxy.script(hang, of=of_drops)
+    client, authorizer = make()
+    target = ProviderHandle(registry=registry_proxy.host, repository="drop/cancelled")
+    task = asyncio.create_task(failing(client, target, authorizer))
+    assert await asyncio.to_thread(hang.arrived.wait, 10)
+    task.cancel()
+    # The registry has not dropped it yet: whoever goes now may close the client under it.
+    assert await asyncio.wait({task}, timeout=0.1) == (set(), {task})
+    hang.proceed.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert registry.count("DELETE", "upload") == 1
+
+
 async def test_a_pushed_manifest_can_be_pulled(registry, make):
     """Blobs, then the manifest, by tag: what comes back is what was pushed."""
     image = random_image(20)

@@ -235,7 +235,7 @@ class ClusterRedis:
 @contextlib.contextmanager
 def cluster_redis(binary: str, key: str) -> Iterator[ClusterRedis]:
     """Run a cluster whose first node, the one with a replica, has *key*'s slot."""
-    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0")
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "3000", "--repl-diskless-sync-delay", "0")
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(redis_server(binary, *options)) for _ in range(4)]
         links = [server.link() for server in servers]
