@@ -68,7 +68,7 @@ from storage.node_cache import NodeCache
 from storage.presence import Presence
 from storage.registry.blob import BlobSource
 from storage.renewer import RedisFlightRenewer
-from storage.snapshots import choose
+from storage.snapshots import LayerLimits, choose
 from storage.transfer import TransferLimits
 
 log = structlog.get_logger()
@@ -140,7 +140,9 @@ class FetchWorker(SessionServer):
             return store, cache, left
 
         store, cache, left = await loop.run_in_executor(threads, open_node)
-        snapshotter = await loop.run_in_executor(threads, choose, root / "snapshots", config.node.snapshotter)
+        snapshotter = await loop.run_in_executor(
+            threads, choose, root / "snapshots", config.node.snapshotter, LayerLimits.of(config.node)
+        )
         left = [*left, *await loop.run_in_executor(threads, snapshotter.recover)]
         if left:
             log.info("node.recovered", removed=len(left))

@@ -32,7 +32,7 @@ from storage.local_trees import LocalTrees
 from storage.op_performer import OpPerformer
 from storage.presence import Presence
 from storage.renewer import RedisFlightRenewer
-from storage.snapshots import choose
+from storage.snapshots import LayerLimits, choose
 
 log = structlog.get_logger()
 
@@ -78,7 +78,9 @@ class OpWorker(SessionServer):
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="blocking"))
         root = node_root(boot)
         containers = Runc(root / "containers")
-        snapshotter = await asyncio.to_thread(choose, root / "snapshots", config.node.snapshotter)
+        snapshotter = await asyncio.to_thread(
+            choose, root / "snapshots", config.node.snapshotter, LayerLimits.of(config.node)
+        )
 
         store = S3ContentStore(config.s3)
         with contextlib.suppress(ClusterError):

@@ -25,8 +25,16 @@ class RedisConfig:
     #: ``redis://HOST:PORT/DB``, ``rediss://…``, ``unix://…``, ``redis+sentinel://HOST:PORT,…/PRIMARY/DB`` or
     #: ``redis+cluster://HOST:PORT,…``; "" starts one.
     url: str = ""
+    #: User to log in as, with the password; "" for the URL's, else Redis's ``default``.
+    username: str = ""
     #: File that holds the password; "" for none.
     password_file: str = ""
+    #: With ``rediss://``: file with PEM certificates to trust; "" for the system's.
+    ca_file: str = ""
+    #: With ``rediss://``: PEM file with the certificate that we show; "" for none.
+    client_cert_file: str = ""
+    #: PEM file with its key; "" where it is in the same file.
+    client_key_file: str = ""
     #: Seconds that one command may take.
     timeout_s: float = 10.0
     #: Replicas that must have a write before an object is deleted for its sake; 0 where there are none.
@@ -153,6 +161,10 @@ class NodeConfig:
     cache_bytes: int = 10 * 1024**3
     #: ``auto``, ``overlay`` or ``copying``.
     snapshotter: Literal["auto", "overlay", "copying"] = "auto"
+    #: Bytes that one layer may unpack to.
+    layer_bytes: int = 64 * 1024**3
+    #: Files and directories that one layer may unpack to.
+    layer_entries: int = 2_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

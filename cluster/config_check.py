@@ -240,6 +240,8 @@ RANGES: dict[str, Range] = {
     "fetch.attempts": Range(1, 100),
     "fetch.retry_budget_s": Range(0, _DAY_S),
     "node.cache_bytes": Range(5 * _MIB, 1024 * _TIB),
+    "node.layer_bytes": Range(_MIB, 1024 * _TIB),
+    "node.layer_entries": Range(1000, 1_000_000_000),
     "build.schedulers": Range(1, 64),
     "build.ops_per_node": Range(1, 1024),
     "build.op_timeout_s": Range(1, 7 * _DAY_S),
@@ -254,6 +256,8 @@ RANGES: dict[str, Range] = {
 _NAME = re.compile(r"[a-z0-9-]{1,32}")
 # What every S3 server takes; AWS's rules for new buckets.
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+#: Or "".
+_REDIS_USER = re.compile(r"[^\s:]{0,64}")
 _REGION = re.compile(r"[A-Za-z0-9-]{1,64}")
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _HOST_PORT = re.compile(_HOST.pattern.removesuffix("?").removesuffix("(?::[0-9]{1,5})") + r":[0-9]{1,5}")
@@ -338,6 +342,9 @@ def _absolute(text: str) -> str:
 #: Keys that name files with something to read, "" for none.
 FILES = (
     "redis.password_file",
+    "redis.ca_file",
+    "redis.client_cert_file",
+    "redis.client_key_file",
     "s3.credentials_file",
     "s3.ca_file",
     "ray.token_file",
@@ -348,6 +355,7 @@ FILES = (
 RULES: dict[str, Callable[[Any], str]] = {
     "farm.name": _matches(_NAME, "1 to 32 of a-z, 0-9 and -"),
     "redis.url": _redis_url,
+    "redis.username": _matches(_REDIS_USER, "up to 64 characters without a space or a colon"),
     "s3.endpoint": _s3_endpoint,
     "s3.region": _matches(_REGION, "1 to 64 letters, digits and -"),
     "s3.bucket": _matches(_BUCKET, "3 to 63 of a-z, 0-9, . and -, a letter or digit at both ends"),
@@ -401,6 +409,15 @@ def _own(file_key: str, address_key: str, what: str) -> Iterator[Relation]:
         (file_key, address_key),
         lambda config: not getattr(getattr(config, section), name) or bool(getattr(getattr(config, section), address)),
         f"is set although {address_key} is empty: the farm makes the {what} of what it starts itself",
+    )
+
+
+def _tls_only(name: str) -> Iterator[Relation]:
+    """A file of certificates means something to TLS alone."""
+    yield Relation(
+        (f"redis.{name}", "redis.url"),
+        lambda config: not getattr(config.redis, name) or config.redis.url.startswith("rediss"),
+        "is set although redis.url doesn't begin with rediss:// (or rediss+…)",
     )
 
 
@@ -461,6 +478,18 @@ RELATIONS: tuple[Relation, ...] = (
         "is set although ray.address names a cluster: where that one keeps its state is its own affair",
     ),
     *_own("redis.password_file", "redis.url", "password"),
+    *_tls_only("ca_file"),
+    *_tls_only("client_cert_file"),
+    Relation(
+        ("redis.client_key_file", "redis.client_cert_file"),
+        lambda c: not c.redis.client_key_file or bool(c.redis.client_cert_file),
+        "is set although redis.client_cert_file is not: a key without a certificate shows nothing",
+    ),
+    Relation(
+        ("redis.username", "redis.url"),
+        lambda c: not c.redis.username or bool(c.redis.url),
+        "is set although redis.url is empty: the farm's own server knows the user `default` alone",
+    ),
     *_own("s3.credentials_file", "s3.endpoint", "keys"),
     *_own("ray.token_file", "ray.address", "token"),
 )

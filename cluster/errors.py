@@ -479,6 +479,21 @@ class UnsafeEntryError(LayerError):
     _hint = "don't trust this image: a layer of it writes outside of its own root"
 
 
+class LayerLimitError(LayerError):
+    """A layer unpacks to more than a node takes: it is a bomb, or the limit is too low for it."""
+
+    _hint = (
+        "if the image is to be trusted, raise node.layer_bytes or node.layer_entries and run `lazyfarm up`; "
+        "else don't use it"
+    )
+
+    def __init__(self, digest: str, what: str, limit: int) -> None:
+        super().__init__(digest, "", f"it comes to more than {limit} {what}")
+        self.args = (digest, what, limit)
+        self.what = what
+        self.limit = limit
+
+
 class UnprivilegedEntryError(LayerError):
     """A tar entry needs a privilege that this node lacks, and leaving it out would change the result."""
 

@@ -111,9 +111,11 @@ def decode_error(data: bytes) -> ClusterError:
         for cls in _error_classes(ClusterError):
             if cls.__name__ == told.type:
                 try:
-                    return cls(*_as_tuples(told.args))
-                except TypeError:
-                    break  # another release's signature
+                    error = cls(*_as_tuples(told.args))
+                    str(error)
+                except Exception:  # noqa: BLE001 -- another release's signature, or none's: what it says still gets across
+                    break
+                return error
     return RemoteError(told.type, told.message)
 
 

@@ -328,6 +328,7 @@ class Builds:
         """Write a result or image to this machine."""
         from lazyfarm.export import Exporter  # noqa: PLC0415 - S3 and the unpackers, which few drivers need
         from storage.blobs import S3ContentStore  # noqa: PLC0415 - likewise
+        from storage.snapshots.limits import LayerLimits  # noqa: PLC0415 - likewise
 
         wanted = parse_output(output) if isinstance(output, str) else output
         if wanted.kind is OutputKind.IMAGE:
@@ -344,7 +345,7 @@ class Builds:
         await found.unlazy(progress=progress)
         store = S3ContentStore(self._config.s3)
         try:
-            await Exporter(store, self._farm.ref_store).export(
+            await Exporter(store, self._farm.ref_store, LayerLimits.of(self._config.node)).export(
                 record, wanted, stdout=stdout or sys.stdout.buffer, progress=progress
             )
         finally:

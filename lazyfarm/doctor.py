@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.config import Config
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, UnavailableError
 from lazyfarm.cli.human import size
 from lazyfarm.cli.reach import accepts, ray_address, url_address
 from lazyfarm.settings import FarmSettings, default_state_dir, load_settings
@@ -222,6 +222,7 @@ def _overlay(settings: FarmSettings) -> Iterator[Finding]:
 def _certificates(settings: FarmSettings) -> Iterator[Finding]:
     named = {f'registries."{host}".ca_file': entry.ca_file for host, entry in settings.config.registries.items()}
     named["s3.ca_file"] = settings.config.s3.ca_file
+    named["redis.ca_file"] = settings.config.redis.ca_file
     for key, file in named.items():
         if not file:
             continue
@@ -252,6 +253,7 @@ def _farm(settings: FarmSettings) -> Iterator[Finding]:
 def _redis(settings: FarmSettings) -> Iterator[Finding]:
     from storage.connect import check_policy, connect_sync  # noqa: PLC0415 - only here
     from storage.keys import Keys  # noqa: PLC0415 - likewise
+    from storage.redis_tls import advice  # noqa: PLC0415 - likewise
 
     config = settings.config.redis
     if not config.url:
@@ -264,6 +266,9 @@ def _redis(settings: FarmSettings) -> Iterator[Finding]:
         check_policy(link, Keys(settings.config.farm.name))
         facts = _facts(link.execute("INFO", may_repeat=True))
         place = link.address.shown
+    except UnavailableError as exc:
+        yield Finding(check="redis", ok="fail", detail=str(exc), advice=advice(exc) or exc.hint)
+        return
     finally:
         link.close()
     took_ms = (after_s - before_s) * 1000.0

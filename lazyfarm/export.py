@@ -38,6 +38,7 @@ from lazyfarm.operation import ProgressCallback
 from lazyfarm.outputs import STDOUT, Output, OutputKind
 from storage.fetching import StoredBlobs
 from storage.snapshots.copying import CopyingSnapshotter
+from storage.snapshots.limits import LayerLimits
 from storage.snapshots.store import remove_tree
 
 #: Blobs that are written to a layout at once.
@@ -54,9 +55,11 @@ _OWNER_ALL = 0o700
 class Exporter:
     """Writes images whose blobs are all in the content store to this machine's disk."""
 
-    def __init__(self, store: ContentStore, refs: RefStore) -> None:
+    def __init__(self, store: ContentStore, refs: RefStore, limits: LayerLimits | None = None) -> None:
+        """Make an exporter; *limits* as for the node's snapshotter."""
         self._stored = StoredBlobs(store)
         self._refs = refs
+        self._limits = limits
 
     async def export(
         self,
@@ -92,7 +95,15 @@ class Exporter:
             if progress is not None:
                 loop.call_soon_threadsafe(progress, item)
 
-        work = _Work(image=image, output=output, stored=self._stored, blobs=blobs, stdout=stdout, tell=tell)
+        work = _Work(
+            image=image,
+            output=output,
+            stored=self._stored,
+            blobs=blobs,
+            stdout=stdout,
+            tell=tell,
+            limits=self._limits,
+        )
         running = loop.run_in_executor(None, work.run)
         try:
             await asyncio.shield(running)
@@ -134,6 +145,7 @@ class _Work:
     blobs: Mapping[Digest, BlobRecord]
     stdout: BinaryIO | None
     tell: Callable[[ProgressItem], None]
+    limits: LayerLimits | None
 
     def __post_init__(self) -> None:
         self.stop = threading.Event()
@@ -263,7 +275,7 @@ class _Work:
         if dest.is_dir():
             # Within it: beside it we may have no right to write, and what is beside a mount is another disk.
             with _work_directory(dest, ".lazyfarm-export-") as work:
-                tree = self._unpacked(CopyingSnapshotter(work))
+                tree = self._unpacked(CopyingSnapshotter(work, self.limits))
                 for source, target in _moves(tree, dest):
                     _move(source, target)
             return
@@ -271,12 +283,12 @@ class _Work:
             raise ExportError(str(dest), "it is there, and no directory")
         dest.parent.mkdir(parents=True, exist_ok=True)
         with _work_directory(dest.absolute().parent, f".{dest.name}.") as work:
-            _move(self._unpacked(CopyingSnapshotter(work)), dest)
+            _move(self._unpacked(CopyingSnapshotter(work, self.limits)), dest)
 
     def _write_tar(self) -> None:
         near = None if self.output.dest == STDOUT else Path(self.output.dest).absolute().parent
         with _work_directory(near, ".lazyfarm-export-") as work:
-            snapshotter = CopyingSnapshotter(work)
+            snapshotter = CopyingSnapshotter(work, self.limits)
             chain = self._unpack(snapshotter)
             with self._new_file() as out:
                 # What could not be made without root is in it as the layers say.

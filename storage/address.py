@@ -10,6 +10,7 @@ from cluster.config import RedisConfig
 from cluster.errors import ConfigError
 from cluster.redis_url import Place, RedisKind, RedisUrl, parse_redis_url
 from storage.protocol import Command
+from storage.redis_tls import trust
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +21,8 @@ class RedisAddress:
     port: int = 0
     #: Path of a Unix socket; "" for TCP.
     path: str = ""
-    is_tls: bool = False
+    #: What to speak TLS with; None for plain text.
+    trust: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
     #: What the server is, or whom to ask for it.
     kind: RedisKind = RedisKind.SERVER
     #: Sentinels, or nodes of a cluster, that may be asked.
@@ -46,7 +48,7 @@ class RedisAddress:
 
     def tls(self) -> ssl.SSLContext | None:
         """Return the TLS context to connect with, None for plain text."""
-        return ssl.create_default_context() if self.is_tls else None
+        return self.trust
 
     def login(self) -> list[Command]:
         """Return the command that shows the password; none where there is none."""
@@ -63,10 +65,10 @@ class RedisAddress:
 
 
 def redis_address(config: RedisConfig) -> RedisAddress:
-    """Return the address that *config* names; reads the password file.
+    """Return the address that *config* names; reads the files that it names.
 
     Raises:
-        ConfigError: no URL, one that can't be meant, or a password file that can't be read. The URL is not
+        ConfigError: no URL, one that can't be meant, or a file that can't be read. The URL is not
             repeated in it: it may hold a password.
     """
     faults: list[str] = []
@@ -81,6 +83,12 @@ def redis_address(config: RedisConfig) -> RedisAddress:
             password = Path(config.password_file).read_text(encoding="utf-8").strip()
         except OSError as exc:
             faults.append(f"redis.password_file: {exc.strerror} ({config.password_file})")
+    context: ssl.SSLContext | None = None
+    if url.is_tls:
+        try:
+            context = trust(config)
+        except ValueError as exc:
+            faults.append(str(exc))
     if faults:
         raise ConfigError("redis", tuple(faults))
     first = url.places[0] if url.places else Place("", 0)
@@ -88,12 +96,12 @@ def redis_address(config: RedisConfig) -> RedisAddress:
         host=first.host,
         port=first.port,
         path=url.path,
-        is_tls=url.is_tls,
+        trust=context,
         kind=url.kind,
         places=url.places,
         primary=url.primary,
         database=url.database,
-        username=url.username,
+        username=config.username or url.username,
         password=password,
         timeout_s=config.timeout_s,
         wait_replicas=config.wait_replicas,

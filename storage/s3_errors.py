@@ -95,6 +95,7 @@ def _ours(exc: Exception, where: str, doing: str, key: str) -> Exception:
         NoCredentialsError,
         ParamValidationError,
         PartialCredentialsError,
+        SSLError,
     )
     from urllib3.exceptions import HTTPError  # noqa: PLC0415 - likewise
 
@@ -105,9 +106,13 @@ def _ours(exc: Exception, where: str, doing: str, key: str) -> Exception:
             return ConfigError("s3", ("s3.credentials_file: not set, and boto3 finds no credentials either",))
         case ParamValidationError():
             return exc  # our bug: let it be seen as what it is
-        case BotoCoreError() | HTTPError() | OSError():
-            return UnavailableError(where, f"could not {doing} {key}: {type(exc).__name__}")
-        case _ if type(exc).__module__ == "http.client":
+        case SSLError() if "CERTIFICATE_VERIFY_FAILED" in str(exc):
+            return UnsafeStoreError(
+                where,
+                "its certificate doesn't verify",
+                "set s3.ca_file to the authority that signed it, and name the server in s3.endpoint as it does",
+            )
+        case _ if isinstance(exc, BotoCoreError | HTTPError | OSError) or type(exc).__module__ == "http.client":
             return UnavailableError(where, f"could not {doing} {key}: {type(exc).__name__}")
         case _:
             return exc

@@ -29,6 +29,8 @@ _NOT_NOW = frozenset(
     }
 )
 
+#: What else says so, by no code of its own. The second is how Redis 7 says NOPERM of a command within a script.
+_NOT_NOW_EITHER = ("max number of clients", "The user executing the script can't", "cannot be used with replica")
 
 #: Codes of those that another server may execute, or the same one later: which one takes writes has changed, or is
 #: about to. ASK is one of them: it says that a slot is on its way to another node, where a script would find half of
@@ -58,7 +60,7 @@ def translate_reply(error: ReplyError, what: str) -> ClusterError:
     """
     text = str(error)
     code = error_code(error)
-    if code in _NOT_NOW or "max number of clients" in text or "cannot be used with replica" in text:
+    if code in _NOT_NOW or any(part in text for part in _NOT_NOW_EITHER):
         return UnavailableError(what, text)
     return InternalError(f"{what} refuses a command: {text}")
 

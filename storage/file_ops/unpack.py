@@ -215,6 +215,8 @@ class _Unpacker:
         parts = split(entry.name)
         if parts is None:
             raise BadArchiveError(f"entry {shown(entry.name)!r} leads out of the destination")
+        if reason := tar.impossible(entry):
+            raise BadArchiveError(f"entry {shown(entry.name)!r} has {reason}")
         if not parts:
             return
         above = self._directory(parts[:-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from cluster.ports import Authorization, AuthRequest
 from storage.registry.answers import FORBIDDEN, UNAUTHORIZED
 from storage.registry.challenge import Challenge, covers, merge_scopes, parse_challenges
 from storage.registry.credentials import Credential, CredentialSource
-from storage.registry.endpoint import may_use_plain_http, registry_config
+from storage.registry.endpoint import may_use_plain_http, registry_config, web_address
 from storage.registry.identity import identity_of
 from storage.registry.transport import Answer, Transport, control_policy, retrying
 
@@ -151,8 +152,8 @@ class CredentialAuthorizer:
 
     def _key(self, identity: str, request: AuthRequest, challenge: Challenge) -> _Key:
         realm = challenge.parameters.get("realm", "")
-        parts = urlsplit(realm)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        parts = web_address(realm)
+        if parts is None:
             raise RegistryProtocolError(f"authorizing at {request.registry}", UNAUTHORIZED, "its realm is no address")
         same_host = parts.hostname == urlsplit(f"//{request.registry}").hostname
         if parts.scheme == "http" and not (
@@ -257,12 +258,12 @@ def _parse_token(answer: Answer, realm: str) -> tuple[str, float]:
         text = document.get("token") or document.get("access_token")
         expires_in = document.get("expires_in") or DEFAULT_EXPIRES_IN_S
         expires_in_s = float(expires_in)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         # Without its cause: that quotes the answer.
         raise RegistryProtocolError(doing, answer.status, "its answer can't be read") from None
     if not isinstance(text, str) or not text.isascii() or not text.isprintable():
         raise RegistryProtocolError(doing, answer.status, "its answer has no token")
-    return text, expires_in_s if expires_in_s > 0 else DEFAULT_EXPIRES_IN_S
+    return text, expires_in_s if 0 < expires_in_s < math.inf else DEFAULT_EXPIRES_IN_S
 
 
 def _host(key: _Key) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import ssl
 from dataclasses import dataclass
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from cluster.config import Config, RegistryConfig
 from cluster.errors import ConfigError, InsecureRegistryError, RegistryProtocolError
@@ -71,6 +71,16 @@ def registry_config(config: Config, host: str) -> RegistryConfig:
     return config.registry(host)
 
 
+def web_address(url: str) -> SplitResult | None:
+    """Take an address apart that a stranger named; None where nobody could be asked there."""
+    try:
+        parts = urlsplit(url)
+        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket that isn't closed, a port that is no number
+        return None
+    return parts if is_whole else None
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether ``HOST[:PORT]`` is this machine itself, by name or address, without asking DNS."""
     name = urlsplit(f"//{host}").hostname or ""
@@ -122,10 +132,10 @@ def _endpoint(config: Config, host: str, repository: str, *, plain_http: bool, i
 def _foreign(config: Config, handle: ProviderHandle) -> list[Endpoint]:
     found, refused = [], ""
     for url in handle.urls:
-        parts = urlsplit(url)
-        secure = parts.scheme == "https"
-        if not parts.netloc or parts.scheme not in ("http", "https"):
+        parts = web_address(url)
+        if parts is None:
             continue
+        secure = parts.scheme == "https"
         if not (secure or handle.plain_http or may_use_plain_http(config, parts.netloc)):
             refused = parts.netloc
             continue
@@ -154,13 +164,21 @@ def next_hop(config: Config, url: str, location: str, *, doing: str) -> Hop:
         InsecureRegistryError: from HTTPS to plain HTTP, at a host that isn't configured for it.
         RegistryProtocolError: it leads nowhere.
     """
-    target = urljoin(url, location)
-    before, after = urlsplit(url), urlsplit(target)
-    if not location or after.scheme not in ("http", "https") or not after.netloc:
+    target = joined(url, location)
+    before, after = urlsplit(url), web_address(target)
+    if not location or after is None:
         raise RegistryProtocolError(doing, 0, "redirected to no address")
     if before.scheme == "https" and after.scheme == "http" and not may_use_plain_http(config, after.netloc):
         raise InsecureRegistryError(after.netloc)
     return Hop(url=target, crosses=_origin_of(before.scheme, before.netloc) != _origin_of(after.scheme, after.netloc))
+
+
+def joined(url: str, location: str) -> str:
+    """Return where *location* leads from *url*; "" where it can't be read."""
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        return ""
 
 
 def _origin_of(scheme: str, netloc: str) -> tuple[str, str | None, int]:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -24,7 +24,7 @@ from cluster.ports import Authorizer, ByteStream
 from storage.registry.answers import FORBIDDEN, UNAUTHORIZED, error_detail
 from storage.registry.calls import ACCEPTED, CREATED, Call, RegistryCalls, expect
 from storage.registry.challenge import drop_scope, pull_scope, push_scope
-from storage.registry.endpoint import Endpoint
+from storage.registry.endpoint import Endpoint, joined, web_address
 from storage.registry.pool import AuthorizationPool
 from storage.registry.pump import StreamPump
 from storage.registry.transport import Answer, Transport, retrying
@@ -315,9 +315,9 @@ def _with_digest(location: str, digest: Digest) -> str:
 
 def _location(endpoint: Endpoint, url: str, answer: Answer) -> str:
     header = answer.headers.get("Location", "")
-    if not header:
+    location = joined(url, header)
+    if not header or web_address(location) is None:
         raise RegistryProtocolError(f"beginning an upload to {endpoint.source}", answer.status, "no Location")
-    location = urljoin(url, header)
     # A registry behind a TLS proxy that doesn't know of it names itself with http://.
     if location.startswith(f"http://{endpoint.registry}/") and not endpoint.plain_http:
         location = "https" + location.removeprefix("http")

@@ -16,6 +16,7 @@ from cluster.ports import AppliedLayer, ByteStream
 from storage.snapshots.attributes import AttributeWriter, Ledger
 from storage.snapshots.diff import Changes, compare, write_layer
 from storage.snapshots.inflate import DamagedStreamError, LayerStream
+from storage.snapshots.limits import LayerLimits, LayerMeter
 from storage.snapshots.names import shown
 from storage.snapshots.store import Store
 from storage.snapshots.tar import TarError, TarReader
@@ -29,11 +30,13 @@ class LayeredSnapshotter(ABC):
 
     Args:
         root: A directory of the node; several snapshotters and processes may share it.
+        limits: How much one layer may come to; None: as the configuration has it by default.
     """
 
     name: str
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, limits: LayerLimits | None = None) -> None:
+        self._limits = limits or LayerLimits()
         try:
             self._store = Store(root / self.name)
             self._empty = self._store.root / "empty"
@@ -116,8 +119,11 @@ class LayeredSnapshotter(ABC):
                 files = staged / "fs"
                 files.mkdir(mode=0o700)
                 writer = AttributeWriter(self._new_ledger())
-                with Unpacker(layer=layer.digest, root=bytes(files), writer=writer, lower=lower) as unpacker:
-                    diff_id, tar_bytes = _unpack(unpacker, layer, stream)
+                meter = LayerMeter(layer.digest, self._limits)
+                with Unpacker(
+                    layer=layer.digest, root=bytes(files), writer=writer, lower=lower, meter=meter
+                ) as unpacker:
+                    diff_id, tar_bytes = _unpack(unpacker, layer, stream, meter)
                     hit(FaultPoint.EXTRACT_APPLIED)
                     if layer.diff_id is not None and diff_id != layer.diff_id:
                         raise DiffIdMismatchError(layer.digest, layer.diff_id, diff_id)
@@ -189,11 +195,18 @@ def _implied_owner() -> Ledger | None:
     return Ledger(owner_is_root=True) if os.geteuid() else None
 
 
-def _unpack(unpacker: Unpacker, layer: Descriptor, stream: ByteStream) -> tuple[Digest, int]:
+def _unpack(unpacker: Unpacker, layer: Descriptor, stream: ByteStream, meter: LayerMeter) -> tuple[Digest, int]:
     """Unpack a whole stream; return diff ID and length of its tar."""
     try:
         with LayerStream(stream, layer.compression) as source:
-            reader = TarReader(source.next)
+
+            def next_buffer() -> memoryview | None:
+                view = source.next()
+                if view is not None:
+                    meter.read(len(view))
+                return view
+
+            reader = TarReader(next_buffer)
             while (entry := reader.next()) is not None:
                 unpacker.add(entry, reader)
             reader.drain()

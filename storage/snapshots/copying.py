@@ -15,6 +15,7 @@ from storage.snapshots.attributes import AttributeWriter, Ledger
 from storage.snapshots.base import LayeredSnapshotter
 from storage.snapshots.copy import copy_tree
 from storage.snapshots.diff import Changes
+from storage.snapshots.limits import LayerLimits
 from storage.snapshots.mounts import check_name
 from storage.snapshots.names import join
 from storage.snapshots.store import LEDGER, remove_tree
@@ -33,8 +34,8 @@ class CopyingSnapshotter(LayeredSnapshotter):
 
     name = "copying"
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
+    def __init__(self, root: Path, limits: LayerLimits | None = None) -> None:
+        super().__init__(root, limits)
         self._links = self._store.root / "mnt"
         try:
             self._links.mkdir(exist_ok=True, mode=0o755)

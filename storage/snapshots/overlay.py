@@ -13,6 +13,7 @@ from storage.snapshots.attributes import AttributeWriter
 from storage.snapshots.base import LayeredSnapshotter
 from storage.snapshots.diff import Changes, read_upper
 from storage.snapshots.kernel import unmount
+from storage.snapshots.limits import LayerLimits
 from storage.snapshots.mounts import Mounts
 from storage.snapshots.store import OPAQUE_ROOT, short_name
 from storage.snapshots.tree import Tree
@@ -28,8 +29,8 @@ class OverlaySnapshotter(LayeredSnapshotter):
 
     name = "overlay"
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
+    def __init__(self, root: Path, limits: LayerLimits | None = None) -> None:
+        super().__init__(root, limits)
         self._mounts = Mounts(self._store.root)
 
     def mount(self, chain: Digest, name: str) -> Path:

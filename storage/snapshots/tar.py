@@ -45,6 +45,10 @@ _ZERO_BLOCK: Final = bytes(BLOCK)
 _XATTR: Final = "SCHILY.xattr."
 _ADLER_MODULUS: Final = 65521
 _MAX_TIME_NS: Final = (1 << 63) - 1
+#: What Linux takes at most: lengths of files, owners (2^32 - 1 says "as it is" to chown), parts of a device's number.
+_MAX_SIZE: Final = (1 << 63) - 1
+_MAX_ID: Final = (1 << 32) - 2
+_MAX_DEVICE: Final = (1 << 20) - 1
 
 
 class TarError(Exception):
@@ -321,6 +325,17 @@ class TarReader:
         if problem:
             raise TarError(problem, self._name)
         entry.extents = extents
+
+
+def impossible(entry: Entry) -> str:
+    """Return which number of an entry, well-formed as it is, no file of Linux can have; empty where there is none."""
+    if entry.size > _MAX_SIZE:
+        return f"a size of {entry.size} bytes"
+    if max(entry.uid, entry.gid) > _MAX_ID:
+        return f"an owner of {entry.uid}:{entry.gid}"
+    if not (0 <= entry.major <= _MAX_DEVICE and 0 <= entry.minor <= _MAX_DEVICE):
+        return f"a device of {entry.major}:{entry.minor}"
+    return ""
 
 
 def _name_in(block: bytes) -> bytes:

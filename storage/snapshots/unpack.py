@@ -34,6 +34,7 @@ from cluster.errors import LayerError, UnprivilegedEntryError, UnsafeEntryError
 from storage.snapshots import tar
 from storage.snapshots.attributes import OVERLAY_XATTR, Attributes, AttributeWriter, is_device
 from storage.snapshots.copy import make_file
+from storage.snapshots.limits import LayerMeter
 from storage.snapshots.names import (
     MAX_PATH_BYTES,
     OPAQUE,
@@ -108,14 +109,24 @@ class Unpacker:
         root: Where to; nobody else may use it.
         writer: Sets attributes.
         lower: Returns the tree below, waiting for it; None where there is none. Called when it is needed first.
+        meter: Bounds how much is made and remembered.
     """
 
-    def __init__(self, *, layer: str, root: bytes, writer: AttributeWriter, lower: Callable[[], Tree | None]) -> None:
+    def __init__(
+        self,
+        *,
+        layer: str,
+        root: bytes,
+        writer: AttributeWriter,
+        lower: Callable[[], Tree | None],
+        meter: LayerMeter,
+    ) -> None:
         self._layer = layer
         self._root = root
         self._writer = writer
         self._ledger = writer.ledger
         self._get_lower = lower
+        self._meter = meter
         #: Every directory of the upper by its path, a parent before its children.
         self.directories: dict[bytes, UpperDirectory] = {b"": UpperDirectory(None, is_new=False)}
         self.entries = 0
@@ -144,26 +155,31 @@ class Unpacker:
 
         Raises:
             LayerError, UnsafeEntryError, UnprivilegedEntryError: it can't or must not be made.
+            LayerLimitError: it is one too many.
             tar.TarError: its data is truncated.
             OSError: the disk refused.
         """
+        self._meter.make()
         self.entries += 1
         parts = split(entry.name)
         if parts is None:
             raise self._unsafe(entry.name, "its name leads out of the root")
+        if reason := tar.impossible(entry):
+            raise self._malformed(entry.name, reason)
         if not parts:
             if entry.kind != tar.DIRECTORY:
                 raise self._malformed(entry.name, "the root must be a directory")
             self.directories[b""].attributes = self._attributes(entry)
             return
         base = parts[-1]
-        if base.startswith(WHITEOUT):
-            self._mark(entry.name, parts, base)
-            return
-        if parts[0].startswith(WHITEOUT_META):
+        is_mark = base.startswith(WHITEOUT)
+        if parts[0].startswith(WHITEOUT_META) and not is_mark:
             return
         try:
-            self._place(entry, reader, parts)
+            if is_mark:
+                self._mark(entry.name, parts, base)
+            else:
+                self._place(entry, reader, parts)
         except OSError as exc:
             if exc.errno in _ENTRY_FAULTS:
                 raise self._malformed(entry.name, str(exc.strerror)) from exc
@@ -239,6 +255,7 @@ class Unpacker:
         if base in whiteouts:
             whiteouts.discard(base)
             is_new = True
+        self._meter.remember(path)
         self.directories[path] = UpperDirectory(attributes, is_new=is_new)
         if self._lower_cache:
             self._lower_cache.clear()
@@ -342,6 +359,7 @@ class Unpacker:
             known.is_opaque = known.is_new = True
             self._lower_cache.clear()
         elif not self._is_in_upper(path, target, fd):
+            self._meter.remember(target)
             self.directories[parent].whiteouts.add(target)
             self._lower_cache.clear()
         if path in self._followed:
@@ -477,6 +495,7 @@ class Unpacker:
             raise self._malformed(child, "a whiteout's name on the way to it")
         if len(child) > MAX_PATH_BYTES:
             raise self._malformed(child, f"its path is longer than {MAX_PATH_BYTES} bytes")
+        self._meter.make()
         os.mkdir(base, 0o700, dir_fd=self._fd(parent))
         self._register(parent, child, base, None, is_new=False)
 

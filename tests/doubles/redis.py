@@ -40,6 +40,13 @@ def redis_binaries() -> dict[str, str]:
     return binaries
 
 
+def documented_rights() -> str:
+    """Return the rights of a farm's user as ``docs/operations.md`` has them: its name, then ACL rules."""
+    text = Path(__file__).parents[2].joinpath("docs/operations.md").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if line.startswith("user lazyfarm ")]
+    return line.removeprefix("user ")
+
+
 def free_port() -> int:
     """Return a TCP port on loopback that nobody listens on just now.
 
@@ -69,6 +76,14 @@ class RedisServer:
     def config(self) -> RedisConfig:
         """Return how to connect to it."""
         return RedisConfig(url=f"redis://127.0.0.1:{self.port}/0")
+
+    @property
+    def farm_config(self) -> RedisConfig:
+        """Return how a farm logs in: as a user with the rights that ``docs/operations.md`` lists, for any farm."""
+        link = self.link()
+        link.execute("ACL", "SETUSER", *documented_rights().replace("{lazyfarm}", "{*}").split(" "))
+        link.close()
+        return RedisConfig(url=f"redis://lazyfarm:PASSWORD@127.0.0.1:{self.port}/0")
 
     def start(self) -> None:
         """Start it and wait until it answers."""

@@ -52,7 +52,8 @@ async def solver_stores(request, redis_servers) -> AsyncIterator[SolverStores]:
             pass_time=clock.advance,
         )
         return
-    farm = RedisFarm(redis_servers(request.param).config)
+    server = redis_servers(request.param)
+    farm = RedisFarm(server.farm_config, server.config)
     farm.stores()
     yield redis_solver_stores(farm)
     await farm.close()

@@ -136,7 +136,7 @@ def test_a_farm_name_is_1_to_32_of_lower_case_digits_and_dash(name):
     assert reasons({"farm": {"name": "a-9"}}) == {}
 
 
-@pytest.mark.parametrize("key", ["password", "PASSWORD", "pass", "auth", "token", "username"])
+@pytest.mark.parametrize("key", ["password", "PASSWORD", "pass", "auth", "token"])
 def test_a_password_in_the_configuration_is_refused_with_what_to_do(key):
     """Secrets are in files of their own, so that configurations can be shown, logged and committed."""
     told = reasons({"redis": {key: "hunter2"}})[f"redis.{key}"]
@@ -248,6 +248,10 @@ BROKEN_RELATIONS = [
     ("ray.object_store_bytes", {"ray": {"object_store_bytes": 3 * 1024**3}}),
     ("ray.gcs_redis", {"ray": {"address": "h:1", "gcs_redis": "redis://h:1"}}),
     ("redis.password_file", {"redis": {"password_file": "/x"}}),
+    ("redis.username", {"redis": {"username": "x"}}),
+    ("redis.ca_file", {"redis": {"url": "redis://h:1", "ca_file": "/x"}}),
+    ("redis.client_cert_file", {"redis": {"url": "redis://h:1", "client_cert_file": "/x"}}),
+    ("redis.client_key_file", {"redis": {"url": "rediss://h:1", "client_key_file": "/x"}}),
     ("s3.credentials_file", {"s3": {"credentials_file": "/x"}}),
     ("ray.token_file", {"ray": {"token_file": "/x"}}),
 ]
