@@ -67,13 +67,29 @@ def in_processes(pids: set[int], secrets: set[bytes]) -> list[str]:
 
 def in_gcs(pids: set[int], secrets: set[bytes]) -> list[str]:
     """Return where the memory of the GCS holds a secret; what can't be read is left out."""
-    (gcs,) = [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == "gcs_server"]
+    (gcs,) = _of_name(pids, "gcs_server")
+    return _in_memory(gcs, secrets)
+
+
+def in_object_stores(pids: set[int], secrets: set[bytes]) -> list[str]:
+    """Return where the nodes' object stores hold a secret: objects that are there, and what is left of freed ones."""
+    raylets = _of_name(pids, "raylet")
+    assert raylets
+    return [place for raylet in raylets for place in _in_memory(raylet, secrets, of="plasma")]
+
+
+def _of_name(pids: set[int], name: str) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == name]
+
+
+def _in_memory(pid: int, secrets: set[bytes], *, of: str = "") -> list[str]:
+    """Return the writable parts of a memory that hold a secret; of what is mapped from *of*, if that is said."""
     found = []
-    with Path(f"/proc/{gcs}/mem").open("rb", buffering=0) as memory:
-        for line in Path(f"/proc/{gcs}/maps").read_text().splitlines():
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             span, rights, *_ = line.split()
             start, end = (int(edge, 16) for edge in span.split("-"))
-            if not rights.startswith("rw") or end - start > 512 * MIB:
+            if not rights.startswith("rw") or end - start > 512 * MIB or of not in line:
                 continue
             try:
                 memory.seek(start)

@@ -8,14 +8,18 @@ import json
 import os
 import signal
 from pathlib import Path
+from secrets import token_hex
 
 import pytest
+import ray
 
 from cluster.digest import digest_of
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, ProcessFailedError
 from cluster.faultpoints import FaultPoint
 from cluster.provider import DescHandler
-from tests.doubles.at_rest import in_files, in_gcs, in_processes, in_redis
+from lazyfarm.graph import image, secret
+from tests.doubles.at_rest import in_files, in_gcs, in_object_stores, in_processes, in_redis
+from tests.doubles.builds import BuildFarm, Gate, log_of, wait_for
 from tests.doubles.faults import MIB, PART_BYTES, RANGES, BrokenFarm, assert_extracted, eventually
 from tests.doubles.registry import HTPASSWD_PASSWORD, HTPASSWD_USER, docker_registry, htpasswd_config
 from tests.doubles.registry_faults import Hang, Respond, blobs, registry_fault_proxy
@@ -258,6 +262,56 @@ def _in_s3(lab: BrokenFarm, secrets: set[bytes]) -> list[str]:
             held += bytes(buffer)
         found += [info.key for secret in secrets if secret in held]
     return found
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="containers need root")
+async def test_i8_a_builds_secret_is_at_rest_nowhere(lab: BrokenFarm, builds: BuildFarm, base: str):
+    """A command has it as a file and as a variable, one fails with it, and a worker is killed while one has it.
+
+    Afterwards it is not in Redis, S3, a file of the state directory (events, logs, leftovers of containers, Ray's
+    sessions), a process's arguments or environment, the GCS, an object store, an error or what the commands
+    said; and not in what was built.
+    """
+    canary = f"canary-{token_hex(12)}"
+    mount = secret("token", target="/run/secrets/token", env="TOKEN", required=True)
+    start, gate = image(base, plain_http=True), Gate(builds)
+    uses = start.run('test "$TOKEN" = "$(cat /run/secrets/token)" && echo used > /made', mounts=[mount]).named("uses")
+    held = uses.run(f"{gate.command}; cat /made > /again", mounts=[mount, gate.mount]).named("held")
+    fails = start.run('test -n "$TOKEN" && exit 3', mounts=[mount])
+    given, events = {"token": canary}, []
+    # In the object store for sure, to see that the search finds what is there.
+    known = f"known-{token_hex(12)}".encode()
+    async with lab.driver() as driver:
+        kept = await asyncio.to_thread(ray.put, known * 20_000)
+        job = driver.solve([uses, held], secrets=given, on_event=events.append)
+        waiting = asyncio.ensure_future(wait_for(job))
+        await log_of(job, "at the gate")
+        victims = [each for each in await builds.of_kind("op-worker") if each.node in builds.containers()]
+        assert victims
+        await builds.kill(*victims)
+        result = await gate.open_until(waiting)
+        with pytest.raises(ProcessFailedError) as failed:
+            await driver.solve(fails, secrets=given)
+        extracted = await result.refs[1].extract("n0")
+        said = "".join([str(failed.value), failed.value.hint, repr(failed.value), *map(repr, events)])
+        tree = Path(extracted.path)
+        assert (tree / "again").read_text() == "used\n"
+        assert canary not in said
+        assert not (tree / "run/secrets/token").exists() or not (tree / "run/secrets/token").read_bytes()
+        await builds.are_back(*victims)
+
+        # A search that could find nothing would prove nothing.
+        assert in_object_stores(lab.processes(), {known})
+        assert await in_redis(lab.redis, {b"at the gate"})
+        wanted = {canary.encode(), base64.b64encode(canary.encode())}
+        assert not in_object_stores(lab.processes(), wanted)
+        assert not await in_redis(lab.redis, wanted)
+        assert not await asyncio.to_thread(_in_s3, lab, wanted)
+        assert not await asyncio.to_thread(in_files, lab.running.state_dir, wanted)
+        assert not in_processes(lab.processes(), wanted)
+        assert not await asyncio.to_thread(in_gcs, lab.processes(), wanted)
+        del kept
 
 
 async def test_i9_a_crash_of_everything_leaves_nothing_that_can_not_be_finished(lab: BrokenFarm):
