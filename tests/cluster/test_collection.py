@@ -57,7 +57,7 @@ async def test_a_driver_keeps_what_it_has_and_leaves_nothing(farm, registry):
         await eventually(lambda: not objects_of(farm, image), "the objects to be deleted", within_s=40)
         again = await driver.pull(name, plain_http=True)
         assert all(layer.is_lazy for layer in again.layers)
-        await again.extract("n1")
+        await again.unlazy()
         assert len(objects_of(farm, image)) == len(image.layers) + 1
 
 
