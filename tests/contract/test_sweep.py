@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.flight.values import UploadState
 from cluster.ref import BlobRecord
 from storage.fetching import new_key
 from storage.memory_blobs import MemoryContentStore
@@ -64,3 +65,19 @@ async def test_what_a_record_or_a_live_flight_names_stays(bench):
     bench.stores.pass_time(STRAY_S + 1)
     assert await swept(bench, bucket) == 1
     assert keys(bucket) == [won]
+
+
+async def test_an_upload_that_can_be_resumed_stays(bench):
+    """Its owner is dead; the next one goes on with its parts. Another upload of that digest is a stray."""
+    bucket = MemoryContentStore()
+    key, other = new_key(DIGEST), new_key(DIGEST)
+    upload_id = bucket.begin_upload(key)
+    bucket.begin_upload(other)
+    owned = await bench.stores.flights.join(f"blob:{DIGEST}", worker="w", token="t", ttl_s=60.0)
+    upload = UploadState(key=key, upload_id=upload_id, part_bytes=5, parts={})
+    await bench.stores.flights.begin_upload(owned.fence, upload)
+    bench.stores.pass_time(61.0)
+    assert await swept(bench, bucket) == 0
+    bench.stores.pass_time(STRAY_S + 1)
+    assert await swept(bench, bucket) == 1
+    assert bucket.list_uploads("") == [(key, upload_id)]
