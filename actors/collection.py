@@ -14,6 +14,7 @@ from cluster.errors import ClusterError
 from storage.blobs import S3ContentStore
 from storage.collect import RedisCollectStore
 from storage.keys import Keys
+from storage.sweeper import sweep
 
 log = structlog.get_logger()
 
@@ -42,6 +43,10 @@ async def collect_forever(stores: Stores, config: Config) -> None:
                         deleted = await collector.delete_due(delete)
                         if deleted:
                             log.info("collect.deleted", objects=deleted)
+                        if config.collect.stray_s:
+                            swept = await sweep(store, objects, stray_s=config.collect.stray_s)
+                            if swept:
+                                log.info("collect.swept", strays=swept)
             except ClusterError as exc:  # Redis or S3 is away: the next round goes on
                 log.warning("collect.failed", error=str(exc), error_type=type(exc).__name__)
     finally:

@@ -224,6 +224,7 @@ RANGES: dict[str, Range] = {
     "cache.proof_ttl_s": Range(0.1, 30 * _DAY_S),
     "collect.every_s": Range(0, 30 * _DAY_S),
     "collect.grace_s": Range(0, _DAY_S),
+    "collect.stray_s": Range(0, 30 * _DAY_S),
     "collect.reserved_bytes": Range(0, 1024 * _TIB),
     "collect.max_used_bytes": Range(0, 1024 * _TIB),
     "collect.unused_s": Range(1, 3660 * _DAY_S),

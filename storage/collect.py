@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from cluster.collect.ports import Doomed, Outcome, Removal
+from cluster.collect.sweep import Suspect
 from cluster.digest import Digest
 from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefUsage
 from storage.keys import Keys
@@ -110,6 +111,12 @@ class RedisCollectStore:
         if doomed:
             members = [f"{one.digest} {one.key}" for one in doomed]
             await self._link.execute("ZREM", self._keys.deleting, *members, may_repeat=True)
+
+    async def strays(self, suspects: Sequence[Suspect], *, stray_s: float) -> list[Suspect]:
+        """Return those that nothing has named for long."""
+        told = [part for one in suspects for part in (one.digest, one.key, one.upload_id)]
+        places = await self._link.run("strays_note", self._prefix, _ms(stray_s), *told, may_repeat=True)
+        return [suspects[place - 1] for place in places]
 
     async def doomed(self) -> int:
         """Return how many objects are to be deleted."""

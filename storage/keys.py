@@ -15,6 +15,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``children:REF`` | set | refs on top of it; one that is no record any more counts for nothing |
 | ``users:DIGEST`` | set | refs whose blob it is; likewise |
 | ``deleting`` | zset | ``DIGEST KEY`` of an object that nothing names any more → when it may be deleted, milliseconds |
+| ``strays`` | zset | ``KEY UPLOAD_ID`` (or ``KEY ``: an object) that nothing names → first seen, milliseconds |
 | ``turn:WORK`` | string, seconds | token of who does it: what one process at a time is enough for |
 | ``blob:DIGEST`` | string | payload ``blob`` (:class:`cluster.ref.BlobRecord`): the blob is present |
 | ``absent:DIGEST`` | string, a week | why a blob that was present was found gone or damaged |

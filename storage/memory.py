@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from cluster.collect.ports import Doomed
+from cluster.collect.sweep import Suspect
 from cluster.digest import Digest, is_digest
 from cluster.errors import (
     DeadlineExceededError,
@@ -87,6 +88,7 @@ class Memory:
         self.images_by_digest: dict[Digest, ImageRecord] = {}
         self.images_by_ref: dict[RefId, ImageRecord] = {}
         self.deleting: dict[Doomed, float] = {}
+        self.strays: dict[Suspect, float] = {}
         self.turns: set[str] = set()
         self.leases: dict[LeaseId, Lease] = {}
         self.epoch = "memory"

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from cluster.collect.ports import Doomed, Outcome, Removal
+from cluster.collect.sweep import Suspect
 from cluster.digest import Digest
 from cluster.lease import LeaseId, blob_resource, image_resource, ref_resource
 from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefUsage
@@ -101,6 +102,39 @@ class MemoryCollectStore:
         """Forget objects that are deleted."""
         for one in doomed:
             self._memory.deleting.pop(one, None)
+
+    async def strays(self, suspects: Sequence[Suspect], *, stray_s: float) -> list[Suspect]:
+        """Return those that nothing has named for long."""
+        memory, now_s = self._memory, self._memory.now_s()
+        over = []
+        for one in suspects:
+            doomed = Doomed(one.digest, one.key)
+            if self._is_named(one):
+                memory.strays.pop(one, None)
+                continue
+            if not one.upload_id and doomed in memory.deleting:
+                continue
+            if memory.strays.setdefault(one, now_s) + stray_s <= now_s:
+                del memory.strays[one]
+                if not one.upload_id:
+                    memory.deleting[doomed] = now_s
+                over.append(one)
+        return over
+
+    def _is_named(self, one: Suspect) -> bool:
+        memory, work = self._memory, f"blob:{one.digest}"
+        flight, blob = memory.flights.get(work), memory.blobs.get(one.digest)
+        upload, until_s = memory.uploads.get(work, (None, 0.0))
+        return (
+            (flight is not None and flight.expires_s > memory.now_s())
+            or (
+                upload is not None
+                and until_s > memory.now_s()
+                and upload.key == one.key
+                and one.upload_id in ("", upload.upload_id)
+            )
+            or (not one.upload_id and blob is not None and blob.key == one.key)
+        )
 
     async def doomed(self) -> int:
         """Return how many objects are to be deleted."""

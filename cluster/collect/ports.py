@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from cluster.collect.sweep import Suspect
 from cluster.digest import Digest
 from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefUsage
 
@@ -101,6 +102,14 @@ class CollectStore(Protocol):
 
     async def deleted(self, doomed: Sequence[Doomed]) -> None:
         """Forget objects that are deleted."""
+        ...
+
+    async def strays(self, suspects: Sequence[Suspect], *, stray_s: float) -> list[Suspect]:
+        """Return those that nothing has named for *stray_s* seconds, by the store's clock, since they were first seen.
+
+        Objects among them are to be deleted from then on. What a record names, or a live flight or a recorded upload
+        may yet come to name, is no stray.
+        """
         ...
 
     async def doomed(self) -> int:
