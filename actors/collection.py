@@ -12,8 +12,10 @@ from cluster.collect.runner import Collector
 from cluster.config import CollectConfig, Config
 from cluster.errors import ClusterError
 from storage.blobs import S3ContentStore
+from storage.bucket_mark import others_in_bucket
 from storage.collect import RedisCollectStore
 from storage.keys import Keys
+from storage.link import RedisLink
 from storage.sweeper import sweep
 
 log = structlog.get_logger()
@@ -26,7 +28,8 @@ async def collect_forever(stores: Stores, config: Config) -> None:
     """Collect every ``collect.every_s`` seconds, unless another shard does; never where that is 0."""
     if not config.collect.every_s:
         return
-    store = RedisCollectStore(stores.link, Keys(config.farm.name))
+    keys = Keys(config.farm.name)
+    store = RedisCollectStore(stores.link, keys)
     collector = Collector(refs=stores.refs, leases=stores.leases, store=store, grace_s=config.collect.grace_s)
     objects = S3ContentStore(config.s3)
 
@@ -43,10 +46,7 @@ async def collect_forever(stores: Stores, config: Config) -> None:
                         deleted = await collector.delete_due(delete)
                         if deleted:
                             log.info("collect.deleted", objects=deleted)
-                        if config.collect.stray_s:
-                            swept = await sweep(store, objects, stray_s=config.collect.stray_s)
-                            if swept:
-                                log.info("collect.swept", strays=swept)
+                        await _sweep(stores.link, keys, store, objects, config.collect.stray_s)
             except ClusterError as exc:  # Redis or S3 is away: the next round goes on
                 log.warning("collect.failed", error=str(exc), error_type=type(exc).__name__)
     finally:
@@ -63,3 +63,17 @@ async def _collect(collector: Collector, config: CollectConfig) -> None:
             log.info(
                 "collect.pruned", policy=number, items=len(pruned.items), freed=pruned.freed_bytes, kept=pruned.kept
             )
+
+
+async def _sweep(
+    link: RedisLink, keys: Keys, store: RedisCollectStore, objects: S3ContentStore, stray_s: float
+) -> None:
+    others = await others_in_bucket(link, keys, objects)
+    if not stray_s:
+        return
+    if others:
+        log.warning("collect.unswept", reason="other farms use the bucket", marks=others)
+        return
+    swept = await sweep(store, objects, stray_s=stray_s)
+    if swept:
+        log.info("collect.swept", strays=swept)

@@ -110,7 +110,7 @@ class CollectConfig:
     #: Seconds between the end of a blob and that of its object.
     grace_s: float = 60.0
     #: Seconds after which what no record names is swept from the bucket; 0: never.
-    stray_s: float = 0.0
+    stray_s: float = 3600.0
     #: Bytes below which no limit makes collection go.
     reserved_bytes: int = 0
     #: Bytes that all blobs together may take; 0: any number.

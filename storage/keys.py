@@ -56,6 +56,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``arriving:CHAIN`` | zset, minutes | node that is getting the snapshot → when that was noted, milliseconds |
 | ``noted`` | zset | node → since when what is noted of its snapshots counts, milliseconds |
 | ``ops:NODE`` | zset | run of an op there → until when that is believed, milliseconds |
+| ``mark`` | string | ID of these records: with the farm's name, its mark in the bucket |
 | ``nodes`` | string | payload ``nodes``: the nodes as the supervisor last saw them |
 | ``actors`` | hash | actor name → payload ``actor`` |
 | ``actor:NAME`` | string, seconds | there while the actor says that it is |
@@ -111,6 +112,11 @@ class Keys:
     def providers(self, digest: Digest) -> str:
         """Name the set of providers known for a digest."""
         return f"{self.prefix}:providers:{digest}"
+
+    @property
+    def mark(self) -> str:
+        """Name the ID of this farm's records."""
+        return f"{self.prefix}:mark"
 
     @property
     def deleting(self) -> str:

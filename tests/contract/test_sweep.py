@@ -6,10 +6,13 @@ import pytest
 
 from cluster.flight.values import UploadState
 from cluster.ref import BlobRecord
+from storage.bucket_mark import others_in_bucket
 from storage.fetching import new_key
 from storage.memory_blobs import MemoryContentStore
 from storage.sweeper import sweep
 from tests.doubles.collect import Bench, layer
+from tests.doubles.redis import redis_binaries
+from tests.doubles.stores import RedisFarm
 
 STRAY_S = 3600.0
 DIGEST = layer("a").digest
@@ -81,3 +84,22 @@ async def test_an_upload_that_can_be_resumed_stays(bench):
     bench.stores.pass_time(STRAY_S + 1)
     assert await swept(bench, bucket) == 1
     assert bucket.list_uploads("") == [(key, upload_id)]
+
+
+@pytest.mark.redis
+async def test_farms_of_one_bucket_know_of_each_other(redis_servers):
+    """Each leaves one mark, however often it looks; two of one name with records of their own are two."""
+    bucket = MemoryContentStore()
+    one, two = (RedisFarm(redis_servers(next(iter(redis_binaries()))).config) for _ in range(2))
+    one.stores(), two.stores()
+    try:
+        assert await others_in_bucket(one.links[0], one.keys, bucket) == []
+        assert await others_in_bucket(one.links[0], one.keys, bucket) == []
+        (mark,) = keys(bucket)
+        assert await others_in_bucket(two.links[0], two.keys, bucket) == [mark]
+        assert len(await others_in_bucket(one.links[0], one.keys, bucket)) == 1
+        await one.links[0].execute("DEL", one.keys.mark)
+        assert len(await others_in_bucket(one.links[0], one.keys, bucket)) == 2, "the mark of lost records stands"
+    finally:
+        await one.close()
+        await two.close()
