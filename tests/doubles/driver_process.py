@@ -1,7 +1,7 @@
 """A driver that is a process of its own: to be killed, cut off and paused, and to outlive a cluster or not.
 
-``python -m tests.doubles.driver_process STATE_DIR (extract IMAGE NODE | push IMAGE TARGET | get REF… |
-build BASE GATE COMMAND | submit BASE GATE COMMAND)`` says what comes of it in lines of JSON.
+``python -m tests.doubles.driver_process STATE_DIR (extract IMAGE NODE | push IMAGE TARGET | get REF… | unlazy IMAGE… |
+build BASE GATE COMMAND | submit BASE GATE COMMAND | prune FILTER)`` says what comes of it in lines of JSON.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,12 +45,14 @@ class DriverProcess:
 
 
 @contextlib.asynccontextmanager
-async def driver_process(state_dir: Path, *arguments: str, within: Sequence[str] = ()) -> AsyncIterator[DriverProcess]:
+async def driver_process(
+    state_dir: Path, *arguments: str, within: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> AsyncIterator[DriverProcess]:
     """Run one, by the command *within* where there is one; it is killed in the end."""
     program = [*within, sys.executable, "-m", "tests.doubles.driver_process", str(state_dir), *arguments]
     process = await asyncio.create_subprocess_exec(
         *program,
-        env={**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEADLESS_S)},
+        env={**os.environ, **(environ or {}), "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEADLESS_S)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
@@ -63,11 +65,19 @@ async def driver_process(state_dir: Path, *arguments: str, within: Sequence[str]
 
 
 async def _main(state_dir: str, do: str, *arguments: str) -> None:
+    if do == "prune":
+        await _prune(state_dir, *arguments)
+        return
     # Not before it is a process of its own: Ray is slow to import.
     from lazyfarm.farm import Farm  # noqa: PLC0415
     from lazyfarm.graph import cache, image  # noqa: PLC0415
 
     async with await Farm.connect(Path(state_dir), credentials={}) as farm:
+        if do == "unlazy":
+            for name in arguments:
+                await (await farm.pull(name, plain_http=True)).unlazy()
+            _say(unlazied=arguments[-1])
+            return
         if do == "get":
             for ref_id in arguments:
                 await _get(farm, ref_id)
@@ -87,6 +97,17 @@ async def _main(state_dir: str, do: str, *arguments: str) -> None:
         _say(job=job.id)
         if do == "build":
             _say(ref=(await job).ref.id)
+
+
+async def _prune(state_dir: str, wanted: str) -> None:
+    from lazyfarm.collection import open_collection  # noqa: PLC0415
+    from lazyfarm.settings import load_settings  # noqa: PLC0415
+    from storage.faults import arm_from_environment  # noqa: PLC0415
+
+    arm_from_environment(os.environ)
+    async with open_collection(load_settings(state_dir, None, {})) as collection:
+        pruned = await collection.prune(everything=True, filters=[wanted])
+        _say(pruned=str(len(pruned.items)))
 
 
 async def _get(farm: Farm, ref_id: str) -> None:

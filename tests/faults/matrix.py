@@ -70,7 +70,7 @@ SITUATIONS = {
     Situation.EXTRACTING: "a layer is unpacked here, and not published yet",
     Situation.RUNNING: "a command runs here",
     Situation.PUSHING: "every layer is at the target, the manifest is not",
-    Situation.COLLECTING: "what nothing holds is being removed",
+    Situation.COLLECTING: "a driver prunes: the top of an image that nothing holds is gone, what it stood on is not",
 }
 
 _SERVED = "both callers get every byte"
@@ -80,6 +80,7 @@ _PUBLISHED = "one snapshot is published, with every byte"
 _PUSHED = "the target has the very manifest"
 _ONCE = "it ends well, once"
 _WORKS = "the next pull and extract end well"
+_COLLECTED = "what is pinned stays whole; pruned again, what nothing holds is gone, to the last object"
 _OR_AGAIN = "each caller gets every byte, or a typed error soon and every byte when he asks again; no part comes twice"
 
 #: Who asks a server that is away for longer than he tries is told so.
@@ -130,6 +131,7 @@ _ANYWAY: dict[Situation, str] = {
     Situation.EXTRACTING: _PUBLISHED,
     Situation.RUNNING: _ONCE,
     Situation.PUSHING: _PUSHED,
+    Situation.COLLECTING: _COLLECTED,
 }
 #: A dead head takes Ray's cluster along, and with it every process that was in it.
 _AFTER_UP = "every caller ends in bounded time; after `lazyfarm up`"
@@ -138,15 +140,11 @@ _HEAD_GONE = {
     Situation.PULLING: f"{_AFTER_UP} who asks again gets every byte, and no uploaded part is fetched again",
     Situation.TAKING_OVER: f"{_AFTER_UP} who asks again gets every byte, and no uploaded part is fetched again",
     Situation.RUNNING: f"{_AFTER_UP} the detached job goes on, and ends well",
+    Situation.COLLECTING: f"after `lazyfarm up`, {_COLLECTED}",
 }
 
 #: (part, fault, situation; None: all) → why such cells are left out. The first that applies counts.
 LEFT_OUT: dict[tuple[Part | None, Fault | None, Situation | None], str] = {
-    (
-        None,
-        None,
-        Situation.COLLECTING,
-    ): "no scene brings a collection about; `tests/property/test_collect_store.py` interleaves its steps",
     (Part.DRIVER, Fault.ERRORS, None): "nobody asks a driver anything but for credentials: see `test_sessions`",
     (Part.SCHEDULER, Fault.ERRORS, None): "an actor's errors are those of the step that fails: see the fault points",
     (Part.SHARD, Fault.ERRORS, None): "an actor's errors are those of the step that fails: see the fault points",

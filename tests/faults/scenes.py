@@ -25,9 +25,11 @@ from cluster.config import S3Config
 from cluster.errors import ClusterError
 from cluster.faultpoints import FaultPoint
 from cluster.job import JobEvent, JobId, JobState
+from lazyfarm.collection import open_collection
 from lazyfarm.farm import Farm
 from lazyfarm.graph import image as image_state
 from lazyfarm.jobs import open_jobs
+from lazyfarm.leases import open_leases
 from lazyfarm.ref import Ref
 from storage.services.process import SERVICE_MARK, marked_pids
 from storage.services.state_dir import StateDir
@@ -146,7 +148,10 @@ class Scene:
 
     async def driver_process(self, *arguments: str) -> DriverProcess:
         """Start a driver that is a process of its own."""
-        started = await self.stack.enter_async_context(driver_process(self.lab.running.state_dir, *arguments))
+        running = self.lab.running
+        started = await self.stack.enter_async_context(
+            driver_process(running.state_dir, *arguments, environ=running.environ)
+        )
         self.drivers.append(started)
         return started
 
@@ -472,6 +477,50 @@ class Pushing(_Extracts):
         assert (status, body) == (200, self.image.manifest)
 
 
+@dataclass
+class Collecting(UnderWay):
+    """A driver prunes, and has removed the top of what nothing holds, and nothing below that."""
+
+    gate: Gate = field(init=False)
+    #: What the filter that is pruned by says; the image goes whole, but for what is pinned.
+    filter: str = ""
+    gone: Image = field(init=False)
+    pinned: Image = field(init=False)
+
+    async def begin(self) -> None:
+        """Pin one of two images that are whole in S3, and prune the other."""
+        lab = self.scene.lab
+        # Of the open registry: no part of what the fault is about.
+        (gone, self.gone), (pinned, self.pinned) = lab.image(MIB, MIB), lab.image(MIB)
+        async with driver_process(lab.running.state_dir, "unlazy", gone, pinned) as puller:
+            assert "unlazied" in await puller.said()
+            await puller.process.wait()
+        async with open_leases(lab.running.settings) as leases:
+            await leases.pin_named(pinned)
+        await lab.end_flights(self.gone, self.pinned)
+        self.filter = f"description~={gone}|{pinned}"
+        self.gate = lab.faults.hang(FaultPoint.COLLECT_REMOVED)
+        await self.scene.driver_process("prune", self.filter)
+        await self.gate.arrival()
+
+    def go_on(self) -> None:
+        """Let it remove the rest."""
+        self.gate.open()
+
+    async def see(self) -> None:
+        """Prune again, whatever became of who did."""
+        lab = self.scene.lab
+        async with open_collection(lab.running.settings) as collection:
+            await collection.prune(everything=True, filters=[self.filter])
+            left = {use.digest for use in (await collection.usage()).refs}
+        assert not left & {layer.digest for layer in self.gone.layers}
+        await eventually(lambda: not lab.objects_of(self.gone), "the objects to be deleted", within_s=30)
+        for layer in self.pinned.layers:
+            record = await lab.blob(layer.digest)
+            assert record is not None
+            assert await asyncio.to_thread(lab.digest_in_s3, record) == layer.digest
+
+
 async def _path_of(process: DriverProcess) -> str:
     said = await process.said()
     while "pulled" in said:
@@ -494,6 +543,7 @@ _SITUATIONS: dict[Situation, type[UnderWay]] = {
     Situation.PUSHING: Pushing,
     Situation.TAKING_OVER: TakingOver,
     Situation.PULLING: Pulling,
+    Situation.COLLECTING: Collecting,
     Situation.IDLE: Idle,
 }
 

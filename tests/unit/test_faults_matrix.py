@@ -19,10 +19,10 @@ def test_every_cell_is_run_or_left_out_for_a_reason():
 
 
 def test_what_is_mandatory_is_run_by_every_run():
-    """Every part killed, cut off and restarted while it pulls, takes over and runs an op."""
+    """Every part killed, cut off and restarted while it pulls, takes over, runs an op and collects."""
     for part in Part:
         for fault in (Fault.KILLED, Fault.CUT_OFF, Fault.RESTARTED):
-            for situation in (Situation.PULLING, Situation.TAKING_OVER, Situation.RUNNING):
+            for situation in (Situation.PULLING, Situation.TAKING_OVER, Situation.RUNNING, Situation.COLLECTING):
                 cell = Cell(part, fault, situation)
                 assert not cell.why_left_out
                 assert not cell.is_long
