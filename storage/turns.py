@@ -13,7 +13,7 @@ from storage.keys import Keys
 from storage.link import RedisLink
 
 #: Seconds after which the turn of a process that died is another's.
-TURN_S = 30.0
+TURN_S = 10.0
 
 
 @asynccontextmanager

@@ -514,7 +514,7 @@ class Collecting(UnderWay):
             await collection.prune(everything=True, filters=[self.filter])
             left = {use.digest for use in (await collection.usage()).refs}
         assert not left & {layer.digest for layer in self.gone.layers}
-        await eventually(lambda: not lab.objects_of(self.gone), "the objects to be deleted", within_s=30)
+        await eventually(lambda: not lab.objects_of(self.gone), "the objects to be deleted", within_s=45)
         for layer in self.pinned.layers:
             record = await lab.blob(layer.digest)
             assert record is not None

@@ -33,7 +33,7 @@ async def test_what_a_killed_collector_left_goes_with_the_next_one(lab: BrokenFa
             await collection.prune(everything=True, filters=[wanted])
             left = {use.id for use in (await collection.usage()).refs}
         assert held_ref.id in left
-        await eventually(lambda: not lab.objects_of(gone_image), "the objects to be deleted", within_s=30)
+        await eventually(lambda: not lab.objects_of(gone_image), "the objects to be deleted", within_s=45)
         assert len(lab.objects_of(held_image)) == len(held_image.layers) + 1
         await held_ref.extract("n1")
     await lab.assert_whole(held_image)
