@@ -43,6 +43,11 @@ from cluster.topology import op_worker_name, scheduler_name, shard_name, worker_
 from cluster.wire import encode
 
 
+#: Seconds that a poll may take beyond those it waits there: one that was sent to an actor as it died, and is held by
+#: Ray until the actor is back, must be given up before the actor takes the silent session for gone.
+_POLL_SLACK_S = 3.0
+
+
 class ActorHandle:
     """A named actor; looked up at first use and again after it was lost."""
 
@@ -108,7 +113,7 @@ class SessionServerHandle(ActorHandle):
 
     async def poll_questions(self, session_id: str, wait_s: float) -> list[SessionQuestion]:
         """Wait up to *wait_s* seconds for questions; the driver's session keeps one such call open."""
-        reply = await self.call_raw("session_next", session_id, wait_s, timeout_s=wait_s + 10.0)
+        reply = await self.call_raw("session_next", session_id, wait_s, timeout_s=wait_s + _POLL_SLACK_S)
         questions: list[SessionQuestion] = unwrap("session-next", list[SessionQuestion], reply)
         return questions
 

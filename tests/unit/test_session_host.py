@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from actors import session_host
+from actors import attending, handles, session_host
 from actors.session_host import SessionHost
 from cluster.errors import AccessDeniedError, SessionGoneError
 from cluster.messages import SessionAnswer, SessionInfo
@@ -272,3 +272,8 @@ async def test_identities_are_the_drivers_own(host):
 
     info = SessionInfo(session_id=SESSION, identities={"r.example": "hash-of-alice"})
     assert await Call(host, works, info).task == ("hash-of-alice", "anonymous")
+
+
+def test_a_poll_that_is_lost_is_given_up_before_the_session_is():
+    """Sent to an actor that dies, it may hang for as long as it may take: the next one must still be in time."""
+    assert attending.POLL_S + handles._POLL_SLACK_S + attending._REOPEN_PAUSE_S < session_host.SESSION_GRACE_S
