@@ -42,7 +42,6 @@ from cluster.ref import ImageRecord
 from cluster.topology import op_worker_name, scheduler_name, shard_name, worker_name
 from cluster.wire import encode
 
-
 #: Seconds that a poll may take beyond those it waits there: one that was sent to an actor as it died, and is held by
 #: Ray until the actor is back, must be given up before the actor takes the silent session for gone.
 _POLL_SLACK_S = 3.0
