@@ -1,7 +1,7 @@
 # Needs a Debian 12 (or the like) with make, git and Python 3.11; every target installs what is missing.
 #
 #   make demo    what lazyfarm does, on real parts, in one table
-#   make test    every test
+#   make test    every test but the long ones, which are a part of make faults
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -43,7 +43,7 @@ check: environment ## Lint, types, layering, unit and property tests
 	$(bin)/python -m pytest -q tests/unit tests/property $(PYTEST)
 
 .PHONY: test
-test: packages packages-test environment ## Every test, with the slowest ones named
+test: packages packages-test environment ## Every test but the long ones, with the slowest ones named
 	$(bin)/python -m pytest -q --durations=25 -m "not long" $(PYTEST)
 
 .PHONY: faults
