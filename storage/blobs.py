@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 import threading
 import time
@@ -208,9 +209,7 @@ class S3ContentStore:
         size_bytes = sum(part.size_bytes for part in parts)
         try:
             with translated(self._where, "complete the upload of", key):
-                answer = self._client.complete_multipart_upload(
-                    Bucket=self._config.bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": wanted}
-                )
+                etag = self._complete(key, upload_id, wanted)
         except (BlobNotFoundError, UnavailableError) as exc:
             there = self.head(key)
             if there is not None and there.size_bytes == size_bytes:
@@ -219,7 +218,24 @@ class S3ContentStore:
                 # Ceph 16 says 500 to completing an upload that was aborted: asking for its parts tells.
                 self.list_parts(key, upload_id)
             raise
-        return ObjectInfo(key=key, size_bytes=size_bytes, etag=_bare(answer["ETag"]))
+        return ObjectInfo(key=key, size_bytes=size_bytes, etag=etag)
+
+    def _complete(self, key: str, upload_id: str, parts: list[CompletedPartTypeDef]) -> str:
+        """Make the object; return its ETag. Swift calls the request invalid where it failed to look a part up."""
+        client = self._client
+        for attempt in itertools.count(1):
+            try:
+                answer = client.complete_multipart_upload(
+                    Bucket=self._config.bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts}
+                )
+            except client.exceptions.ClientError as exc:
+                if exc.response["Error"].get("Code") != "InvalidRequest" or attempt >= self._config.attempts:
+                    raise
+                pause_s = min(_BACKOFF_S * 2**attempt, _BACKOFF_MAX_S)
+                time.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311  # so that many don't ask in step
+            else:
+                return _bare(answer["ETag"])
+        raise AssertionError  # the last attempt raises
 
     def abort_upload(self, key: str, upload_id: str) -> None:
         """Drop an upload; does nothing where there is none."""

@@ -336,6 +336,20 @@ def test_an_answer_that_is_lost_is_asked_for_again(faulty, s3_proxy, key):
 
 
 @pytest.mark.s3
+def test_a_part_that_could_not_be_looked_up_is_looked_up_again(faulty, s3_proxy, key):
+    """Swift then calls the request to complete an upload invalid, which for any other server is the end of it."""
+    upload_id = faulty.begin_upload(key)
+    part = faulty.upload_part(key, upload_id, 1, memoryview(b"x"))
+    s3_proxy.plan(Answer(400, "InvalidRequest"), method="POST", target="uploadId", times=2)
+    assert faulty.complete_upload(key, upload_id, [part]).size_bytes == 1
+    again = faulty.begin_upload(key)
+    part = faulty.upload_part(key, again, 1, memoryview(b"x"))
+    s3_proxy.plan(Answer(400, "InvalidRequest"), method="POST", target="uploadId", times=99)
+    with pytest.raises(UnsafeStoreError, match="InvalidRequest"):
+        faulty.complete_upload(f"{key}-2", again, [part])
+
+
+@pytest.mark.s3
 @pytest.mark.parametrize("fault", [ResetAfter(MIB + 17), TruncateAfter(MIB + 17)])
 def test_a_read_that_breaks_is_resumed_where_it_broke(faulty, s3_proxy, key, fault):
     """After a break only what is missing is asked for, and the reader sees nothing of it."""
