@@ -11,9 +11,10 @@ from typing import Self
 
 from cluster.cache.names import find_ref
 from cluster.collect.filters import parse_filter
+from cluster.collect.policy import KeepPolicy
 from cluster.collect.runner import Collector, Pruned
 from cluster.collect.stock import Kept, Usage
-from cluster.collect.values import Item, KeepPolicy
+from cluster.collect.values import Item
 from cluster.config import CollectConfig
 from cluster.errors import InvalidArgumentError, NoLayersError
 from cluster.ports import RefStore

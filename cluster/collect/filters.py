@@ -6,12 +6,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
+from cluster.collect.values import Item
 from cluster.errors import InvalidArgumentError
-
-if TYPE_CHECKING:
-    from cluster.collect.values import Item
 
 _CONDITION = re.compile(r"\s*(?P<field>[a-z]+)\s*(?:(?P<operator>==|!=|~=|=)(?P<value>.*))?\Z", re.DOTALL)
 

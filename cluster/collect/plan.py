@@ -10,7 +10,8 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from cluster.collect.values import Item, KeepPolicy
+from cluster.collect.policy import KeepPolicy
+from cluster.collect.values import Item
 
 
 def keep_bytes(policy: KeepPolicy, *, total_bytes: int, free_bytes: int | None) -> int | None:

@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.collect.plan import freed_bytes, plan
+from cluster.collect.policy import KeepPolicy
 from cluster.collect.ports import CollectStore, Outcome, Removal
 from cluster.collect.stock import Kept, Stock, Usage
-from cluster.collect.values import Item, KeepPolicy
+from cluster.collect.values import Item
 from cluster.errors import RefNotFoundError
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.ports import LeaseStore, RefStore

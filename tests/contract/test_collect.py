@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from cluster.collect.filters import parse_filter
+from cluster.collect.policy import KeepPolicy
 from cluster.collect.ports import Doomed, Outcome, Removal
-from cluster.collect.values import KeepPolicy
 from cluster.digest import digest_of
 from cluster.errors import InternalError, RefNotFoundError
 from cluster.faultpoints import FaultPlan, armed

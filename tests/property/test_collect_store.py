@@ -19,9 +19,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 
+from cluster.collect.policy import KeepPolicy
 from cluster.collect.ports import Outcome
 from cluster.collect.runner import Collector
-from cluster.collect.values import KeepPolicy
 from cluster.descriptor import CONFIG_OCI, MANIFEST_OCI, Descriptor
 from cluster.digest import digest_of
 from cluster.flight.values import Owned

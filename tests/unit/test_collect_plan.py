@@ -6,8 +6,8 @@ import pytest
 
 from cluster.collect.filters import parse_filter
 from cluster.collect.plan import keep_bytes, plan, total_bytes
-from cluster.collect.policy import default_policies
-from cluster.collect.values import Item, ItemKind, KeepPolicy
+from cluster.collect.policy import KeepPolicy, default_policies
+from cluster.collect.values import Item, ItemKind
 from cluster.errors import InvalidArgumentError
 
 NOW = 1_000_000.0
