@@ -43,10 +43,10 @@ async def collect_forever(stores: Stores, config: Config) -> None:
                 async with store.turn(_WORK) as is_mine:
                     if is_mine:
                         await _collect(collector, config.collect)
+                        await _sweep(stores.link, keys, store, objects, config.collect.stray_s)
                         deleted = await collector.delete_due(delete)
                         if deleted:
                             log.info("collect.deleted", objects=deleted)
-                        await _sweep(stores.link, keys, store, objects, config.collect.stray_s)
             except ClusterError as exc:  # Redis or S3 is away: the next round goes on
                 log.warning("collect.failed", error=str(exc), error_type=type(exc).__name__)
     finally:

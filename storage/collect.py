@@ -118,6 +118,13 @@ class RedisCollectStore:
         places = await self._link.run("strays_note", self._prefix, _ms(stray_s), *told, may_repeat=True)
         return [suspects[place - 1] for place in places]
 
+    async def put_off(self, doomed: Sequence[Doomed], *, by_s: float) -> None:
+        """Have objects come again later."""
+        if doomed:
+            due_ms = round((await self.now_wall_s() + by_s) * 1000)
+            told = [part for one in doomed for part in (due_ms, f"{one.digest} {one.key}")]
+            await self._link.execute("ZADD", self._keys.deleting, "XX", *told, may_repeat=True)
+
     async def doomed(self) -> int:
         """Return how many objects are to be deleted."""
         count: int = await self._link.execute("ZCARD", self._keys.deleting, may_repeat=True)

@@ -136,6 +136,12 @@ class MemoryCollectStore:
             or (not one.upload_id and blob is not None and blob.key == one.key)
         )
 
+    async def put_off(self, doomed: Sequence[Doomed], *, by_s: float) -> None:
+        """Have objects come again later."""
+        for one in doomed:
+            if one in self._memory.deleting:
+                self._memory.deleting[one] = self._memory.now_s() + by_s
+
     async def doomed(self) -> int:
         """Return how many objects are to be deleted."""
         return len(self._memory.deleting)

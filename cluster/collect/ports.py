@@ -112,6 +112,10 @@ class CollectStore(Protocol):
         """
         ...
 
+    async def put_off(self, doomed: Sequence[Doomed], *, by_s: float) -> None:
+        """Have objects that could not be deleted come again, *by_s* seconds from now."""
+        ...
+
     async def doomed(self) -> int:
         """Return how many objects are to be deleted, due or not."""
         ...

@@ -11,13 +11,15 @@ from cluster.collect.policy import KeepPolicy
 from cluster.collect.ports import CollectStore, Outcome, Removal
 from cluster.collect.stock import Kept, Stock, Usage
 from cluster.collect.values import Item
-from cluster.errors import RefNotFoundError
+from cluster.errors import ClusterError, RefNotFoundError
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.ports import LeaseStore, RefStore
 from cluster.ref import RefId
 
 #: Removals under way at once.
 _AT_ONCE = 50
+#: Seconds after which an object that could not be deleted is tried again.
+_AGAIN_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,17 +97,18 @@ class Collector:
         stock = await self.stock()
         items = stock.items()
         going = plan(items, policy, now_wall_s=await self._store.now_wall_s())
+        # They are no items, and match no filter.
+        orphans = [] if policy.filters else stock.orphans()
         if is_dry_run:
-            sizes = {blob.digest: blob.size_bytes for blob in stock.blobs}
-            loose = sum(sizes[digest] for digest in stock.orphans())
-            return Pruned(items=tuple(going), freed_bytes=freed_bytes(items, going) + loose, is_dry_run=True)
+            freed = freed_bytes(items, going) + stock.size_of([*stock.documents_of(going), *orphans])
+            return Pruned(items=tuple(going), freed_bytes=freed, is_dry_run=True)
         await self._store.index([state.record for state in stock.states.values()])
         await ahit(FaultPoint.COLLECT_PLANNED)
         removed, freed = await self._remove(stock, going, on_removed)
-        orphans = await self._store.condemn(stock.orphans(), grace_s=self._grace_s)
+        condemned = await self._store.condemn(orphans, grace_s=self._grace_s)
         return Pruned(
             items=tuple(removed),
-            freed_bytes=freed + sum(size or 0 for size in orphans),
+            freed_bytes=freed + sum(size or 0 for size in condemned),
             kept=len(going) - len(removed),
         )
 
@@ -113,14 +116,26 @@ class Collector:
         """Delete the objects of blobs that ended long enough ago, by *delete*; return how many.
 
         Stopped at any point, the next one goes on: an object may be deleted twice, and its key is never used again.
+
+        Raises:
+            ClusterError: what *delete* raised, when all others are deleted, or where it fails for all. These come
+                again in a while.
         """
         count = 0
+        failure: ClusterError | None = None
         while due := await self._store.due(_AT_ONCE):
-            for doomed in due:
-                await delete(doomed.key)
+            outcomes = await asyncio.gather(*(_outcome(delete(doomed.key)) for doomed in due))
             await ahit(FaultPoint.COLLECT_OBJECT_DELETED)
-            await self._store.deleted(due)
-            count += len(due)
+            gone = [doomed for doomed, error in zip(due, outcomes, strict=True) if error is None]
+            await self._store.deleted(gone)
+            if len(gone) < len(due):
+                failure = next(error for error in outcomes if error is not None)
+                await self._store.put_off([doomed for doomed in due if doomed not in gone], by_s=_AGAIN_S)
+            if not gone:
+                break  # it is the content store that is away
+            count += len(gone)
+        if failure is not None:
+            raise failure
         return count
 
     async def _remove(
@@ -143,6 +158,14 @@ class Collector:
             return await self._store.remove_image(images, grace_s=self._grace_s)
         ref_id = RefId(item.id)
         return await self._store.remove_ref(ref_id, stock.images_of(ref_id), grace_s=self._grace_s)
+
+
+async def _outcome(deleting: Awaitable[None]) -> ClusterError | None:
+    try:
+        await deleting
+    except ClusterError as exc:
+        return exc
+    return None
 
 
 def _independent(going: Sequence[Item]) -> list[list[Item]]:

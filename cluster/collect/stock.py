@@ -168,6 +168,21 @@ class Stock:
             needed |= {image.manifest.digest, image.config.digest}
         return [blob.digest for blob in self.blobs if blob.digest not in needed]
 
+    def documents_of(self, going: Sequence[Item]) -> list[Digest]:
+        """Return the manifests and configs that go with items: of the images that are these, or whose top is one."""
+        gone = {item.id for item in going}
+        ending = [image for item in going for image in self.images_of_item(item)]
+        ending += [image for ref_id, images in self._tops.items() if ref_id in gone for image in images]
+        manifests = {image.manifest.digest for image in ending}
+        staying = [image for image in (*self.images, *self.resolved) if image.manifest.digest not in manifests]
+        needed = {image.config.digest for image in staying} | self._held_blobs()
+        return sorted({d for image in ending for d in (image.manifest.digest, image.config.digest)} - needed)
+
+    def size_of(self, digests: Iterable[Digest]) -> int:
+        """Return the bytes that the present ones of some blobs take."""
+        sizes = {blob.digest: blob.size_bytes for blob in self.blobs}
+        return sum(sizes.get(digest, 0) for digest in digests)
+
     def usage(self) -> Usage:
         """Return what takes how much."""
         held, shared = self._held(), self._shared()

@@ -52,11 +52,10 @@ class Assembler:
         """
         chain = await self._held_chain(ref_id, authorizer, handlers, lease_id)
         image = assemble_image(name.name, chain, config, created_s=created_s, platform=self._platform)
-        await self._keeper.hold_for_image(image.manifest.digest, image.config.digest, name=name.name)
         await self._keeper.keep(
             {image.manifest.digest: image.manifest_bytes, image.config.digest: image.config_bytes}, lease_id
         )
-        return await self._refs.put_image(
+        record = await self._refs.put_image(
             ImageRecord(
                 name=name.name,
                 manifest=image.manifest,
@@ -67,6 +66,8 @@ class Assembler:
             ),
             lease_id=lease_id,
         )
+        await self._keeper.hold_for_image(image.manifest.digest, image.config.digest, name=name.name)
+        return record
 
     async def _held_chain(
         self, ref_id: RefId | None, authorizer: Authorizer, handlers: Sequence[DescHandler], lease_id: LeaseId

@@ -53,9 +53,10 @@ class Keeper:
         self._flight_ttl_s = flight_ttl_s
 
     async def hold_for_image(self, manifest: Digest, config: Digest, *, name: str) -> None:
-        """Hold an image's documents for as long as its refs need them: collection ends it.
+        """Hold an image's documents for as long as its refs need them: collection ends it with the image's record.
 
-        Called before they are kept, so that there is no moment at which nothing holds them.
+        Called when that is there, and while the caller's lease holds image and documents: earlier, a collection of what
+        was recorded before could end the new hold, and a caller that dies would leave one that nothing ends.
         """
         own = LeaseId(f"image:{manifest}")
         await self._leases.create(own, ttl_s=None, labels={"kind": "image", "image": name})

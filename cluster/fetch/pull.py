@@ -136,7 +136,6 @@ class Puller:
         """
         resolved = await self._read(reference, platform, authorizer, plain_http=plain_http)
         image = resolved.image
-        await self._keeper.hold_for_image(image.manifest.digest, image.config.digest, name=reference.name)
         await self._keep(image, lease_id)
         layers: Sequence[RefState] = ()
         if image.layers:
@@ -146,6 +145,7 @@ class Puller:
         await ahit(FaultPoint.PULL_RECORDED)
         top = layers[-1].record.id if layers else None
         record = await self._refs.put_image(resolved.record(top), lease_id=lease_id)
+        await self._keeper.hold_for_image(image.manifest.digest, image.config.digest, name=reference.name)
         await self._note_source(image, reference.handle(plain_http=plain_http))
         return PullResult(image=record, layers=tuple(layers))
 

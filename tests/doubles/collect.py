@@ -56,13 +56,15 @@ class Bench:
         image = image_of(name, *layers)
         if layers:
             await self.stores.refs.get_or_create(chain(*layers), {}, lease_id=lease)
-        documents = LeaseId(f"image:{image.manifest.digest}")
-        await self.stores.leases.create(documents, ttl_s=None, labels={"kind": "image"})
         held = [blob_resource(image.manifest.digest), blob_resource(image.config.digest)]
-        await self.stores.leases.attach(documents, held)
+        await self.stores.leases.attach(lease, held)
         for digest, size in ((image.manifest.digest, 5), (image.config.digest, 6)):
             await self.fetch(digest, size)
-        return await self.stores.refs.put_image(image, lease_id=lease)
+        record = await self.stores.refs.put_image(image, lease_id=lease)
+        documents = LeaseId(f"image:{image.manifest.digest}")
+        await self.stores.leases.create(documents, ttl_s=None, labels={"kind": "image"})
+        await self.stores.leases.attach(documents, held)
+        return record
 
     async def fetch(self, digest, size=100):
         """Make a blob present; only its flight's lease holds it then."""

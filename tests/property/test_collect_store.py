@@ -131,11 +131,12 @@ class CollectMachine(StoreMachine):
             self.world.run(self.stores.refs.get_or_create(records, {}, lease_id=lease_id))
             self.given[lease_id].update(record.id for record in records)
         image = image_of(name, chain)
+        held = [blob_resource(image.manifest.digest), blob_resource(image.config.digest)]
+        self.world.run(self.stores.leases.attach(lease_id, held))
+        self.world.run(self.stores.refs.put_image(image, lease_id=lease_id))
         documents = LeaseId(f"image:{image.manifest.digest}")
         self.world.run(self.stores.leases.create(documents, ttl_s=None, labels={"kind": "image"}))
-        held = [blob_resource(image.manifest.digest), blob_resource(image.config.digest)]
         self.world.run(self.stores.leases.attach(documents, held))
-        self.world.run(self.stores.refs.put_image(image, lease_id=lease_id))
 
     @rule(lease_id=LEASES, chain=st.sampled_from(CHAINS[:3]))
     def use(self, lease_id, chain):
