@@ -34,12 +34,15 @@ help: ## Show the targets
 .PHONY: setup
 setup: packages packages-test environment ## Install what is missing: system packages, .venv, the embedded S3 server
 
-.PHONY: check
-check: environment ## Lint, types, layering, unit and property tests
+.PHONY: lint
+lint: environment ## Lint, types, layering
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/lint-imports
+
+.PHONY: check
+check: lint ## Lint, types, layering, unit and property tests
 	$(bin)/python -m pytest -q tests/unit tests/property $(PYTEST)
 
 .PHONY: test
