@@ -30,6 +30,7 @@ class Do(StrEnum):
     EXTRACT = "extract"
     BUILD = "build"
     PUSH = "push"
+    PRUNE = "prune"
 
 
 @dataclass(frozen=True, kw_only=True)

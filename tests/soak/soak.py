@@ -71,6 +71,8 @@ class Soak:
                 ref = await driver.pull(name, plain_http=True)
                 target = f"{self._lab.proxy.host}/soak-{secrets.token_hex(4)}:t"
                 assert (await driver.push(ref, target, plain_http=True)).digest == image.digest
+            case Do.PRUNE:
+                await driver.prune(everything=True)
             case Do.BUILD:
                 step = image_state(self._base, plain_http=True).run(f"echo {image.digest} > /made; sleep 1")
                 result = await driver.solve(step)
