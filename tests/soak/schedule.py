@@ -84,7 +84,7 @@ def rounds(seed: int) -> Iterator[Round]:
         works = tuple(
             Work(
                 after_s=round(dice.uniform(0, 3), 1),
-                do=dice.choice((Do.EXTRACT, Do.EXTRACT, Do.BUILD, Do.PUSH)),
+                do=dice.choice((Do.EXTRACT, Do.EXTRACT, Do.BUILD, Do.PUSH, Do.PRUNE)),
                 image=dice.randrange(len(images)),
                 node=dice.choice(NODES),
             )
