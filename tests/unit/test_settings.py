@@ -103,9 +103,10 @@ def test_every_key_can_be_set_by_the_environment(key, state, tmp_path):
         secret = tmp_path / "secret"
         secret.write_text("s")
         text, expected = str(secret), str(secret)
-        # A secret's file belongs to a service that is named.
+        # A secret's file belongs to a service that is named, and a key's to a certificate.
         environ = {
-            "LAZYFARM__REDIS__URL": "redis://h",
+            "LAZYFARM__REDIS__URL": "rediss://h",
+            "LAZYFARM__REDIS__CLIENT_CERT_FILE": str(secret),
             "LAZYFARM__S3__ENDPOINT": "http://h",
             "LAZYFARM__RAY__ADDRESS": "h:1",
         }
