@@ -53,6 +53,10 @@ test: packages packages-test environment ## Every test but the long ones, with t
 faults: packages packages-test environment ## Break every part of a farm in every way, the long ones too; writes docs/faults.md
 	$(bin)/python -m pytest -q --durations=25 tests/faults --faults-report=docs/faults.md $(PYTEST)
 
+.PHONY: soak
+soak: packages environment ## Break a farm at random for MINUTES=… by SEED=…, checking it all along
+	$(bin)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
+
 .PHONY: demo
 demo: packages environment ## Show what lazyfarm does and check every number; IMAGE=… for an image of yours
 	$(bin)/python -m tests.demo $(if $(IMAGE),--image $(IMAGE))
