@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import structlog
 
@@ -22,6 +23,8 @@ log = structlog.get_logger()
 
 #: Which turn it is.
 _WORK = "collect"
+#: Sweeps in the time that a stray is left alone: each lists every layer in the bucket.
+_SWEEPS = 4
 
 
 async def collect_forever(stores: Stores, config: Config) -> None:
@@ -36,6 +39,7 @@ async def collect_forever(stores: Stores, config: Config) -> None:
     async def delete(key: str) -> None:
         await asyncio.to_thread(objects.delete, key)
 
+    sweep_at_s = 0.0
     try:
         while True:
             await asyncio.sleep(config.collect.every_s)
@@ -43,7 +47,9 @@ async def collect_forever(stores: Stores, config: Config) -> None:
                 async with store.turn(_WORK) as is_mine:
                     if is_mine:
                         await _collect(collector, config.collect)
-                        await _sweep(stores.link, keys, store, objects, config.collect.stray_s)
+                        if time.monotonic() >= sweep_at_s:
+                            await _sweep(stores.link, keys, store, objects, config.collect.stray_s)
+                            sweep_at_s = time.monotonic() + config.collect.stray_s / _SWEEPS
                         deleted = await collector.delete_due(delete)
                         if deleted:
                             log.info("collect.deleted", objects=deleted)

@@ -102,7 +102,8 @@ class Collector:
         if is_dry_run:
             freed = freed_bytes(items, going) + stock.size_of([*stock.documents_of(going), *orphans])
             return Pruned(items=tuple(going), freed_bytes=freed, is_dry_run=True)
-        await self._store.index([state.record for state in stock.states.values()])
+        if going or orphans:  # what goes by the index needs it whole
+            await self._store.index([state.record for state in stock.states.values()])
         await ahit(FaultPoint.COLLECT_PLANNED)
         removed, freed = await self._remove(stock, going, on_removed)
         condemned = await self._store.condemn(orphans, grace_s=self._grace_s)
