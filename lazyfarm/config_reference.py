@@ -54,13 +54,18 @@ def read_reference(text: str) -> list[KeyReference]:
     return found
 
 
+def every_key() -> list[KeyReference]:
+    """Return every key there is, in the order of the default file."""
+    return read_reference(default_file().read_text(encoding="utf-8"))
+
+
 def explain(name: str) -> list[KeyReference]:
     """Return the keys that *name* means: one, by ``section.key`` or by the key alone, or all of a section.
 
     Raises:
         InvalidArgumentError: it means none; names such as are alike.
     """
-    every = read_reference(default_file().read_text(encoding="utf-8"))
+    every = every_key()
     wanted = re.sub(r'^registries\."?[^"]+?"?\.(?=[a-z_]+$)', "registries.default.", name)
     for is_meant in (
         lambda key: key == wanted,

@@ -16,9 +16,9 @@ from cluster.config import CacheConfig
 from cluster.digest import Digest
 from cluster.errors import InvalidArgumentError, JobNotFoundError, LeaseNotFoundError, NoLayersError
 from cluster.job import JobId
-from cluster.lease import Lease, LeaseId
+from cluster.lease import Lease, LeaseId, blob_resource, image_resource, ref_resource
 from cluster.ports import LeaseStore, RefStore
-from cluster.ref import RefId
+from cluster.ref import ImageRecord, RefId
 from cluster.settings import FarmSettings
 from cluster.solver_ports import JobStore
 from lazyfarm.redis_only import connection
@@ -96,9 +96,9 @@ class FarmLeases:
     async def leaks(self) -> list[Leak]:
         """Return the leases that should not be there any more."""
         leases = await self._leases.leases()
-        images, resources, jobs = await asyncio.gather(
-            self._refs.images(),
-            self._existing({resource for lease in leases for resource in lease.resources}),
+        images = await self._refs.images()
+        resources, jobs = await asyncio.gather(
+            self._existing({resource for lease in leases for resource in lease.resources}, images),
             self._ends({lease.labels["job"] for lease in leases if lease.labels.get("job")}),
         )
         witnesses = Witnesses(
@@ -107,17 +107,15 @@ class FarmLeases:
         kept_s = self._config.keep_s + self._config.lease_ttl_s
         return find_leaks(leases, witnesses, now_wall_s=time.time(), kept_s=kept_s)
 
-    async def _existing(self, resources: set[str]) -> frozenset[str]:
+    async def _existing(self, resources: set[str], images: Sequence[ImageRecord]) -> frozenset[str]:
         named = [resource.partition(":") for resource in resources]
         refs = [RefId(name) for kind, _, name in named if kind == "ref"]
         blobs = [Digest(name) for kind, _, name in named if kind == "blob"]
-        states, records, images = await asyncio.gather(
-            self._refs.get(refs), self._refs.blobs(blobs), self._refs.images()
-        )
+        states, records = await asyncio.gather(self._refs.get(refs), self._refs.blobs(blobs))
         return frozenset(
-            [f"ref:{ref}" for ref, state in zip(refs, states, strict=True) if state is not None]
-            + [f"blob:{blob}" for blob, record in zip(blobs, records, strict=True) if record is not None]
-            + [f"image:{image.name}" for image in images]
+            [ref_resource(ref) for ref, state in zip(refs, states, strict=True) if state is not None]
+            + [blob_resource(blob) for blob, record in zip(blobs, records, strict=True) if record is not None]
+            + [image_resource(image.name) for image in images]
         )
 
     async def _ends(self, jobs: set[str]) -> dict[str, float | None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from cluster.collect.values import Item
 from cluster.digest import Digest
@@ -93,27 +94,6 @@ class Stock:
     resolved: Sequence[ImageRecord]
     leases: Sequence[Lease]
     blobs: Sequence[BlobRecord]
-    #: Leases by what they hold.
-    _holders: dict[str, list[Lease]] = field(init=False, repr=False)
-    _children: dict[RefId, list[RefId]] = field(init=False, repr=False)
-    #: Images by their top, also under manifests that no name stands for any more.
-    _tops: dict[RefId, list[ImageRecord]] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        holders: dict[str, list[Lease]] = defaultdict(list)
-        for lease in self.leases:
-            for resource in lease.resources:
-                holders[resource].append(lease)
-        children: dict[RefId, list[RefId]] = defaultdict(list)
-        for ref_id, state in self.states.items():
-            if state.record.parent is not None:
-                children[state.record.parent].append(ref_id)
-        tops: dict[RefId, list[ImageRecord]] = defaultdict(list)
-        for image in (*self.images, *self.resolved):
-            if image.ref is not None:
-                tops[image.ref].append(image)
-        for name, index in (("_holders", holders), ("_children", children), ("_tops", tops)):
-            object.__setattr__(self, name, index)
 
     def images_of(self, ref_id: RefId) -> list[ImageRecord]:
         """Return the images whose top a ref is, also under manifests that no name stands for any more."""
@@ -146,14 +126,15 @@ class Stock:
                 is_held=any(self._holders.get(image_resource(image.name)) for image in images),
                 description=", ".join(sorted({image.name for image in images})),
             )
-            for manifest, images in self.without_ref().items()
+            for manifest, images in self._without_ref.items()
         ]
 
     def images_of_item(self, item: Item) -> list[ImageRecord]:
         """Return the images, of one manifest, that an item is; none where it is a ref."""
-        return self.without_ref().get(item.id.removeprefix(_IMAGE), []) if item.id.startswith(_IMAGE) else []
+        return self._without_ref.get(item.id.removeprefix(_IMAGE), []) if item.id.startswith(_IMAGE) else []
 
-    def without_ref(self) -> dict[str, list[ImageRecord]]:
+    @cached_property
+    def _without_ref(self) -> dict[str, list[ImageRecord]]:
         """Return the images that stand on no ref, by manifest: they have no layers, or their top is gone."""
         found: dict[str, list[ImageRecord]] = defaultdict(list)
         for image in (*self.images, *self.resolved):
@@ -231,7 +212,34 @@ class Stock:
             pending += above
         return Kept(ref=ref_id, holds=tuple(holds), children=tuple(sorted(self._children.get(ref_id, ()))))
 
-    # -- what follows from it --
+    # -- what follows from it, worked out once --
+
+    @cached_property
+    def _holders(self) -> Mapping[str, list[Lease]]:
+        """Leases by what they hold."""
+        holders: dict[str, list[Lease]] = {}
+        for lease in self.leases:
+            for resource in lease.resources:
+                holders.setdefault(resource, []).append(lease)
+        return holders
+
+    @cached_property
+    def _children(self) -> Mapping[RefId, list[RefId]]:
+        """Refs by what they stand on."""
+        children: dict[RefId, list[RefId]] = {}
+        for ref_id, state in self.states.items():
+            if state.record.parent is not None:
+                children.setdefault(state.record.parent, []).append(ref_id)
+        return children
+
+    @cached_property
+    def _tops(self) -> Mapping[RefId, list[ImageRecord]]:
+        """Images by their top, also under manifests that no name stands for any more."""
+        tops: dict[RefId, list[ImageRecord]] = {}
+        for image in (*self.images, *self.resolved):
+            if image.ref is not None:
+                tops.setdefault(image.ref, []).append(image)
+        return tops
 
     def _used(self, ref_id: RefId) -> RefUsage:
         return self.usages.get(ref_id) or RefUsage(last_used_wall_s=0.0, usage_count=0)

@@ -36,9 +36,9 @@ def explain_key(
 ) -> None:
     """Say what a key means, its unit, range and default, and what it is set to here."""
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        from lazyfarm.config_reference import default_file, explain, read_reference  # noqa: PLC0415 - not for --help
+        from lazyfarm.config_reference import every_key, explain  # noqa: PLC0415 - not for --help
 
-        found = explain(key) if key else read_reference(default_file().read_text(encoding="utf-8"))
+        found = explain(key) if key else every_key()
         set_here = _set(state_dir)
         out.document({"keys": [_document(reference, set_here) for reference in found]})
         for reference in found:

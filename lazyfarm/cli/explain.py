@@ -10,7 +10,7 @@ from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import count, duration, short, size
 from lazyfarm.cli.leases import document as lease_document
-from lazyfarm.cli.leases import expiry
+from lazyfarm.cli.leases import expiry, labels
 from lazyfarm.cli.options import JsonOption, RefArgument, StateDirOption, command_app, example
 
 if TYPE_CHECKING:
@@ -71,12 +71,12 @@ def kept(*, ref: RefArgument, state_dir: StateDirOption = None, as_json: JsonOpt
 
 def _held(hold: Hold, ref_id: str) -> str:
     """Return one reason, in words: ``lease driver-1 (host=a pid=7) holds it, expires in 42 s``."""
-    labels = " ".join(f"{name}={value}" for name, value in sorted(hold.lease.labels.items()))
+    told = labels(hold.lease)
     held = "it" if hold.ref == ref_id else f"{short(hold.ref)}, which stands on it"
     held = f"{hold.image}, whose top is {held}" if hold.image else held
     until = expiry(hold.lease.expires_wall_s)
     ends = "has no expiry" if hold.lease.expires_wall_s is None else f"expires {until}"
-    return f"lease {hold.lease.id}{f' ({labels})' if labels else ''} holds {held}, {ends}"
+    return f"lease {hold.lease.id}{f' ({told})' if told else ''} holds {held}, {ends}"
 
 
 def _told(layer: LayerWait) -> str:

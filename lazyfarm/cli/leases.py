@@ -45,7 +45,7 @@ def list_leases(*, state_dir: StateDirOption = None, as_json: JsonOption = False
                     lease.id,
                     expiry(lease.expires_wall_s),
                     count(len(lease.resources), "resource"),
-                    _labels(lease),
+                    labels(lease),
                 )
                 for lease in found
             ],
@@ -91,9 +91,9 @@ def pin(
     """Keep a ref, and all that it stands on, from being collected. A lazy ref stays lazy: nothing moves."""
     with reporting(as_json=as_json, state_dir=state_dir) as out:
         ttl_s = parse_duration("--ttl", ttl) if ttl else None
-        labels = dict(map(_parse_label, label or ()))
+        given = dict(map(_parse_label, label or ()))
         made = parts.with_leases(
-            parts.running_settings(state_dir), lambda known: known.pin_named(ref, ttl_s=ttl_s, labels=labels)
+            parts.running_settings(state_dir), lambda known: known.pin_named(ref, ttl_s=ttl_s, labels=given)
         )
         out.document(document(made))
         out.line(f"{made.id}  {made.resources[0]}  {expiry(made.expires_wall_s)}")
@@ -174,7 +174,8 @@ def expiry(expires_wall_s: float | None) -> str:
     return f"in {duration(left_s)}" if left_s > 0 else "expired"
 
 
-def _labels(lease: Lease) -> str:
+def labels(lease: Lease) -> str:
+    """Return a lease's labels, for people: ``host=a pid=7``."""
     return " ".join(f"{name}={value}" for name, value in sorted(lease.labels.items()))
 
 
