@@ -25,6 +25,8 @@ from cluster.wire import decode, decode_error, encode
 SESSION_GRACE_S = 10.0
 #: Seconds between looks at whether a session is silent.
 _WATCH_S = 1.0
+#: Seconds between two looks from which on it was this process that stood still: it has heard nobody meanwhile.
+_STALL_S = 3.0
 #: Seconds that a driver may take to answer: a token server is asked meanwhile.
 ANSWER_TIMEOUT_S = 60.0
 #: Seconds without an answer after which a question is put again: the poll that took it may have had nobody
@@ -115,8 +117,12 @@ class SessionHost:
             self._forget_if_idle(info.session_id, session)
 
     async def _watch(self, session: _Session, task: asyncio.Task[object] | None) -> None:
-        while session.is_live:  # noqa: ASYNC110  # silence is what is watched for, and it wakes nobody
+        looked_s = time.monotonic()
+        while session.is_live:
             await asyncio.sleep(_WATCH_S)
+            before_s, looked_s = looked_s, time.monotonic()
+            if looked_s - before_s > _STALL_S:
+                session.seen_s = looked_s
         session.gone.set()
         for asked in session.pending.values():
             asked.answer.cancel()

@@ -32,6 +32,7 @@ from cluster.errors import (
     FarmNotRunningError,
     NodeNotFoundError,
     NotAnImageError,
+    SessionGoneError,
 )
 from cluster.graph import Definition
 from cluster.lease import Lease, LeaseId
@@ -650,23 +651,29 @@ class Farm:
 
     async def _on_worker(self, node: str | None, call: Callable[[FetchWorkerHandle], Awaitable[T]]) -> T:
         """Make an idempotent call at a node's worker, again while that is being restarted."""
-        give_up_s = time.monotonic() + _RETRY_S
-        while True:
+
+        async def once() -> T:
             worker = await self._worker(node)
-            try:
-                return await self._attended(worker, call(worker))
-            except ActorLostError:
-                if time.monotonic() > give_up_s:
-                    raise
-                await asyncio.sleep(_RETRY_PAUSE_S)
+            return await self._attended(worker, call(worker))
+
+        return await self._made(once)
 
     async def _on_shard(self, key: Digest | str, call: Callable[[CacheShardHandle], Awaitable[T]]) -> T:
-        give_up_s = time.monotonic() + _RETRY_S
+        """Make an idempotent call at the shard of a key, likewise."""
         shard = CacheShardHandle.of_index(self._ring.shard_of(key), farm=self._config.farm.name, version=VERSION)
+        return await self._made(lambda: self._attended(shard, call(shard)))
+
+    async def _made(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Make a call, and again where it was lost, for as long as an actor may need to come back."""
+        give_up_s: float | None = None
         while True:
             try:
-                return await self._attended(shard, call(shard))
-            except ActorLostError:
+                return await call()
+            except (ActorLostError, SessionGoneError) as exc:
+                # An actor that lost sight of a driver who is here, and asks again.
+                if isinstance(exc, SessionGoneError) and exc.session_id != self._session.session_id:
+                    raise
+                give_up_s = give_up_s or time.monotonic() + _RETRY_S
                 if time.monotonic() > give_up_s:
                     raise
                 await asyncio.sleep(_RETRY_PAUSE_S)

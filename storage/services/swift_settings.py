@@ -145,6 +145,10 @@ allow_account_management = true
 account_autocreate = true
 client_chunk_size = {chunk_bytes}
 object_chunk_size = {chunk_bytes}
+# A server that was away answers again as soon as it is back: Swift would leave one that failed eleven times alone for
+# a minute and answer 503 meanwhile, which helps where there are others.
+error_suppression_limit = 1000000000
+error_suppression_interval = 1
 node_timeout = 60
 recoverable_node_timeout = 60
 conn_timeout = 2

@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from cluster.config import Config, RayConfig, S3Config
-from cluster.errors import DeadlineExceededError, StartError
+from cluster.errors import DeadlineExceededError, StartError, UnavailableError
 from storage.blobs import S3ContentStore
 from storage.services import redis_server, swift_environment
 from storage.services.local import LocalServices
@@ -324,6 +324,25 @@ def test_s3_is_repaired_after_any_of_its_processes_is_killed(services, victim):
         buffer = bytearray(10)
         assert buffer[: stream.readinto(memoryview(buffer))] == b"bytes"
     assert services.up_s3().started == ()
+    store.close()
+
+
+@pytest.mark.s3
+def test_s3_answers_at_once_after_its_storage_was_away(services):
+    """However often somebody asked meanwhile: the proxy does not go on leaving alone a server that is back."""
+    config = services.up_s3().config
+    store = S3ContentStore(replace(config, attempts=1))
+    store.put("kept", b"bytes")
+    for victim in ("s3-object", "s3-container", "s3-account"):
+        os.kill(pid_of(services, victim), signal.SIGKILL)
+    for _ in range(15):
+        with pytest.raises(UnavailableError):
+            store.head("kept")
+
+    services.up_s3()
+
+    assert store.head("kept").size_bytes == 5
+    store.put("more", b"bytes")
     store.close()
 
 

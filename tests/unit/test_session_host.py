@@ -42,6 +42,13 @@ async def host(monkeypatch):
     assert host.statistics() == {"sessions": 0}
 
 
+async def silence(clock, seconds):
+    """Let time go by, and the host look as often as it does."""
+    for _ in range(int(seconds)):
+        clock.now_s += 1.0
+        await asyncio.sleep(0.01)
+
+
 class Call:
     """One call of the driver at the actor."""
 
@@ -130,7 +137,7 @@ async def test_a_silent_driver_is_gone_and_its_call_is_cancelled(host, clock):
     """No poll for the grace: the call ends with SessionGoneError, whatever it was doing."""
     call = Call(host, lambda _authorizer: asyncio.Event().wait())
     await call.arrived.wait()
-    clock.now_s += session_host.SESSION_GRACE_S + 1
+    await silence(clock, session_host.SESSION_GRACE_S + 1)
     with pytest.raises(SessionGoneError):
         await asyncio.wait_for(call.task, 5.0)
     assert call.task.cancelling() == 0
@@ -140,10 +147,23 @@ async def test_who_asks_a_driver_that_goes_is_told(host, clock):
     """A question under way ends with SessionGoneError, not with a bare cancellation."""
     call = Call(host, asks)
     await poll(host)
-    clock.now_s += session_host.SESSION_GRACE_S + 1
+    await silence(clock, session_host.SESSION_GRACE_S + 1)
     with pytest.raises(SessionGoneError):
         await asyncio.wait_for(call.task, 5.0)
     assert call.task.cancelling() == 0
+
+
+async def test_a_host_that_stood_still_gives_a_driver_the_grace_anew(host, clock):
+    """Paused, or short of a processor, it has heard nobody: that is no silence of the driver's."""
+    call = Call(host, lambda _authorizer: asyncio.Event().wait())
+    await call.arrived.wait()
+    clock.now_s += 3 * session_host.SESSION_GRACE_S
+    await silence(clock, session_host.SESSION_GRACE_S - 2)
+    assert not call.task.done()
+    assert host.is_live(SESSION)
+    await silence(clock, 4)
+    with pytest.raises(SessionGoneError):
+        await asyncio.wait_for(call.task, 5.0)
 
 
 async def test_an_open_poll_keeps_a_session_alive(host, clock):
