@@ -7,12 +7,16 @@ pulled. Only loopback is touched, and only ports and processes that a test names
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+#: Seconds that a process may take to end.
+_ENDING_S = 10.0
 _DROP = ("-j", "DROP")
 #: What the kernel answers for a port on which nobody listens any more.
 _REFUSE = ("-p", "tcp", "-j", "REJECT", "--reject-with", "tcp-reset")
@@ -43,7 +47,7 @@ def cut_off(*pids: int) -> Iterator[None]:
         # What a process that was killed meanwhile has started is in it still.
         for pid in (group / "cgroup.procs").read_text().split():
             _move(int(pid), _cgroups())
-        group.rmdir()
+        _remove(group)
 
 
 @contextlib.contextmanager
@@ -115,6 +119,20 @@ def _cgroup_of(pid: int) -> Path:
         if line.startswith("0::/"):
             return _cgroups() / line.removeprefix("0::/")
     raise AssertionError(f"process {pid} is in no cgroup")
+
+
+def _remove(group: Path) -> None:
+    """Remove a cgroup; one whose last process is ending at this moment is busy until all of its threads have."""
+    give_up_s = time.monotonic() + _ENDING_S
+    while True:
+        try:
+            group.rmdir()
+        except OSError as exc:
+            if exc.errno != errno.EBUSY or time.monotonic() > give_up_s:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _move(pid: int, group: Path) -> None:
