@@ -19,7 +19,7 @@ from cluster.ref import RefId
 #: Removals under way at once.
 _AT_ONCE = 50
 #: Seconds after which an object that could not be deleted is tried again.
-_AGAIN_S = 60.0
+_AGAIN_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
