@@ -28,6 +28,11 @@ OVERLAY_XATTR: Final = "trusted.overlay."
 _LABEL_XATTR: Final = "security.selinux"
 #: What Linux has xattrs in. Others (a Mac's ``com.apple.*``) can't be set on any file, and containerd leaves them out.
 _NAMESPACES: Final = ("user.", "trusted.", "security.", "system.")
+#: Linux's own limits, in bytes. A file system may have narrower ones.
+_XATTR_NAME_MAX: Final = 255
+_XATTR_SIZE_MAX: Final = 65536
+#: More than any xattr takes: with so much room it is not the disk that is full.
+_ROOM_BYTES: Final = 1024**2
 
 _CANNOT: Final = frozenset((errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTSUP))
 
@@ -244,10 +249,31 @@ class AttributeWriter:
         try:
             os.setxattr(target, name, value, follow_symlinks=isinstance(target, int))
         except OSError as exc:
+            if exc.errno == errno.ENOSPC and _has_room(target):
+                # What ext4 says of an xattr that outgrows a file's one block for them.
+                raise OSError(errno.E2BIG, f"xattr {name} of {len(value)} bytes is too big here") from exc
             if self.ledger is None or exc.errno not in _CANNOT:
                 raise
             return False
         return True
+
+
+def impossible_xattr(name: str, value: bytes) -> str:
+    """Return what of an xattr that is to be set no file of Linux can have; empty where there is nothing."""
+    if not name.startswith(_NAMESPACES):
+        return ""
+    if "\0" in name:
+        return "a zero byte in an xattr's name"
+    if (length := len(os.fsencode(name))) > _XATTR_NAME_MAX:
+        return f"an xattr's name of {length} bytes"
+    if len(value) > _XATTR_SIZE_MAX:
+        return f"an xattr of {len(value)} bytes"
+    return ""
+
+
+def _has_room(target: int | bytes) -> bool:
+    disk = os.statvfs(target if isinstance(target, int) else os.path.dirname(target))  # noqa: PTH120
+    return disk.f_bavail * disk.f_frsize >= _ROOM_BYTES
 
 
 def _path(target: int | bytes) -> bytes:

@@ -32,7 +32,7 @@ from typing import Final, Self
 
 from cluster.errors import LayerError, UnprivilegedEntryError, UnsafeEntryError
 from storage.snapshots import tar
-from storage.snapshots.attributes import OVERLAY_XATTR, Attributes, AttributeWriter, is_device
+from storage.snapshots.attributes import OVERLAY_XATTR, Attributes, AttributeWriter, impossible_xattr, is_device
 from storage.snapshots.copy import make_file
 from storage.snapshots.limits import LayerMeter
 from storage.snapshots.names import (
@@ -63,6 +63,7 @@ _ENTRY_FAULTS: Final = frozenset(
         errno.EEXIST,
         errno.EMLINK,
         errno.EFBIG,
+        errno.E2BIG,
     )
 )
 
@@ -328,6 +329,8 @@ class Unpacker:
         for name in entry.xattrs:
             if name.startswith(OVERLAY_XATTR):
                 raise self._unsafe(entry.name, f"its xattr {name} would direct overlayfs")
+            if reason := impossible_xattr(name, entry.xattrs[name]):
+                raise self._malformed(entry.name, reason)
         is_node = entry.kind in (tar.CHARACTER, tar.BLOCK_DEVICE)
         return Attributes(
             mode=_TYPE[entry.kind] | entry.mode,

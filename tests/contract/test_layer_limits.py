@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import tarfile
 import tracemalloc
 from dataclasses import replace
@@ -66,6 +67,41 @@ def test_a_bomb_by_ratio_is_refused_at_the_limit(snapshotter, compression):
     assert "node.layer_bytes" in error.hint
     # The buffers of the bomb and of the good layer after it.
     assert peak_bytes < 2 * (BUFFERS + 2) * BUFFER_BYTES + 4 * MIB
+
+
+@pytest.mark.parametrize(
+    ("xattrs", "reason"),
+    [
+        ({"user.k\0x": b"v"}, "a zero byte in an xattr's name"),
+        ({"user." + "k" * 300: b"v"}, "an xattr's name of 305 bytes"),
+        ({"user.k": b"v" * 70_000}, "an xattr of 70000 bytes"),
+        ({"user.k": b"v" * 3_000_000}, "an extended header of"),
+        ({f"user.k{number}": b"v" * 60_000 for number in range(30)}, "an extended header of"),
+    ],
+)
+def test_an_xattr_that_no_file_can_have_is_the_layers_fault(snapshotter, xattrs, reason):
+    """Not the disk's: it says which entry, and the layer stays out."""
+    with pytest.raises(LayerError, match=reason):
+        apply(snapshotter, None, layer(file("f", b"1", xattrs=xattrs)))
+    assert not list(snapshotter.snapshots())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
+def test_an_xattr_that_this_file_system_cant_keep_is_no_full_disk(tmp_path):
+    """ext4 says ENOSPC of it, with all its room free."""
+    disk, image = tmp_path / "disk", tmp_path / "image"
+    disk.mkdir()
+    with image.open("wb") as made:
+        made.truncate(64 * MIB)
+    subprocess.run(["/usr/sbin/mkfs.ext4", "-q", "-O", "^ea_inode", str(image)], check=True)
+    subprocess.run(["/usr/bin/mount", "-o", "loop", str(image), str(disk)], check=True)
+    try:
+        snapshotter = CopyingSnapshotter(disk / "node", LIMITS)
+        with pytest.raises(LayerError, match=r"entry 'f': xattr user\.k of 60000 bytes is too big here"):
+            apply(snapshotter, None, layer(file("f", b"1", xattrs={"user.k": b"v" * 60_000})))
+        assert not list(snapshotter.snapshots())
+    finally:
+        subprocess.run(["/usr/bin/umount", str(disk)], check=True)
 
 
 def test_zeros_after_the_archives_end_count_as_well(snapshotter):
