@@ -455,7 +455,7 @@ class OpDispatcher:
             if lost and (found := await self._found(use, keys, stale)) is not None:
                 return found  # the worker that was lost had done it
             await self._bring(use, node, chains, session)
-            use.began()
+            use.began(node)
             try:
                 request = RunOpRequest(
                     session=session.info,

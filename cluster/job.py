@@ -162,6 +162,8 @@ class VertexEvent:
     state: VertexState
     #: Payload of the error (:func:`cluster.wire.encode_error`) of a vertex that failed; empty elsewhere.
     error: bytes = b""
+    #: Where it runs; "" for another state, and for what runs on no node.
+    node: str = ""
     #: When it was told, by the store's clock; set by the store.
     wall_s: float = 0.0
 

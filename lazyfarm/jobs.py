@@ -10,11 +10,12 @@ from typing import Self
 from cluster.errors import (
     AmbiguousJobError,
     ClusterError,
+    GraphError,
     InternalError,
     JobNotFoundError,
     WireError,
 )
-from cluster.graph import decode_targets
+from cluster.graph import Definition, decode_definition, decode_targets
 from cluster.job import JobEnded, JobEvent, JobId, JobRecord, JobState
 from cluster.settings import FarmSettings
 from cluster.solver_ports import JobEvents, JobStore
@@ -71,6 +72,13 @@ class FarmJobs:
         except (JobNotFoundError, WireError):
             return ()  # forgotten meanwhile, or of another release
         return tuple(name or target for target, name in named.items())
+
+    async def definition(self, job: JobId) -> Definition | None:
+        """Return what a job is to build; None where that is unknown."""
+        try:
+            return decode_definition(await self._store.definition(job))
+        except (JobNotFoundError, WireError, GraphError):
+            return None  # as above
 
     async def told(self, job: JobId) -> list[JobEvent]:
         """Return a job's events so far; JobNotFoundError if it is unknown."""

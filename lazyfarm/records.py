@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from cluster.cache.names import find_ref
 from cluster.errors import NoLayersError
+from cluster.graph import Definition
 from cluster.job import JobEvent, JobId, JobRecord
 from cluster.lease import Lease, LeaseId, ref_resource
 from cluster.messages import ActorRecord, NodeRecord
@@ -137,6 +138,10 @@ class FarmRecords:
     async def _job(self, name: str) -> JobDetails:
         record = await self._jobs.find(name)
         return JobDetails(record=record, targets=await self._jobs.targets(record.id))
+
+    def definition(self, job: JobId) -> Definition | None:
+        """Return what a job is to build; None where that is unknown."""
+        return self._run(self._jobs.definition(job))
 
     def events(self, job: JobId) -> list[JobEvent]:
         """Return what a job's driver was told so far; JobNotFoundError if it is unknown."""

@@ -43,10 +43,11 @@ class VertexUse(Protocol):
         """Return the jobs that this is done for now: any one's session will do. Empty once it is to stop."""
         ...
 
-    def began(self) -> None:
+    def began(self, node: str = "") -> None:
         """Say that a run has its inputs where it runs, and has begun: until then its vertex is shown as waiting.
 
-        May be repeated, and come too late. A run that says nothing ends all the same.
+        *node* is where; "" where that means nothing. May be repeated, and come too late. A run that says nothing
+        ends all the same.
         """
         ...
 

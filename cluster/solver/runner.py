@@ -71,7 +71,7 @@ class _Use:
     job: JobId
     hold: HoldId
     beneficiaries: Callable[[], tuple[JobId, ...]]
-    began: Callable[[], None]
+    began: Callable[..., None]
 
 
 @dataclass(slots=True, eq=False)
@@ -328,7 +328,7 @@ class Solver:
             ask.job,
             ask.hold,
             beneficiaries=partial(self._state.beneficiaries, ask.task),
-            began=lambda: self._feed(Began(ask.task)),
+            began=lambda node="": self._feed(Began(ask.task, node)),
         )
 
     async def _with_opts(self, job: JobId, vertex: Vertex, call: Callable[[Mapping[str, bytes]], Awaitable[T]]) -> T:
@@ -348,7 +348,7 @@ class Solver:
         if watch is None:
             return
         error = b"" if report.error is None else wire.encode_error(report.error)
-        event = VertexEvent(vertex=report.vertex, name=report.name, state=report.state, error=error)
+        event = VertexEvent(vertex=report.vertex, name=report.name, state=report.state, error=error, node=report.node)
         watch.untold.append(event)
         self._tell(report.job, watch)
 

@@ -200,6 +200,8 @@ class _Edge:
     tasks: set[TaskId] = field(default_factory=set)
     #: None until something may be held for it.
     hold: HoldId | None = None
+    #: Where it runs, or ran last.
+    node: str = ""
     result: Result | None = None
 
 
@@ -286,8 +288,8 @@ class SolverState:
             case JobCancelled():
                 if (job := self._jobs.get(event.job)) is not None:
                     self._end(job, JobStopped())
-            case Began(task):
-                self._began(task)
+            case Began(task, node):
+                self._began(task, node)
             case _:
                 self._answer(event)
         self._settle()
@@ -406,11 +408,12 @@ class SolverState:
             case _:
                 raise InvalidTransitionError(f"task {answer.task}", "a job's", type(answer).__name__)
 
-    def _began(self, task_id: TaskId) -> None:
+    def _began(self, task_id: TaskId, node: str) -> None:
         task = self._tasks.get(task_id)
         if task is None or task.edge is None or not task.is_run or task.edge.phase is not EdgePhase.STARTING:
             return
         self._move(task.edge, EdgePhase.RUNNING)
+        task.edge.node = node
         for job in task.edge.wanted.values():
             self._tell(job, task.edge, VertexState.RUNNING)
 
@@ -726,7 +729,8 @@ class SolverState:
         else:
             job.open[edge] = state
         digest = edge.vertex.digest
-        self._instructions.append(Report(job.id, digest, job.definition.name(digest), state, error))
+        node = edge.node if state is VertexState.RUNNING else ""
+        self._instructions.append(Report(job.id, digest, job.definition.name(digest), state, error, node))
 
     def _targets(self, job: _Job) -> list[_Edge]:
         return [job.edges[target] for target in job.definition.targets]

@@ -178,6 +178,8 @@ class Began:
     """
 
     task: TaskId
+    #: On which node; "" where that means nothing.
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +318,8 @@ class Report:
     name: str
     state: VertexState
     error: ClusterError | None = None
+    #: As of :class:`Began`, while it runs.
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,7 @@ def document(event: JobEvent) -> dict[str, object]:
     match event:
         case VertexEvent():
             told = {"event": "vertex", "vertex": event.vertex, "name": event.name, "state": event.state.value}
-            return {**told, **_error(event.error), "time": event.wall_s}
+            return {**told, **({"node": event.node} if event.node else {}), **_error(event.error), "time": event.wall_s}
         case VertexLog():
             told = {"event": "log", "vertex": event.vertex, "stream": event.stream.value, "text": event.text}
             return {**told, "time": event.wall_s}

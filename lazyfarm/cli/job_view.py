@@ -76,6 +76,8 @@ class VertexView:
     #: When it last began to run, and when it ended; None: not yet, or never.
     started_wall_s: float | None = None
     ended_wall_s: float | None = None
+    #: Where it runs, or ran last; "" for what runs on no node.
+    node: str = ""
     #: In the order in which they were first heard of.
     layers: dict[str, LayerView] = field(default_factory=dict)
     #: The last lines that its command said.
@@ -220,6 +222,7 @@ class JobView:
         vertex.state, vertex.error = event.state, event.error
         if event.state is VertexState.RUNNING:
             vertex.started_wall_s, vertex.ended_wall_s = event.wall_s, None
+            vertex.node = event.node
         elif event.state.is_end:
             vertex.ended_wall_s = event.wall_s
         if event.state not in (VertexState.WAITING, VertexState.CANCELLED):

@@ -16,7 +16,7 @@ from lazyfarm.cli.quick import spare_pydantic
 COMMANDS = (
     *("up", "down", "status", "doctor"),
     *("pull", "refs", "unlazy", "extract", "push"),
-    *("build", "jobs", "attach"),
+    *("build", "jobs", "attach", "report"),
     *("du", "prune", "leases", "explain", "config"),
 )
 

@@ -151,5 +151,6 @@ class FakeUse:
     def beneficiaries(self):
         return self.jobs
 
-    def began(self):
+    def began(self, node=""):
         self.story.append("began")
+        self.node = node

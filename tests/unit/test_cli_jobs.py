@@ -98,6 +98,9 @@ class Records:
     def events(self, job):
         return asyncio.run(self._jobs.told(job))
 
+    def definition(self, job):
+        return asyncio.run(self._jobs.definition(job))
+
     def close(self):
         pass
 
@@ -265,6 +268,32 @@ def test_logs_do_not_wait_unless_they_are_to(farm):
     farm.submit("aa1")
     farm.tell("aa1", VertexLog(vertex=MAKE, stream=LogStream.STDOUT, text="so far\n"))
     assert "so far" in run("jobs", "logs", "aa1").stdout
+
+
+# -- report ---------------------------------------------------------------------------------------
+
+
+def test_a_report_is_written_where_it_is_asked_for(farm, tmp_path, monkeypatch):
+    """Here under the job's ID, into a file, or to standard output and then nothing else."""
+    farm.run_and_fail("4f2a")
+    monkeypatch.chdir(tmp_path)
+    told, code = document("report", "4f")
+    assert (told, code) == ({"job": "4f2a", "file": str(tmp_path / "job-4f2a.html")}, 0)
+    text = (tmp_path / "job-4f2a.html").read_text()
+    assert "[build] RUN make" in text
+    assert "main.c: " in text  # the last words of what failed
+    assert run("report", "4f2a", "--output", str(tmp_path / "other.html")).exit_code == 0
+    assert (tmp_path / "other.html").read_text() == text
+    assert run("report", "4f2a", "-o", "-").stdout == text
+
+
+def test_a_report_that_cannot_be_written_says_so(farm, tmp_path):
+    """One line, and what the job is stays what it is."""
+    farm.run_and_fail("4f2a")
+    result = run("report", "4f2a", "--output", str(tmp_path / "none" / "f.html"))
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "No such file" in result.stderr
+    assert run("report", "4f2a", "--output", "-", "--json").exit_code == 1
 
 
 def test_a_queued_job_is_cancelled_at_once(farm):
