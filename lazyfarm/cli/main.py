@@ -16,7 +16,7 @@ from lazyfarm.cli.quick import spare_pydantic
 COMMANDS = (
     *("up", "down", "status", "doctor"),
     *("pull", "refs", "unlazy", "extract", "push"),
-    *("build", "jobs", "attach", "report"),
+    *("build", "jobs", "attach", "report", "submit"),
     *("du", "prune", "leases", "explain", "config"),
 )
 

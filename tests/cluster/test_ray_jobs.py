@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import textwrap
@@ -247,6 +248,69 @@ def _session(jobs, job_id):
 def _leases(farm):
     with farm.records() as records:
         return {lease.id for lease in records.leases()}
+
+
+def lazyfarm_submit(jobs, directory, *arguments):
+    """Run ``lazyfarm submit`` in a directory."""
+    return subprocess.run(
+        [sys.executable, "-m", "lazyfarm", "submit", *arguments],
+        cwd=directory,
+        env={**os.environ, **jobs.farm.environ, "LAZYFARM_STATE_DIR": str(jobs.farm.state_dir)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_submit_shows_what_a_driver_prints_and_exits_as_it_does(jobs, tmp_path):
+    """The short form; as a document, too. What can't be submitted is said in one line."""
+    directory = write_driver(
+        tmp_path / "work",
+        """
+        import os, sys
+        from lazyfarm.blocking import Farm
+
+        with Farm.connect() as farm:
+            print("nodes", len(farm.nodes()), os.environ["WORD"], *sys.argv[1:])
+        sys.exit(int(sys.argv[1]))
+        """,
+    )
+    done = lazyfarm_submit(jobs, directory, "--env", "WORD=hello", "driver.py", "0", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "nodes 3 hello 0 --json" in done.stdout.splitlines()
+
+    job_id = f"short-{secrets.token_hex(4)}"
+    failed = lazyfarm_submit(jobs, directory, "--json", "--id", job_id, "--env", "WORD=hello", "driver.py", "7")
+    assert json.loads(failed.stdout) == {"job": job_id, "status": "failed", "exit_code": 7}
+    assert "nodes 3 hello 7" in failed.stderr
+    assert failed.returncode == 7
+    assert jobs.details(job_id)["driver_exit_code"] == 7
+
+    for wrong, words in ((("none.py",), "no such file"), (("--env", "WORD", "driver.py"), "NAME=VALUE")):
+        refused = lazyfarm_submit(jobs, directory, *wrong)
+        assert refused.returncode == 1
+        assert refused.stderr.count("\n") == 1
+        assert words in refused.stderr
+
+
+def test_submit_that_is_interrupted_stops_its_job(jobs, tmp_path):
+    """Ctrl-C: the driver is told to end, as `ray job stop` tells it."""
+    directory = write_driver(tmp_path / "work", "import time; print('here', flush=True); time.sleep(600)")
+    job_id = f"break-{secrets.token_hex(4)}"
+    with subprocess.Popen(
+        [sys.executable, "-m", "lazyfarm", "submit", "--id", job_id, "driver.py"],
+        cwd=directory,
+        env={**os.environ, **jobs.farm.environ, "LAZYFARM_STATE_DIR": str(jobs.farm.state_dir)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as submitting:
+        while submitting.stdout.readline() != "here\n":
+            assert submitting.poll() is None
+        submitting.send_signal(signal.SIGINT)
+        assert submitting.wait(timeout=60) == 130
+    assert jobs.until(job_id, "STOPPED", "FAILED", "SUCCEEDED")["status"] == "STOPPED"
 
 
 def test_who_has_no_token_submits_nothing(jobs):

@@ -1,0 +1,124 @@
+"""Driver scripts as jobs of the farm's own Ray: submitted, followed, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from cluster.errors import FarmNotRunningError, InvalidArgumentError, UnavailableError
+from cluster.settings import FarmSettings
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+T = TypeVar("T")
+
+#: Seconds for which Ray may take to say what became of a job whose log has ended, and between looks.
+_SETTLE_S = 20.0
+_LOOK_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A driver script, as a job of Ray's."""
+
+    id: str
+    #: Ray's own word: ``PENDING``, ``RUNNING``, ``SUCCEEDED``, ``FAILED``, ``STOPPED``.
+    status: str
+    #: Of the script; None while it runs, and where it never ran.
+    exit_code: int | None = None
+    #: What Ray says of it, for people.
+    message: str = ""
+
+
+async def submit(
+    settings: FarmSettings,
+    script: str,
+    arguments: Sequence[str] = (),
+    *,
+    working_dir: Path,
+    environment: Mapping[str, str] | None = None,
+    submission_id: str | None = None,
+    on_log: Callable[[str], object] | None = None,
+) -> Submitted:
+    """Run a driver script on the farm's head, with the Python that the farm runs with.
+
+    Args:
+        settings: The farm.
+        script: The script's path, from *working_dir* on.
+        arguments: What it is called with. No secrets: Ray keeps and shows them.
+        working_dir: Is sent along, and is where the script runs. No secrets in it either.
+        environment: Variables of the script, which Ray keeps and shows likewise.
+        submission_id: A name for the job; None: Ray's choice.
+        on_log: Told of what it prints, until it has ended; None: it is not waited for. A cancelled call stops the job.
+
+    Raises:
+        FarmNotRunningError: the farm is not up, or takes no jobs.
+        InvalidArgumentError: there is no such script, or Ray refuses what is asked.
+        UnavailableError: its job server does not answer.
+    """
+    url = settings.running.ray_jobs_url if settings.running else ""
+    if not url:
+        raise FarmNotRunningError(
+            str(settings.state_dir),
+            "its Ray takes no jobs that it knows of: see ray.dashboard, or use `ray job submit`",
+        )
+    if not (working_dir / script).is_file():
+        raise InvalidArgumentError("script", script, f"there is no such file in {working_dir}")
+    from actors.join import set_ray_environment  # noqa: PLC0415 - Ray takes two seconds to import
+
+    set_ray_environment(settings.config)
+    client = await _asked(settings, lambda: _client(url))
+    runtime_env = {"working_dir": str(working_dir), "env_vars": dict(environment or {})}
+    job = await _asked(
+        settings,
+        lambda: client.submit_job(
+            entrypoint=shlex.join(["python", script, *arguments]), submission_id=submission_id, runtime_env=runtime_env
+        ),
+    )
+    if on_log is None:
+        return Submitted(id=job, status="PENDING")
+    try:
+        async for text in client.tail_job_logs(job):
+            on_log(text)
+        return await _ended(settings, client, job)
+    except asyncio.CancelledError:
+        with contextlib.suppress(UnavailableError, InvalidArgumentError):
+            await asyncio.shield(_asked(settings, lambda: client.stop_job(job)))
+        raise
+
+
+async def _ended(settings: FarmSettings, client: JobSubmissionClient, job: str) -> Submitted:
+    """Wait until Ray says what became of a job."""
+    give_up_s = time.monotonic() + _SETTLE_S
+    while not (info := await _asked(settings, lambda: client.get_job_info(job))).status.is_terminal():
+        if time.monotonic() > give_up_s:
+            break
+        await asyncio.sleep(_LOOK_S)
+    return Submitted(id=job, status=str(info.status), exit_code=info.driver_exit_code, message=info.message or "")
+
+
+def _client(url: str) -> JobSubmissionClient:
+    from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 - as above
+
+    return JobSubmissionClient(url)
+
+
+async def _asked(settings: FarmSettings, ask: Callable[[], T]) -> T:
+    """Ask Ray's job server, on a thread; its errors become ours."""
+    try:
+        return await asyncio.to_thread(ask)
+    except ConnectionError as exc:
+        raise UnavailableError("the farm's job server", _first_line(exc)) from exc
+    except (RuntimeError, ValueError) as exc:
+        raise InvalidArgumentError("job", str(settings.state_dir), _first_line(exc)) from exc
+
+
+def _first_line(exc: BaseException) -> str:
+    return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)

@@ -1,0 +1,165 @@
+"""Installed as people do: a wheel in an environment of its own, used, upgraded under a running farm, taken away."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from storage.services.process import FARM_MARK, marked_pids
+from tests.doubles.farm import FAST
+from tests.doubles.registry import random_image
+
+pytestmark = [pytest.mark.cluster, pytest.mark.registry, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).parents[2]
+NEXT = "0.1.1"
+
+
+@dataclass
+class Installed:
+    """An environment that has lazyfarm, and a farm that is brought up from it."""
+
+    uv: str
+    venv: Path
+    state_dir: Path
+
+    def install(self, wheel, *options):
+        """Install a wheel, with what it needs in the versions that the project is tested with."""
+        constraints = self.venv.parent / "constraints"
+        pins = re.findall(r"^[\w.-]+(?:\[.*\])?==[^ ]+", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+        constraints.write_text("\n".join(pins))
+        command = ["pip", "install", "-q", "--index-strategy", "unsafe-best-match", "-c", constraints, *options, wheel]
+        self._uv(*command, "--python", self.venv / "bin" / "python")
+
+    def wheel(self, version=""):
+        """Build a wheel of the project, of another *version* where one is given."""
+        source = Path(tempfile.mkdtemp(dir=self.venv.parent))
+        for name in ("actors", "cluster", "configs", "lazyfarm", "storage"):
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("LICENSE", "README.md", "pyproject.toml"):
+            shutil.copy(ROOT / name, source / name)
+        if version:
+            project = source / "pyproject.toml"
+            project.write_text(re.sub(r'(?m)^version = ".*"$', f'version = "{version}"', project.read_text()))
+        self._uv("build", "-q", "--wheel", "-o", source / "dist", source)
+        (built,) = (source / "dist").glob("*.whl")
+        return built
+
+    def run(self, *arguments):
+        """Run the command line, from a directory that is not the project's."""
+        return subprocess.run(
+            [self.venv / "bin" / "lazyfarm", *arguments],
+            cwd=self.venv.parent,
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+    def json(self, *arguments):
+        """Run a command that succeeds; return its document."""
+        done = self.run(*arguments, "--json")
+        assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
+        return json.loads(done.stdout)
+
+    def driver(self, text, *arguments):
+        """Start a driver script."""
+        return subprocess.Popen(
+            [self.venv / "bin" / "python", "-c", text, *arguments],
+            cwd=self.venv.parent,
+            env=self._environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def _environment(self):
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "PYTHON"))}
+        return {**kept, **FAST, "LAZYFARM_STATE_DIR": str(self.state_dir)}
+
+    def _uv(self, *arguments):
+        done = subprocess.run([self.uv, *arguments], capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def installed():
+    """An environment with this release, where nothing runs in the end."""
+    uv = shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
+    # Short, for the sake of Unix sockets.
+    root = Path(tempfile.mkdtemp(prefix="lf-inst-"))
+    made = Installed(uv, root / "venv", root / "farm")
+    made._uv("venv", "-q", "--python", shutil.which("python3") or "python3", made.venv)
+    made.install(made.wheel())
+    yield made
+    made.run("down", "--purge")
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def pull(installed, registry):
+    """Pull an image nobody has seen, and leave it lazy; return its name and its ref."""
+    repository = f"installed/{secrets.token_hex(4)}"
+    registry.push(repository, "1", random_image(secrets.randbits(64), layers=2))
+    name = f"{registry.host}/{repository}:1"
+    return name, installed.json("pull", name)["ref"]
+
+
+_DRIVER = """
+import sys
+from lazyfarm.blocking import Farm
+with Farm.connect() as farm:
+    print(farm.pull(sys.argv[1]).id, flush=True)
+    for name in sys.stdin:
+        ref = farm.pull(name.strip())
+        print(ref.extract().path, flush=True)
+"""
+
+
+def test_a_farm_is_installed_upgraded_while_it_works_and_taken_away(installed, registry):
+    """From a wheel alone. The next release finds refs, leases and jobs; who drives the old one works on meanwhile."""
+    assert installed.run("--version").stdout == "lazyfarm 0.1.0\n"
+    up = installed.json("up", "--nodes", "1")
+    assert {actor["name"].partition("@")[2] for actor in up["actors"]} == {"0.1.0"}
+    lazy, lazy_ref = pull(installed, registry)
+    present, present_ref = pull(installed, registry)
+    extracted = installed.json("extract", present_ref)["nodes"][0]["path"]
+    pinned = installed.json("leases", "pin", lazy_ref)
+    with installed.driver(_DRIVER, lazy) as driver:
+        assert driver.stdout.readline().strip() == lazy_ref
+
+        installed.install(installed.wheel(NEXT), "--no-deps")
+        assert installed.run("--version").stdout == f"lazyfarm {NEXT}\n"
+        again = installed.json("up")
+        assert {actor["name"].partition("@")[2] for actor in again["actors"]} == {"0.1.0", NEXT}
+        assert again["redis"] == up["redis"]
+        assert "problems" not in installed.json("status")
+
+        # The old driver, at the old actors, and the new command at the new ones, on one farm.
+        name, _ = pull(installed, registry)
+        driver.stdin.write(f"{name}\n")
+        driver.stdin.flush()
+        assert Path(driver.stdout.readline().strip(), "data-0").exists()
+        driver.stdin.close()
+        assert driver.wait(timeout=60) == 0
+
+    refs = {ref["ref"]: ref["lazy"] for ref in installed.json("refs", "ls")["refs"]}
+    assert (refs[lazy_ref], refs[present_ref]) == (True, False)
+    assert pinned["lease"] in {lease["id"] for lease in installed.json("leases", "ls")["leases"]}
+    layers = installed.json("unlazy", present_ref)["layers"]
+    assert {layer["source"] for layer in layers} == {"present"}
+    assert installed.json("extract", present)["nodes"][0]["path"] == extracted
+
+    mark = (installed.state_dir / "farm-id").read_text().strip()
+    assert marked_pids({FARM_MARK: mark})
+    installed.json("down", "--purge")
+    assert not marked_pids({FARM_MARK: mark})
+    assert not installed.state_dir.exists()
+    assert str(installed.venv.parent) not in Path("/proc/mounts").read_text()
