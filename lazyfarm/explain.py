@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
 from cluster.cache.names import find_ref
 from cluster.digest import Digest, is_digest
-from cluster.errors import NoLayersError
+from cluster.errors import JobNotFoundError, NoLayersError
 from cluster.job import JobId, VertexLayers
 from cluster.lease import blob_resource
 from cluster.ports import FlightStore, RefStore
 from cluster.settings import FarmSettings
 from cluster.solver_ports import JobEvents, JobStore
+from cluster.tree import Tree
+from lazyfarm.jobs import FarmJobs
+from lazyfarm.miss import Miss, OpenTree, explain_miss
 from lazyfarm.redis_only import connection
 from storage.flights import RedisFlightStore
 from storage.job_events import RedisJobEvents
@@ -64,21 +68,45 @@ class LayerWait:
 class FarmExplain:
     """Explains one farm. Every method may raise UnavailableError: Redis doesn't answer."""
 
-    def __init__(self, refs: RefStore, flights: FlightStore, jobs: JobStore, events: JobEvents) -> None:
+    def __init__(
+        self, refs: RefStore, flights: FlightStore, jobs: JobStore, events: JobEvents, open_tree: OpenTree
+    ) -> None:
         self._refs = refs
         self._flights = flights
         self._jobs = jobs
         self._events = events
+        self._open_tree = open_tree
 
     @classmethod
-    def over(cls, link: RedisLink, keys: Keys) -> Self:
-        """Return that of a farm whose Redis a client is connected to."""
+    def over(cls, link: RedisLink, keys: Keys, open_tree: OpenTree) -> Self:
+        """Return that of a farm whose Redis a client is connected to; *open_tree* reads what drivers sent to it."""
         return cls(
             RedisRefStore(link, keys),
             RedisFlightStore(link, keys),
             RedisJobStore(link, keys),
             RedisJobEvents(link, keys),
+            open_tree,
         )
+
+    async def miss(self, step: str, *, job: str = "", against: str = "") -> Miss:
+        """Tell why a step of a job was not found in the cache; see :func:`lazyfarm.miss.explain_miss`.
+
+        Args:
+            step: A part of its name, or of its digest from the start.
+            job: Whose: its ID, or how that begins; "" for the newest.
+            against: The earlier job that it is compared with; "" for the nearest.
+
+        Raises:
+            JobNotFoundError, AmbiguousJobError: a job's name names none, or several.
+            InvalidArgumentError: *step* does.
+        """
+        known = FarmJobs(self._jobs, self._events)
+        newest = [] if job else await self._jobs.jobs(most=1)
+        if not job and not newest:
+            raise JobNotFoundError("")
+        wanted = await known.find(job) if job else newest[0]
+        other = await known.find(against) if against else None
+        return await explain_miss(self._jobs, self._events, self._open_tree, step, job=wanted, against=other)
 
     async def wait(self, name: str, *, watch_s: float = 1.0) -> list[LayerWait]:
         """Tell for each layer of a ref or an image, lowest first, or for one blob, what it waits for.
@@ -173,4 +201,17 @@ async def open_explain(settings: FarmSettings) -> AsyncIterator[FarmExplain]:
         FarmNotRunningError: the settings name no Redis.
     """
     async with connection(settings) as (link, keys):
-        yield FarmExplain.over(link, keys)
+
+        async def open_tree(digest: Digest) -> Tree:
+            # Only where a directory differs: S3's client takes a quarter of a second to import.
+            from storage.blobs import S3ContentStore  # noqa: PLC0415
+            from storage.local_trees import LocalTrees  # noqa: PLC0415
+
+            store = S3ContentStore(settings.config.s3)
+            try:
+                with ThreadPoolExecutor(1) as threads:
+                    return await LocalTrees(link, keys, store, threads=threads).open_tree(digest)
+            finally:
+                store.close()
+
+        yield FarmExplain.over(link, keys, open_tree)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.job import VertexState
 from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import count, duration, short, size
@@ -14,8 +15,11 @@ from lazyfarm.cli.leases import expiry, labels
 from lazyfarm.cli.options import JsonOption, RefArgument, StateDirOption, command_app, example
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cluster.collect.stock import Hold
     from lazyfarm.explain import LayerWait
+    from lazyfarm.miss import Miss
 
 app = command_app()
 
@@ -43,6 +47,87 @@ def wait(
             out.line(f"{short(layer.digest)}  {_told(layer)}")
             for waiting in layer.asked_by:
                 out.line(f"  for vertex {short(waiting.vertex)} of job {waiting.job}")
+
+
+@app.command("miss", epilog=example("lazyfarm explain miss 'RUN make'", "lazyfarm explain miss 81ff --job 4f2a"))
+def miss(
+    *,
+    step: Annotated[
+        str,
+        typer.Argument(metavar="STEP", help="Part of a step's name, or how its digest begins.", show_default=False),
+    ],
+    job: Annotated[str, typer.Option("--job", metavar="JOB", help="Default: the newest.", show_default=False)] = "",
+    against: Annotated[
+        str,
+        typer.Option("--against", metavar="JOB", help="Compare with this earlier one. Default: the nearest."),
+    ] = "",
+    state_dir: StateDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say why a step of a build was not found in the cache: what differs from the nearest build that had it.
+
+    The lowest step that differs comes first: what stands on it differs by that alone.
+    """
+    with reporting(as_json=as_json, state_dir=state_dir) as out:
+        settings = parts.running_settings(state_dir)
+        found = parts.with_explain(settings, lambda farm: farm.miss(step, job=job, against=against))
+        out.document(_miss_document(found))
+        state = found.state.value if found.state else "not begun"
+        out.line(f"{found.name or short(found.vertex)} of job {found.job}: {state}")
+        for line in _reasons(found):
+            out.line(line)
+
+
+def _reasons(found: Miss) -> Iterator[str]:
+    """Yield, in words, why a step was run."""
+    if found.state is VertexState.CACHED:
+        yield "it was found in the cache"
+        return
+    if found.is_fresh:
+        yield "the job was told to run it afresh (--no-cache)"
+        return
+    if found.nearest is None:
+        yield "no job of the last week had a step of that name: nothing to compare with"
+        return
+    yield f"against job {found.nearest}:"
+    for differs in found.differs:
+        change = differs.change
+        yield f"  {change.name or short(change.vertex)}"
+        if change.trees is None:
+            yield f"    {change.what}: {change.before} -> {change.now}"
+            continue
+        yield "    the directory has other content" + ("" if differs.files else " (what, is not known any more)")
+        yield from (f"      {file}" for file in differs.files)
+        if differs.more_files:
+            yield f"      and {count(differs.more_files, 'more path')}"
+    if not found.differs:
+        yield "  the graph is the same: its result was collected, or never came to be"
+        if found.images:
+            yield f"  or an image has moved: {', '.join(found.images)}"
+
+
+def _miss_document(found: Miss) -> dict[str, object]:
+    return {
+        "job": found.job,
+        "vertex": found.vertex,
+        "name": found.name,
+        "state": found.state.value if found.state else None,
+        "fresh": found.is_fresh,
+        "against": found.nearest,
+        "differs": [
+            {
+                "vertex": differs.change.vertex,
+                "name": differs.change.name,
+                "what": differs.change.what,
+                "before": differs.change.before,
+                "now": differs.change.now,
+                "files": [*differs.files],
+                "more_files": differs.more_files,
+            }
+            for differs in found.differs
+        ],
+        "images": [*found.images],
+    }
 
 
 @app.command("kept", epilog=example("lazyfarm explain kept debian:12"))
