@@ -623,6 +623,20 @@ def test_status_tells_where_jobs_go(records, state_dir, running):
 # -- for people ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("lazyfarm jo", ["jobs"]), ("lazyfarm jobs l", ["logs", "ls"]), ("lazyfarm du --r", ["--refs"])],
+)
+def test_a_shell_completes_commands_and_options(typed, offered):
+    """As `lazyfarm --install-completion` sets it up: a command's own are known without running it."""
+    words = typed.split()
+    asked = {"_LAZYFARM_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-m", "lazyfarm"], env={**os.environ, **asked}, capture_output=True, text=True, check=False
+    )
+    assert sorted(done.stdout.split()) == offered
+
+
 def test_every_command_has_help_with_an_example():
     """`lazyfarm X --help` is enough to use X; every one takes --state-dir and --json."""
     for name in COMMANDS:
