@@ -18,7 +18,7 @@ async def warm_up(*images: str) -> None:
         async def warm(image: str) -> str:
             ref = await farm.pull(image)
             extracted = await ref.extract_everywhere()
-            await farm.pin(ref, ttl_s=_DAY_S, labels={"owner": "warm-up", "image": image})
+            await farm.pin(ref, ttl_s=_DAY_S, labels={"why": "warm-up", "image": image})
             fetched = sum(layer.bytes_fetched for each in extracted for layer in each.layers)
             return f"on {len(extracted)} nodes, {fetched} bytes fetched"
 

@@ -104,7 +104,7 @@ def test_a_warm_up_fetches_once_for_every_node_and_holds_it(farm, registry, push
     (lease,) = [
         lease["id"]
         for lease in farm.cli_json("leases", "ls")["leases"]
-        if lease["labels"].items() >= {"owner": "warm-up", "image": source}.items()
+        if lease["labels"].items() >= {"why": "warm-up", "image": source}.items()
     ]
     farm.cli("leases", "release", lease)
 

@@ -152,7 +152,7 @@ def test_a_farm_is_installed_upgraded_while_it_works_and_taken_away(installed, r
 
     refs = {ref["ref"]: ref["lazy"] for ref in installed.json("refs", "ls")["refs"]}
     assert (refs[lazy_ref], refs[present_ref]) == (True, False)
-    assert pinned["lease"] in {lease["id"] for lease in installed.json("leases", "ls")["leases"]}
+    assert pinned["id"] in {lease["id"] for lease in installed.json("leases", "ls")["leases"]}
     layers = installed.json("unlazy", present_ref)["layers"]
     assert {layer["source"] for layer in layers} == {"present"}
     assert installed.json("extract", present)["nodes"][0]["path"] == extracted
