@@ -459,6 +459,7 @@ class FetchWorker(SessionServer):
             authorizer=authorizer,
             lease_id=lease_id,
             providers=providers,
+            tenant=session.tenant,
             progress=(session.progress,) if session.progress else (),
             own_progress=progress_of(handlers),
             is_live=lambda: authorizer.is_live,

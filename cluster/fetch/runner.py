@@ -26,6 +26,7 @@ from cluster.errors import (
     SessionGoneError,
     StaleFenceError,
 )
+from cluster.fair.runner import FairSlots
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.access import Admission
 from cluster.flight.runner import FlightContext, FlightOutcome, Flights
@@ -59,6 +60,8 @@ class Caller:
     lease_id: LeaseId
     #: Providers that this caller may use, by digest, as :class:`cluster.fetch.access.AccessControl` said.
     providers: Mapping[Digest, Sequence[ProviderHandle]]
+    #: Whose share of a node its work uses; see :mod:`cluster.fair.state`.
+    tenant: str = ""
     #: Progress streams of the call.
     progress: tuple[str, ...] = ()
     #: Those of digests whose handlers name their own.
@@ -193,7 +196,7 @@ class Unlazier:
         self._deadline_s = deadline_s
         self._clock = clock
         self._flights: Flights[_Arrival, Caller] = Flights("unlazy")
-        self._slots = asyncio.Semaphore(max_transfers)
+        self._slots = FairSlots(max_transfers)
         self._background: set[asyncio.Task[Any]] = set()
 
     async def unlazy(self, descriptor: Descriptor, caller: Caller) -> LayerFetch:
@@ -250,8 +253,11 @@ class Unlazier:
                 await self.admit(descriptor, caller, blob.source)
             else:
                 item.moved(LayerPhase.WAITING, 0)
+                key = f"blob:{digest}"
+                # Its flight may be far back in the line of another, who has thousands.
+                self._slots.also_for(key, caller.tenant)
                 outcome = await self._flights.run(
-                    f"blob:{digest}",
+                    key,
                     lambda context: self._fly(descriptor, context),
                     caller=caller,
                     on_progress=lambda current, _total: item.moved(LayerPhase.FETCHING, current),
@@ -485,7 +491,7 @@ class Unlazier:
             ownership.asked.update(context.callers)
             return context.callers
 
-        async with self._slots:
+        async with self._slots.slot(context.key, (caller.tenant for caller in context.callers)):
             fetched = await self._transfers.fetch(descriptor, callers, fence, ownership.upload, context.report)
         is_committed = False
         try:
