@@ -25,6 +25,7 @@ from cluster.errors import (
     NodeDiskError,
     SessionGoneError,
     StaleFenceError,
+    UnavailableError,
 )
 from cluster.fair.runner import FairSlots
 from cluster.faultpoints import FaultPoint, ahit
@@ -143,7 +144,7 @@ class _Ownership:
         self.task: asyncio.Task[_Arrival] | None = None
         #: True once the renewer found that another owns the flight, or may by now.
         self.is_lost = False
-        #: True while the flight is told how it ended: then there is nothing left to stop.
+        #: True once the flight is told how it ended: then there is nothing left to stop.
         self.is_ending = False
         #: Callers whose credentials the transfer could use.
         self.asked: set[Caller] = set()
@@ -496,8 +497,15 @@ class Unlazier:
         is_committed = False
         try:
             await ahit(FaultPoint.COMMIT_BEFORE)
+            # t=0  the store commits, and forgets the flight; its answer is on its way
+            # t=1  a renewal finds no flight: that is not a loss, and the commit itself says if it came too late
+            ownership.is_ending = True
             await self._store.commit(fence, fetched.blob)
-            is_committed = ownership.is_ending = True
+            is_committed = True
+        except UnavailableError as exc:
+            if ownership.is_lost:
+                raise _OwnershipLostError from exc
+            raise
         finally:
             self._transfers.settle(fetched, committed=is_committed)
         await ahit(FaultPoint.COMMIT_AFTER)

@@ -717,6 +717,23 @@ async def test_a_late_caller_of_what_a_flood_asked_for_is_not_last(cluster):
     assert fetched.index(LAYER.digest) <= 3
 
 
+async def test_a_renewal_that_meets_the_commit_is_no_loss(cluster, monkeypatch):
+    """It finds the flight gone while the commit's answer is on its way: what was fetched is kept, and the owner's."""
+    process = cluster.process("a")
+    commit = process.flights.commit
+
+    async def committed_and_renewed(fence, blob):
+        await commit(fence, blob)
+        process.renewer.lose()
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(process.flights, "commit", committed_and_renewed)
+    process.transfers.open()
+    fetch = await (await process.call("l1"))
+    assert not fetch.joined
+    assert process.transfers.settled == [True]
+
+
 async def test_the_next_owner_after_a_cancel_gets_the_upload(cluster):
     """A stopped transfer's upload is not lost."""
     process = cluster.process("a")
