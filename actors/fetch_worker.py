@@ -25,6 +25,7 @@ from cluster.config import Config
 from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import ClusterError, InternalError, LeaseLostError
+from cluster.fair.quota import CallQuota
 from cluster.fetch.assemble import Assembler
 from cluster.fetch.bucket_cache import BucketPlace
 from cluster.fetch.cache_export import CacheExporter, CachePlace, RegistryPlace
@@ -109,6 +110,7 @@ class FetchWorker(SessionServer):
     def __init__(self, boot: bytes) -> None:
         super().__init__()
         self._starter = Starter(decode("boot", Boot, boot))
+        self._quota = CallQuota(self._starter.boot.config.fetch.calls_per_node)
         self._parts: _Parts | None = None
 
     # -- starting --------------------------------------------------------------------------------------
@@ -256,7 +258,19 @@ class FetchWorker(SessionServer):
     async def _serving(
         self, operation: str, info: SessionInfo, **fields: str
     ) -> AsyncIterator[tuple[SessionAuthorizer, dict[str, object]]]:
-        """Serve one call, and log its canonical line, with what the body puts into the yielded figures."""
+        """Serve one call, and log its canonical line, with what the body puts into the yielded figures.
+
+        Raises:
+            WorkerBusyError: the caller's share of calls is used up; it comes again.
+        """
+        with self._quota.call(info.tenant):
+            async with self._admitted(operation, info, **fields) as served:
+                yield served
+
+    @contextlib.asynccontextmanager
+    async def _admitted(
+        self, operation: str, info: SessionInfo, **fields: str
+    ) -> AsyncIterator[tuple[SessionAuthorizer, dict[str, object]]]:
         started_s = time.monotonic()
         bound = log.bind(trace=info.trace, session=info.session_id, **fields)
         bound.debug(f"{operation}.started")
@@ -459,6 +473,7 @@ class FetchWorker(SessionServer):
             authorizer=authorizer,
             lease_id=lease_id,
             providers=providers,
+            tenant=session.tenant,
             progress=(session.progress,) if session.progress else (),
             own_progress=progress_of(handlers),
             is_live=lambda: authorizer.is_live,

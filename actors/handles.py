@@ -7,14 +7,20 @@ waiting task cancels the remote work too. Ray's errors become ours here.
 from __future__ import annotations
 
 import asyncio
+import math
+import random
+import sys
+import time
 from typing import Any
+from weakref import WeakValueDictionary
 
 import ray
 import ray.exceptions
 
 from actors.options import namespace
 from actors.replies import unwrap
-from cluster.errors import ActorLostError, DeadlineExceededError, UnavailableError
+from cluster.errors import ActorLostError, DeadlineExceededError, UnavailableError, WorkerBusyError
+from cluster.fetch.retry import RetryPolicy
 from cluster.messages import (
     AssembleRequest,
     ExportCacheRequest,
@@ -45,6 +51,10 @@ from cluster.wire import encode
 #: Seconds that a poll may take beyond those it waits there: one that was sent to an actor as it died, and is held by
 #: Ray until the actor is back, must be given up before the actor takes the silent session for gone.
 _POLL_SLACK_S = 3.0
+#: Calls of one tenant that a process has sent at once to one fetch worker; its share there may be less.
+_CALLS = 128
+#: How a call is made again that a worker has no room for.
+_BUSY = RetryPolicy(attempts=sys.maxsize, budget_s=math.inf, base_s=0.5, cap_s=20.0)
 
 
 class ActorHandle:
@@ -122,12 +132,51 @@ class SessionServerHandle(ActorHandle):
 
 
 class FetchWorkerHandle(SessionServerHandle):
-    """The fetch worker of one node."""
+    """The fetch worker of one node.
+
+    A call that it has no room for is made again, with growing pauses, until its deadline. No more than some of each
+    tenant are sent at once: the others wait here, where they cost the worker nothing. Calls belong to one event loop.
+    """
+
+    def __init__(self, name: str, *, farm: str) -> None:
+        super().__init__(name, farm=farm)
+        #: Of each tenant that has calls here.
+        self._slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     @classmethod
     def of_node(cls, node: str, *, farm: str, version: str) -> FetchWorkerHandle:
         """Return the handle of a node's worker."""
         return cls(worker_name(node, version), farm=farm)
+
+    async def call(self, method: str, kind: str, request: Any, result_type: type[Any], timeout_s: float) -> Any:
+        """Call *method* for the session in *request*, again while the worker is busy.
+
+        Raises:
+            WorkerBusyError: it was busy all the time.
+            DeadlineExceededError: no answer in time, or no turn; and as :meth:`ActorHandle.call_raw`.
+        """
+        until_s = time.monotonic() + timeout_s
+        slots = self._slots.setdefault(request.session.tenant, asyncio.Semaphore(_CALLS))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await slots.acquire()
+        except TimeoutError as exc:
+            raise DeadlineExceededError(f"{self.name}.{method}", f"no turn in {timeout_s:.0f} s") from exc
+        try:
+            attempt = 0
+            while True:
+                attempt += 1
+                left_s = until_s - time.monotonic()
+                try:
+                    return await super().call(method, kind, request, result_type, max(0.0, left_s))
+                except WorkerBusyError as exc:
+                    # Jitter, so that those who were refused don't come back together; not a matter of security.
+                    pause_s = _BUSY.next_delay_s(exc, attempt, timeout_s - left_s, random.random())  # noqa: S311
+                    if pause_s is None or time.monotonic() + pause_s > until_s:
+                        raise
+                    await asyncio.sleep(pause_s)
+        finally:
+            slots.release()
 
     async def resolve_image(self, request: ResolveRequest, *, timeout_s: float) -> ResolveResult:
         """Read an image's manifest and config, without making refs of it."""

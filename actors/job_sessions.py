@@ -122,7 +122,8 @@ class JobSessions:
         """
         first = self._first(jobs())
         session_id = f"{self._prefix}.{next(self._numbers)}"
-        return WorkSession(replace(first.info, session_id=session_id, progress=None), lambda: self._known(jobs()))
+        info = replace(first.info, session_id=session_id, part_of=first.info.session_id, progress=None)
+        return WorkSession(info, lambda: self._known(jobs()))
 
     def _first(self, jobs: Sequence[JobId]) -> _JobSession:
         for found in self._known(jobs):

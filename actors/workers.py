@@ -25,10 +25,14 @@ class Workers:
     def __init__(self, placement: Placement, *, farm: str) -> None:
         self._placement = placement
         self._farm = farm
+        #: One a node: its calls share what it may have under way there.
+        self._fetchers: dict[str, FetchWorkerHandle] = {}
 
     def fetch_worker(self, node: str) -> FetchWorkerHandle:
         """Return a node's fetch worker."""
-        return FetchWorkerHandle.of_node(node, farm=self._farm, version=VERSION)
+        if node not in self._fetchers:
+            self._fetchers[node] = FetchWorkerHandle.of_node(node, farm=self._farm, version=VERSION)
+        return self._fetchers[node]
 
     def op_worker(self, node: str) -> OpWorkerHandle:
         """Return a node's op worker."""

@@ -145,6 +145,8 @@ class FetchConfig:
     ranges_per_layer: int = 3
     #: Layers under way at once, a node.
     layers_per_node: int = 4
+    #: Calls under way at once at a node's worker, of all drivers and jobs.
+    calls_per_node: int = 400
     #: Seconds without a byte until a source is given up.
     stall_timeout_s: float = 30.0
     #: Tries of one range at one source, the first included.

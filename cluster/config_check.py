@@ -237,6 +237,8 @@ RANGES: dict[str, Range] = {
     "fetch.parallel_from_bytes": Range(5 * _MIB, 64 * _TIB),
     "fetch.ranges_per_layer": Range(1, 64),
     "fetch.layers_per_node": Range(1, 256),
+    # An actor takes 1000 calls; for each of these its caller has another open, to be asked for credentials.
+    "fetch.calls_per_node": Range(2, 450),
     "fetch.stall_timeout_s": Range(0.1, _HOUR_S),
     "fetch.attempts": Range(1, 100),
     "fetch.retry_budget_s": Range(0, _DAY_S),

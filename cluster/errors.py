@@ -1317,6 +1317,17 @@ class RateLimitedError(UnavailableError):
         self.retry_after_s = retry_after_s
 
 
+class WorkerBusyError(UnavailableError):
+    """A worker has as many calls under way as it takes; nothing was done. Ask again after *retry_after_s*."""
+
+    _hint = "have fewer calls under way, wait for others to end theirs, or raise fetch.calls_per_node"
+
+    def __init__(self, what: str, reason: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(what, reason)
+        self.args = (what, reason, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
 class ActorLostError(UnavailableError):
     """An actor or its node went away during a call, or is not there just now; the call may be made again."""
 

@@ -30,6 +30,13 @@ class SessionInfo:
     deadline_s: float = 3600.0
     #: Ties the log lines of one call together.
     trace: str = ""
+    #: The job's session where this one is for one thing that is done for a job; "" where it is a driver's.
+    part_of: str = ""
+
+    @property
+    def tenant(self) -> str:
+        """Return whose share of a worker the call uses, a job's or a driver's; see :mod:`cluster.fair.state`."""
+        return self.part_of or self.session_id
 
 
 # -- pull ----------------------------------------------------------------------------------------------

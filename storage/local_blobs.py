@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.digest import Digest
 from cluster.errors import (
@@ -19,6 +19,7 @@ from cluster.errors import (
     InternalError,
     UnavailableError,
 )
+from cluster.fair.runner import FairSlots
 from cluster.ports import ByteStream, ContentStore, RefStore
 from cluster.ref import BlobRecord
 from storage.node_cache import CachedBlob, NodeCache
@@ -141,6 +142,8 @@ class _Wanted:
     waiting: int = 0
     #: Set once the blob is known to be in the content store.
     present: BlobRecord | None = None
+    #: On whose behalf it is waited for, as far as that was said (a dict as an ordered set).
+    tenants: dict[str, None] = field(default_factory=dict)
 
 
 class NodeBlobs:
@@ -165,7 +168,7 @@ class NodeBlobs:
         self._refs = refs
         self._loop = loop
         self._threads = threads
-        self._slots = asyncio.Semaphore(downloads)
+        self._slots = FairSlots(downloads)
         self._arriving: dict[Digest, ArrivingBlob] = {}
         self._wanted: dict[Digest, _Wanted] = {}
         self._downloads: dict[Digest, asyncio.Task[None]] = {}
@@ -196,23 +199,33 @@ class NodeBlobs:
         """Keep the bytes of a fetch as this node's copy: they are verified and committed."""
         arriving.publish()
 
-    def note_present(self, blob: BlobRecord) -> None:
-        """Say that the blob is in the content store to those who wait for it; who comes later asks for himself."""
+    def note_present(self, blob: BlobRecord, tenant: str = "") -> None:
+        """Say that the blob is in the content store to those who wait for it; who comes later asks for himself.
+
+        *tenant*'s turn for a download will do for it, too.
+        """
         wanted = self._wanted.get(blob.digest)
         if wanted is not None:
             wanted.present = blob
+            wanted.tenants[tenant] = None
+            self._slots.also_for(blob.digest, tenant)
             self._wake(blob.digest)
 
     # -- what unpacking asks ---------------------------------------------------------------------------
 
-    async def get(self, digest: Digest) -> FollowedBlob | WholeBlob:
+    async def get(self, digest: Digest, tenants: Iterable[str] = ()) -> FollowedBlob | WholeBlob:
         """Wait until the blob's bytes are here or arriving; bring them from S3 where they are only there.
+
+        Args:
+            digest: Which blob.
+            tenants: Whose turn for a download it may take; :meth:`note_present` adds to them.
 
         Raises:
             UnavailableError: the content store or the ref store does not answer, or the disk has no room.
                 Told to those who wait when it happens; who comes later tries anew.
         """
         with self._waiting(digest) as wanted:
+            wanted.tenants.update(dict.fromkeys(tenants))
             return await self._get(digest, wanted)
 
     async def follow(self, digest: Digest) -> FollowedBlob:
@@ -277,20 +290,20 @@ class NodeBlobs:
             return download
         if wanted.present is None:
             return None
-        download = self._downloads[digest] = asyncio.create_task(self._download(wanted.present))
+        download = self._downloads[digest] = asyncio.create_task(self._download(wanted.present, wanted.tenants))
         download.add_done_callback(lambda done: self._end_download(digest, done))
         return download
 
     # -- S3 to this node ---------------------------------------------------------------------------------
 
-    async def _download(self, blob: BlobRecord) -> None:
+    async def _download(self, blob: BlobRecord, tenants: Iterable[str]) -> None:
         """Bring a blob from S3 to the disk cache; a lost or damaged one turns its refs lazy.
 
         Raises:
             ClusterError: it could not be tried, or not be told that the blob is lost.
         """
         try:
-            async with self._slots:
+            async with self._slots.slot(blob.digest, tenants):
                 await self._loop.run_in_executor(self._threads, self._copy, blob)
         except (BlobNotFoundError, DigestMismatchError) as exc:
             # Who waits goes on waiting: whoever wants the blob drives a fetch from where it came from.

@@ -137,7 +137,7 @@ class Subscriptions:
                         await self._lost.wait()
                 # A subscriber that hears nothing can't tell silence from a connection that is gone.
                 if loop.time() - self._heard_at > 3 * _PING_EVERY_S:
-                    self._connection.abort()
+                    self.reconnect()  # unless it was lost just now
                 else:
                     self._write(("PING",))
 

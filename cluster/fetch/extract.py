@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from cluster.digest import EMPTY_CHAIN, Digest, hex_of
 from cluster.errors import ClusterError, DeadlineExceededError, UnavailableError, first_error
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.runner import Caller, Unlazier
-from cluster.flight.runner import FlightOutcome, Flights
+from cluster.flight.runner import FlightContext, FlightOutcome, Flights
 from cluster.messages import LayerFetch
 from cluster.ports import ByteStream, ProgressStore, RefStore, Snapshotter
 from cluster.progress import LayerPhase, ProgressItem
@@ -55,12 +55,12 @@ class LocalBlob(Protocol):
 class LocalBlobs(Protocol):
     """This node's blobs: cached, arriving from a registry, or to be had from S3."""
 
-    async def get(self, digest: Digest) -> LocalBlob:
-        """Wait until the blob's bytes are here or arriving, and return it."""
+    async def get(self, digest: Digest, tenants: Iterable[str] = ()) -> LocalBlob:
+        """Wait until the blob's bytes are here or arriving, and return it; *tenants* want it."""
         ...
 
-    def note_present(self, blob: BlobRecord) -> None:
-        """Say that the blob is in the content store, so that :meth:`get` may bring it from there."""
+    def note_present(self, blob: BlobRecord, tenant: str = "") -> None:
+        """Say that the blob is in the content store, so that :meth:`get` may bring it from there, for *tenant*, too."""
         ...
 
 
@@ -177,7 +177,9 @@ class Extractor:
         # Every caller drives the fetch with its own credentials; unpacking only needs that somebody does. The
         # blob is in the key: who comes with another compression of the chain drives the fetch of that one.
         key = f"snapshot:{record.chain}:{record.blob.digest}"
-        unpacking = asyncio.ensure_future(self._flights.run(key, lambda _context: self._unpack(record), caller=caller))
+        unpacking = asyncio.ensure_future(
+            self._flights.run(key, lambda context: self._unpack(record, context), caller=caller)
+        )
         try:
             fetch = await self._unlazy(record, caller)
             looked_s = self._clock()
@@ -203,7 +205,7 @@ class Extractor:
         fetch = await self._unlazier.unlazy(record.blob, caller)
         (blob,) = await self._refs.blobs([record.blob.digest])
         if blob is not None:
-            self._blobs.note_present(blob)
+            self._blobs.note_present(blob, caller.tenant)
         return fetch
 
     async def _again_if_lost(self, record: RefRecord, caller: Caller, fetch: LayerFetch) -> LayerFetch:
@@ -211,7 +213,7 @@ class Extractor:
         (blob,) = await self._refs.blobs([record.blob.digest])
         if blob is None:
             return await self._unlazy(record, caller)
-        self._blobs.note_present(blob)
+        self._blobs.note_present(blob, caller.tenant)
         return fetch
 
     async def _drop(self, unpacking: asyncio.Future[FlightOutcome[None]]) -> None:
@@ -221,10 +223,10 @@ class Extractor:
 
     # -- unpacking ---------------------------------------------------------------------------------
 
-    async def _unpack(self, record: RefRecord) -> None:
+    async def _unpack(self, record: RefRecord, context: FlightContext[Caller]) -> None:
         """Unpack one layer as its bytes come; try anew where they came wrong and come again."""
         for attempt in range(1, _MAX_TRIES + 1):
-            blob = await self._blobs.get(record.blob.digest)
+            blob = await self._blobs.get(record.blob.digest, [caller.tenant for caller in context.callers])
             await ahit(FaultPoint.EXTRACT_BEFORE)
             try:
                 await self._apply(record, blob)

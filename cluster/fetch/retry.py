@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.errors import RateLimitedError
+from cluster.errors import RateLimitedError, WorkerBusyError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class RetryPolicy:
     def next_delay_s(self, error: BaseException, attempt: int, elapsed_s: float, draw: float) -> float | None:
         """Return the seconds to wait before the next try, or None to give up.
 
-        A registry's ``Retry-After`` is a floor, with jitter on top; one that is further away than the
+        A registry's ``Retry-After``, or a worker's, is a floor, with jitter on top; one that is further away than the
         budget reaches means giving up at once, not waiting in vain.
 
         Args:
@@ -47,6 +47,6 @@ class RetryPolicy:
             return None
         # The exponent is bounded: 2.0 ** 1100 overflows.
         delay_s = draw * min(self.cap_s, self.base_s * 2.0 ** min(attempt - 1, 60))
-        if isinstance(error, RateLimitedError):
+        if isinstance(error, RateLimitedError | WorkerBusyError):
             delay_s += max(0.0, error.retry_after_s)
         return delay_s if elapsed_s + delay_s <= self.budget_s else None

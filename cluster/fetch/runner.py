@@ -25,7 +25,9 @@ from cluster.errors import (
     NodeDiskError,
     SessionGoneError,
     StaleFenceError,
+    UnavailableError,
 )
+from cluster.fair.runner import FairSlots
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.access import Admission
 from cluster.flight.runner import FlightContext, FlightOutcome, Flights
@@ -59,6 +61,8 @@ class Caller:
     lease_id: LeaseId
     #: Providers that this caller may use, by digest, as :class:`cluster.fetch.access.AccessControl` said.
     providers: Mapping[Digest, Sequence[ProviderHandle]]
+    #: Whose share of a node its work uses; see :mod:`cluster.fair.state`.
+    tenant: str = ""
     #: Progress streams of the call.
     progress: tuple[str, ...] = ()
     #: Those of digests whose handlers name their own.
@@ -140,7 +144,7 @@ class _Ownership:
         self.task: asyncio.Task[_Arrival] | None = None
         #: True once the renewer found that another owns the flight, or may by now.
         self.is_lost = False
-        #: True while the flight is told how it ended: then there is nothing left to stop.
+        #: True once the flight is told how it ended: then there is nothing left to stop.
         self.is_ending = False
         #: Callers whose credentials the transfer could use.
         self.asked: set[Caller] = set()
@@ -193,7 +197,7 @@ class Unlazier:
         self._deadline_s = deadline_s
         self._clock = clock
         self._flights: Flights[_Arrival, Caller] = Flights("unlazy")
-        self._slots = asyncio.Semaphore(max_transfers)
+        self._slots = FairSlots(max_transfers)
         self._background: set[asyncio.Task[Any]] = set()
 
     async def unlazy(self, descriptor: Descriptor, caller: Caller) -> LayerFetch:
@@ -250,8 +254,11 @@ class Unlazier:
                 await self.admit(descriptor, caller, blob.source)
             else:
                 item.moved(LayerPhase.WAITING, 0)
+                key = f"blob:{digest}"
+                # Its flight may be far back in the line of another, who has thousands.
+                self._slots.also_for(key, caller.tenant)
                 outcome = await self._flights.run(
-                    f"blob:{digest}",
+                    key,
                     lambda context: self._fly(descriptor, context),
                     caller=caller,
                     on_progress=lambda current, _total: item.moved(LayerPhase.FETCHING, current),
@@ -485,13 +492,20 @@ class Unlazier:
             ownership.asked.update(context.callers)
             return context.callers
 
-        async with self._slots:
+        async with self._slots.slot(context.key, (caller.tenant for caller in context.callers)):
             fetched = await self._transfers.fetch(descriptor, callers, fence, ownership.upload, context.report)
         is_committed = False
         try:
             await ahit(FaultPoint.COMMIT_BEFORE)
+            # t=0  the store commits, and forgets the flight; its answer is on its way
+            # t=1  a renewal finds no flight: that is not a loss, and the commit itself says if it came too late
+            ownership.is_ending = True
             await self._store.commit(fence, fetched.blob)
-            is_committed = ownership.is_ending = True
+            is_committed = True
+        except UnavailableError as exc:
+            if ownership.is_lost:
+                raise _OwnershipLostError from exc
+            raise
         finally:
             self._transfers.settle(fetched, committed=is_committed)
         await ahit(FaultPoint.COMMIT_AFTER)

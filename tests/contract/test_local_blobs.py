@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 
@@ -71,6 +71,14 @@ class Node:
         await blob.verified()
         return data
 
+    @asynccontextmanager
+    async def no_slot_free(self):
+        """Keep every download waiting while the body runs."""
+        async with AsyncExitStack() as held:
+            for number in range(2):
+                await held.enter_async_context(self.blobs._slots.slot(f"another {number}", []))
+            yield
+
     def assert_forgotten(self) -> None:
         """Nothing is kept of what is over."""
         assert (self.blobs._wanted, self.blobs._downloads, self.blobs._arriving) == ({}, {}, {})
@@ -131,12 +139,11 @@ async def test_nothing_is_remembered_of_blobs_that_nobody_waits_for(node):
 async def test_a_failed_download_fails_those_who_wait_and_nobody_later(node):
     """Late arrivals never inherit: who comes after the failure gets the blob."""
     node.store_blob()
-    node.blobs._slots = slots = asyncio.Semaphore(0)
-    waiting = [asyncio.create_task(node.blobs.get(DIGEST)) for _ in range(2)]
-    await eventually(lambda: node.blobs._downloads)
     make_room = node.cache.staging
-    node.cache.staging = raising(UnavailableError("node cache", "the disk is full"))
-    slots.release()
+    async with node.no_slot_free():
+        waiting = [asyncio.create_task(node.blobs.get(DIGEST)) for _ in range(2)]
+        await eventually(lambda: node.blobs._downloads)
+        node.cache.staging = raising(UnavailableError("node cache", "the disk is full"))
     outcomes = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 10)
     assert [type(outcome) for outcome in outcomes] == [UnavailableError] * 2
     assert outcomes[0] is not outcomes[1]
@@ -148,15 +155,34 @@ async def test_a_failed_download_fails_those_who_wait_and_nobody_later(node):
 async def test_a_caller_that_left_leaves_no_error_behind(node):
     """Its download fails when nobody waits any more: the next caller begins a download of its own."""
     node.store_blob()
-    node.blobs._slots = slots = asyncio.Semaphore(0)
-    leaver = asyncio.create_task(node.blobs.get(DIGEST))
-    await eventually(lambda: node.blobs._downloads)
-    leaver.cancel()
-    await asyncio.wait({leaver})
-    node.store.plan = [UnavailableError("the content store", "no answer")]
-    slots.release()
+    async with node.no_slot_free():
+        leaver = asyncio.create_task(node.blobs.get(DIGEST))
+        await eventually(lambda: node.blobs._downloads)
+        leaver.cancel()
+        await asyncio.wait({leaver})
+        node.store.plan = [UnavailableError("the content store", "no answer")]
     await eventually(lambda: not node.blobs._downloads)
     assert await node.read() == DATA
+
+
+async def test_a_flood_of_downloads_lets_a_late_caller_in(node):
+    """Two hundred downloads wait for one tenant; another's only one is among the first that are done."""
+    datas = [f"layer {n}".encode() for n in range(200)]
+    ended = []
+
+    async def read(data, tenant):
+        await node.blobs.get(digest_of(data), [tenant])
+        ended.append(tenant)
+
+    for data in [*datas, DATA]:
+        node.store_blob(data, digest_of(data))
+    async with node.no_slot_free():
+        flood = [asyncio.create_task(read(data, "flood")) for data in datas]
+        await eventually(lambda: node.blobs._slots._queue.waiting == len(datas))
+        late = asyncio.create_task(read(DATA, "late"))
+        await eventually(lambda: node.blobs._slots._queue.waiting == len(datas) + 1)
+    await asyncio.wait_for(asyncio.gather(late, *flood), 30)
+    assert ended.index("late") < 20
 
 
 async def test_a_bug_in_a_download_wakes_those_who_wait(node):

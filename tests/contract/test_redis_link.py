@@ -213,6 +213,18 @@ async def test_a_subscription_outlives_a_drop(server):
             assert await anext(messages) == b"after"
 
 
+async def test_a_subscription_that_drops_while_it_is_silent_is_made_again(server):
+    """Its connection breaks just when it is to be given up for its silence: the subscriber is subscribed again."""
+    async with linked(server) as link, link.subscribe("channel") as messages:
+        link._subscriptions._heard_at = float("-inf")
+        link._subscriptions.reconnect()
+        async with asyncio.timeout(10):
+            while not await link.execute("PUBLISH", "channel", "after"):
+                pass
+
+            assert await anext(messages) == b"after"
+
+
 async def test_subscribed_means_subscribed(redis_any):
     """Channels that are left and entered again, by several at once, miss nothing once entered."""
     channel = f"test:{os.urandom(4).hex()}"

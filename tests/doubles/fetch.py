@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -286,6 +286,12 @@ class FakeTransfers:
     def settle(self, fetched: Fetched, *, committed: bool) -> None:
         self.settled.append(committed)
 
+    def open(self) -> None:
+        """Let all fetches go on, and all that come."""
+        self.holds = False
+        for fetch in self.fetches:
+            fetch.proceed.set()
+
     async def arrival(self, number: int = 1) -> FakeFetch:
         """Wait for the *number*-th fetch."""
         async with asyncio.timeout(5):
@@ -320,11 +326,13 @@ def caller_of(
     progress: tuple[str, ...] = (),
     own_progress: Mapping[Digest, tuple[str, ...]] | None = None,
     is_live: Callable[[], bool] = lambda: True,
+    tenant: str = "",
 ) -> Caller:
     return Caller(
         authorizer=FakeAuthorizer(name),
         lease_id=LeaseId(lease_id),
         providers=providers or {},
+        tenant=tenant,
         progress=progress,
         own_progress=own_progress or {},
         is_live=is_live,
@@ -401,14 +409,14 @@ class FakeLocalBlobs:
         self.coming[digest] = list(blobs)
         self._wake()
 
-    async def get(self, digest: Digest) -> FakeLocalBlob:
+    async def get(self, digest: Digest, tenants: Iterable[str] = ()) -> FakeLocalBlob:
         while digest not in self.present or not self.coming.get(digest):
             await self._changed.wait()
         self.gets.append(digest)
         coming = self.coming[digest]
         return coming.pop(0) if len(coming) > 1 else coming[0]
 
-    def note_present(self, blob: BlobRecord) -> None:
+    def note_present(self, blob: BlobRecord, tenant: str = "") -> None:
         self.present.add(blob.digest)
         self._wake()
 

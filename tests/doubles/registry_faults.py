@@ -73,6 +73,13 @@ class RedirectTo:
     query: str = ""
 
 
+@dataclass(frozen=True)
+class Slow:
+    """Send the body at so many bytes a second."""
+
+    bytes_per_s: float
+
+
 @dataclass
 class Hang:
     """Stop after so many bytes of the body (before the head if negative) until :attr:`proceed` is set."""
@@ -82,7 +89,7 @@ class Hang:
     proceed: threading.Event = field(default_factory=threading.Event, repr=False)
 
 
-Fault = Respond | Truncate | Reset | Lie | IgnoreRange | RefuseRange | RedirectTo | Hang
+Fault = Respond | Truncate | Reset | Lie | IgnoreRange | RefuseRange | RedirectTo | Slow | Hang
 
 
 @dataclass(frozen=True)
@@ -275,14 +282,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        bytes_per_s = fault.bytes_per_s if isinstance(fault, Slow) else self.proxy.bytes_per_s
         stop_at = fault.after_bytes if isinstance(fault, (Truncate, Reset, Hang)) else None
         sent = 0
         started_s = time.monotonic()
         while True:
             limit = _CHUNK_BYTES
-            if self.proxy.bytes_per_s is not None:
+            if bytes_per_s is not None:
                 # Twenty steps a second, so that who reads sees a steady link.
-                limit = max(1, min(limit, int(self.proxy.bytes_per_s / 20)))
+                limit = max(1, min(limit, int(bytes_per_s / 20)))
             if stop_at is not None and sent < stop_at:
                 limit = min(limit, stop_at - sent)
             elif stop_at is not None and sent == stop_at:
@@ -303,8 +311,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(chunk)
             sent += len(chunk)
             self.proxy.served(seen, len(chunk))
-            if self.proxy.bytes_per_s is not None:
-                ahead_s = sent / self.proxy.bytes_per_s - (time.monotonic() - started_s)
+            if bytes_per_s is not None:
+                ahead_s = sent / bytes_per_s - (time.monotonic() - started_s)
                 if ahead_s > 0:
                     time.sleep(ahead_s)
 

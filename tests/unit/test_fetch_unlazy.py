@@ -686,6 +686,54 @@ async def test_transfers_wait_for_their_slot_and_still_can_be_cancelled(cluster)
     await first
 
 
+async def test_a_flood_lets_a_late_caller_in(cluster):
+    """A tenant with two hundred blobs, another with one that comes last: the one is fetched among the first."""
+    process = cluster.process("a", max_transfers=2)
+    await cluster.leases.create(LeaseId("l1"), ttl_s=None)
+    layers = [layer_of(b"blob %d" % number) for number in range(200)]
+    tasks = [asyncio.create_task(process.unlazier.unlazy(one, caller_of("l1", tenant="flood"))) for one in layers]
+    await eventually(lambda: process.unlazier._slots._queue.waiting == 198)
+    late = await process.call("l2", tenant="late")
+    await eventually(lambda: process.unlazier._slots._queue.waiting == 199)
+    process.transfers.open()
+    await asyncio.gather(late, *tasks)
+    fetched = [fetch.descriptor.digest for fetch in process.transfers.fetches]
+    assert len(fetched) == 201
+    assert fetched.index(LAYER.digest) <= 3
+
+
+async def test_a_late_caller_of_what_a_flood_asked_for_is_not_last(cluster):
+    """Its flight is the last in another's line: it comes forward for the one who has nothing else."""
+    process = cluster.process("a", max_transfers=2)
+    await cluster.leases.create(LeaseId("l1"), ttl_s=None)
+    layers = [*(layer_of(b"blob %d" % number) for number in range(200)), LAYER]
+    tasks = [asyncio.create_task(process.unlazier.unlazy(one, caller_of("l1", tenant="flood"))) for one in layers]
+    await eventually(lambda: process.unlazier._slots._queue.waiting == 199)
+    late = await process.call("l2", tenant="late")
+    process.transfers.open()
+    await asyncio.gather(late, *tasks)
+    fetched = [fetch.descriptor.digest for fetch in process.transfers.fetches]
+    assert len(fetched) == 201
+    assert fetched.index(LAYER.digest) <= 3
+
+
+async def test_a_renewal_that_meets_the_commit_is_no_loss(cluster, monkeypatch):
+    """It finds the flight gone while the commit's answer is on its way: what was fetched is kept, and the owner's."""
+    process = cluster.process("a")
+    commit = process.flights.commit
+
+    async def committed_and_renewed(fence, blob):
+        await commit(fence, blob)
+        process.renewer.lose()
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(process.flights, "commit", committed_and_renewed)
+    process.transfers.open()
+    fetch = await (await process.call("l1"))
+    assert not fetch.joined
+    assert process.transfers.settled == [True]
+
+
 async def test_the_next_owner_after_a_cancel_gets_the_upload(cluster):
     """A stopped transfer's upload is not lost."""
     process = cluster.process("a")

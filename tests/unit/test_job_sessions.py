@@ -127,6 +127,7 @@ async def test_work_has_a_session_of_its_own_that_is_as_its_first_job(bench):
     first, second = (bench.sessions.asking(lambda: ["gone", "j1", "j2"]).info for _ in range(2))
     assert first.session_id != second.session_id
     assert first.session_id.startswith("sched.")
+    assert first.tenant == second.tenant == "s-j1"
     assert (first.identities, first.progress, first.trace) == ({REGISTRY: "alice"}, None, "t")
 
 
