@@ -1,4 +1,4 @@
-"""Locks between processes, on directories: the kernel drops them with their holder."""
+"""Locks between processes, on files and directories: the kernel drops them with their holder."""
 
 from __future__ import annotations
 
@@ -18,3 +18,34 @@ def locked(directory: Path, how: int) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def lock_in_place(path: Path, how: int) -> int | None:
+    """Lock what is at *path* for as long as the returned descriptor is open; None where nothing is there.
+
+    What was moved away, or replaced, while this waited for it is not what is meant: whoever is there then is locked.
+
+    Raises:
+        BlockingIOError: *how* has ``LOCK_NB``, and another holds it.
+    """
+    while True:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, how)
+            if _is_at(fd, path):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(fd), there)

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from cluster.digest import Digest
 from cluster.errors import SnapshotError
-from storage.snapshots.kernel import mount_overlay, mount_points, run_mount, unmount
+from storage.snapshots.kernel import mount_overlay, mount_points, run_mount, unmount, unmount_idle
 from storage.snapshots.locks import locked
 
 __all__ = ["Mounts", "check_name", "mount_points"]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@+-]{0,199}\Z")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mounted:
+    """A live mount."""
+
+    name: str
+    chain: Digest
+    #: When it was asked for last, wall-clock nanoseconds.
+    last_used_ns: int
 
 
 def check_name(name: str) -> str:
@@ -57,6 +69,7 @@ class Mounts:
         if point in mount_points():
             if self._chain_of(name) != chain:
                 raise SnapshotError(chain, "mounting", f"{name} is mounted already, of another snapshot")
+            os.utime(self._chains / name)
             return
         point.mkdir(exist_ok=True, mode=0o755)
         # Before the mount: a mount without it could not be told from another chain's.
@@ -75,6 +88,39 @@ class Mounts:
             while point in mount_points():
                 unmount(name, point)
             self._forget(name)
+
+    def unmount_idle(self, name: str, *, last_used_ns: int) -> str:
+        """Undo a mount unless it was asked for since, or a process is in it; return "", or why it stays."""
+        point = self._points / check_name(name)
+        with locked(self._chains, fcntl.LOCK_EX):
+            found = self._look(name)
+            if found is None:
+                return ""
+            if found.last_used_ns != last_used_ns:
+                return "it was mounted again meanwhile"
+            while point in mount_points():
+                try:
+                    unmount_idle(name, point)
+                except SnapshotError as exc:
+                    return exc.reason
+            self._forget(name)
+        return ""
+
+    def mounted(self) -> list[Mounted]:
+        """Return the live mounts whose chain is known."""
+        points = mount_points()
+        found = (self._look(path.name) for path in sorted(self._points.iterdir()) if path in points)
+        return [each for each in found if each is not None]
+
+    def _look(self, name: str) -> Mounted | None:
+        chain = self._chain_of(name)
+        if chain is None:
+            return None
+        try:
+            used_ns = (self._chains / name).stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+        return Mounted(name=name, chain=chain, last_used_ns=used_ns)
 
     def mounts(self) -> dict[str, Path]:
         """Return the live mounts by name."""
