@@ -31,7 +31,7 @@ from cluster.flight.values import (
 from cluster.lease import Lease, LeaseId
 from cluster.progress import ProgressItem
 from cluster.provider import ProviderHandle
-from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefState, RefUsage
+from cluster.ref import BlobRecord, ChainUse, ImageRecord, RefId, RefRecord, RefState, RefUsage
 
 # -- bytes ------------------------------------------------------------------------------------------
 
@@ -416,6 +416,13 @@ class RefStore(Protocol):
 
     async def refs_of_chain(self, chain: Digest) -> list[RefId]:
         """Return the refs with that chain ID: they share one snapshot a node."""
+        ...
+
+    async def uses_of_chains(self, chains: Sequence[Digest]) -> list[ChainUse]:
+        """Return, for each chain ID, the refs that have it and the live leases that hold one of them.
+
+        Many are asked for together; each is as it is at one moment.
+        """
         ...
 
     async def put_image(self, image: ImageRecord, *, lease_id: LeaseId) -> ImageRecord:

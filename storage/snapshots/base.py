@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
+from cluster.collect.node_stock import MountState, SnapshotState
 from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import DiffIdMismatchError, LayerError, SnapshotError, SnapshotGoneError
@@ -18,7 +19,6 @@ from storage.snapshots.attributes import AttributeWriter, Ledger
 from storage.snapshots.diff import Changes, compare, write_layer
 from storage.snapshots.inflate import DamagedStreamError, LayerStream
 from storage.snapshots.limits import LayerLimits, LayerMeter
-from storage.snapshots.mounts import Mounted
 from storage.snapshots.names import shown
 from storage.snapshots.store import Store
 from storage.snapshots.tar import TarError, TarReader
@@ -99,7 +99,7 @@ class LayeredSnapshotter(ABC):
         """
 
     @abstractmethod
-    def mounted(self) -> list[Mounted]:
+    def mounted(self) -> list[MountState]:
         """Return the live mounts, of which chain each is, and when it was asked for last."""
 
     @abstractmethod
@@ -209,6 +209,17 @@ class LayeredSnapshotter(ABC):
     def snapshots(self) -> Iterable[Digest]:
         """List the published snapshots."""
         return self._store.snapshots()
+
+    def states(self) -> list[SnapshotState]:
+        """Return the published snapshots with what they take; the first look at one measures that.
+
+        Raises:
+            SnapshotError: the disk refused.
+        """
+        try:
+            return self._store.states()
+        except OSError as exc:
+            raise SnapshotError(str(self._store.root), "looking at", str(exc)) from exc
 
     def remove(self, chain: Digest, *, last_used_ns: int | None = None) -> str:
         """Remove the snapshot unless it is used; see the port."""

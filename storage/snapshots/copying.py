@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from cluster.collect.node_stock import MountState
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import SnapshotError
 from storage.snapshots.attributes import AttributeWriter, Ledger
@@ -20,7 +21,7 @@ from storage.snapshots.copy import copy_tree
 from storage.snapshots.diff import Changes
 from storage.snapshots.limits import LayerLimits
 from storage.snapshots.locks import locked
-from storage.snapshots.mounts import Mounted, check_name
+from storage.snapshots.mounts import check_name
 from storage.snapshots.names import join
 from storage.snapshots.store import LEDGER, remove_tree
 from storage.snapshots.tree import Tree
@@ -80,16 +81,16 @@ class CopyingSnapshotter(LayeredSnapshotter):
             link.unlink()
         return ""
 
-    def mounted(self) -> list[Mounted]:
+    def mounted(self) -> list[MountState]:
         """Return the live mounts, of which chain each is, and when it was asked for last."""
         chains = {self._store.files(chain): chain for chain in self._store.snapshots()}
         chains[self._empty] = EMPTY_CHAIN
-        found: list[Mounted] = []
+        found: list[MountState] = []
         for link in sorted(self._links.iterdir()):
             with suppress(FileNotFoundError):  # unmounted just now
                 used_ns, target = link.lstat().st_mtime_ns, link.readlink()
                 if target in chains:
-                    found.append(Mounted(name=link.name, chain=chains[target], last_used_ns=used_ns))
+                    found.append(MountState(name=link.name, chain=chains[target], last_used_ns=used_ns))
         return found
 
     def mounts(self) -> dict[str, Path]:

@@ -43,6 +43,17 @@ def lock_in_place(path: Path, how: int) -> int | None:
         os.close(fd)
 
 
+def is_locked(path: Path) -> bool:
+    """Tell whether somebody holds the lock of what is at *path*, shared or alone."""
+    try:
+        fd = lock_in_place(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    if fd is not None:
+        os.close(fd)
+    return False
+
+
 def _is_at(fd: int, path: Path) -> bool:
     try:
         there = path.stat()

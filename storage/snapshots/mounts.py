@@ -6,10 +6,10 @@ import fcntl
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from cluster.collect.node_stock import MountState
 from cluster.digest import Digest
 from cluster.errors import SnapshotError
 from storage.snapshots.kernel import mount_overlay, mount_points, run_mount, unmount, unmount_idle
@@ -18,16 +18,6 @@ from storage.snapshots.locks import locked
 __all__ = ["Mounts", "check_name", "mount_points"]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@+-]{0,199}\Z")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mounted:
-    """A live mount."""
-
-    name: str
-    chain: Digest
-    #: When it was asked for last, wall-clock nanoseconds.
-    last_used_ns: int
 
 
 def check_name(name: str) -> str:
@@ -106,13 +96,13 @@ class Mounts:
             self._forget(name)
         return ""
 
-    def mounted(self) -> list[Mounted]:
+    def mounted(self) -> list[MountState]:
         """Return the live mounts whose chain is known."""
         points = mount_points()
         found = (self._look(path.name) for path in sorted(self._points.iterdir()) if path in points)
         return [each for each in found if each is not None]
 
-    def _look(self, name: str) -> Mounted | None:
+    def _look(self, name: str) -> MountState | None:
         chain = self._chain_of(name)
         if chain is None:
             return None
@@ -120,7 +110,7 @@ class Mounts:
             used_ns = (self._chains / name).stat().st_mtime_ns
         except FileNotFoundError:
             return None
-        return Mounted(name=name, chain=chain, last_used_ns=used_ns)
+        return MountState(name=name, chain=chain, last_used_ns=used_ns)
 
     def mounts(self) -> dict[str, Path]:
         """Return the live mounts by name."""

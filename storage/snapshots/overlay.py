@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.collect.node_stock import MountState
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import SnapshotError
 from storage.snapshots.attributes import AttributeWriter
@@ -15,7 +16,7 @@ from storage.snapshots.base import LayeredSnapshotter
 from storage.snapshots.diff import Changes, read_upper
 from storage.snapshots.kernel import mounts_below, unmount
 from storage.snapshots.limits import LayerLimits
-from storage.snapshots.mounts import Mounted, Mounts
+from storage.snapshots.mounts import Mounts
 from storage.snapshots.store import LAYER, OPAQUE_ROOT, short_name
 from storage.snapshots.tree import Tree
 from storage.snapshots.unpack import Unpacker
@@ -56,7 +57,7 @@ class OverlaySnapshotter(LayeredSnapshotter):
         """Undo a mount, unless it was asked for again since, or a process is in it."""
         return self._mounts.unmount_idle(name, last_used_ns=last_used_ns)
 
-    def mounted(self) -> list[Mounted]:
+    def mounted(self) -> list[MountState]:
         """Return the live mounts, of which chain each is, and when it was asked for last."""
         return self._mounts.mounted()
 

@@ -8,6 +8,7 @@
                      ledger        what could not be made without root
                      opaque-root   there if the layer hides all that is below it
                      settled       there once all of it is known to be on the disk
+                     size          bytes that it takes on the disk, once somebody has asked
     ROOT/KIND/staging/NONCE/     being unpacked, written to as a workspace, or being removed; locked by who does
     ROOT/KIND/mnt/NAME/          a mount, and beside it ROOT/KIND/mounted/NAME: of which chain
 
@@ -37,6 +38,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -44,16 +46,19 @@ from typing import Final
 
 import msgspec
 
+from cluster.collect.node_stock import SnapshotState
 from cluster.digest import EMPTY_CHAIN, Digest, hex_of
 from cluster.errors import SnapshotGoneError
 from cluster.faultpoints import FaultPoint, hit
+from storage.disk_usage import disk_bytes
 from storage.snapshots.kernel import unmount_below
-from storage.snapshots.locks import lock_in_place, locked
+from storage.snapshots.locks import is_locked, lock_in_place, locked
 
 #: 120 bits of the chain ID: two chains that share them can't be found, and 140 names fit a mount's option page.
 _NAME_LENGTH: Final = 24
 #: Files beside a snapshot's own.
 _NOTE: Final = "snapshot.json"
+_SIZE: Final = "size"
 LEDGER: Final = "ledger"
 OPAQUE_ROOT: Final = "opaque-root"
 
@@ -74,6 +79,7 @@ class SnapshotInfo(msgspec.Struct, frozen=True, kw_only=True):
     diff_id: str
     #: The boot that it was published in.
     boot: str
+    created_wall_s: float = 0.0
 
 
 def short_name(chain: Digest) -> str:
@@ -87,6 +93,10 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
     except FileNotFoundError:
         pass
+    except PermissionError:
+        # Without root: a layer may have directories that their owner may not write to.
+        subprocess.run(["chmod", "-R", "u+rwX", "--", str(path)], check=False, timeout=600)  # noqa: S603, S607
+        shutil.rmtree(path)
     except RecursionError:
         # Python 3.11's walks by recursion; a layer may be a thousand directories deep.
         subprocess.run(["rm", "-rf", "--", str(path)], check=True, timeout=600)  # noqa: S603, S607
@@ -198,18 +208,25 @@ class Store:
     def _note(self, chain: Digest) -> Path:
         return self.path(chain) / _NOTE
 
-    def user_of(self, chain: Digest) -> str:
-        """Say what uses a snapshot that is published, at the moment; "" if nothing does."""
-        try:
-            lock = lock_in_place(self.path(chain), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _IN_USE
-        if lock is None:
-            return ""
-        try:
-            return self._user_of(short_name(chain))
-        finally:
-            os.close(lock)
+    def states(self) -> list[SnapshotState]:
+        """Return the published snapshots, with what each takes and whether a process uses it."""
+        found: list[SnapshotState] = []
+        for path in sorted(self.published.iterdir()):
+            info = self._read(path)
+            if info is None:
+                continue
+            with suppress(FileNotFoundError):  # removed just now
+                found.append(
+                    SnapshotState(
+                        chain=Digest(info.chain),
+                        parent=Digest(info.parent) if info.parent and self._has_parts else None,
+                        size_bytes=_size(path),
+                        created_wall_s=info.created_wall_s,
+                        last_used_ns=(path / _NOTE).stat().st_mtime_ns,
+                        is_locked=is_locked(path),
+                    )
+                )
+        return found
 
     def _user_of(self, name: str) -> str:
         """Say what uses a snapshot whose lock this process has alone."""
@@ -257,7 +274,7 @@ class Store:
         Raises:
             SnapshotGoneError: what it would stand on is not published.
         """
-        info = SnapshotInfo(chain=chain, parent=parent, diff_id=diff_id, boot=self._boot)
+        info = SnapshotInfo(chain=chain, parent=parent, diff_id=diff_id, boot=self._boot, created_wall_s=time.time())
         inner = staged / "snapshot"
         inner.mkdir(mode=0o700)
         (staged / "fs").rename(inner / "fs")
@@ -375,6 +392,18 @@ def _parse(path: Path) -> SnapshotInfo | None:
         return msgspec.json.decode((path / _NOTE).read_bytes(), type=SnapshotInfo)
     except (OSError, msgspec.DecodeError):
         return None
+
+
+def _size(path: Path) -> int:
+    """Return the bytes that a snapshot takes on the disk: measured once, as its files never change."""
+    kept = path / _SIZE
+    with suppress(OSError, ValueError):
+        return int(kept.read_text())
+    size = disk_bytes(path)
+    new = kept.with_name(f"{_SIZE}.{secrets.token_hex(4)}")
+    new.write_text(str(size))
+    new.rename(kept)
+    return size
 
 
 def _clear(staged: Path) -> None:
