@@ -133,7 +133,8 @@ class NodeCollector:
     def make_room(self, wanted_bytes: int) -> int:
         """Remove the least useful of what nothing needs until so many bytes more are free; return how many are.
 
-        Blocks: called from any thread but the event loop's. Without Redis no snapshot goes, as any may be held.
+        Blocks, for minutes at most: called from any thread but the event loop's. Without Redis no snapshot goes, as any
+        may be held.
 
         Raises:
             SnapshotError, ContainerError: the disk refused.
@@ -141,8 +142,9 @@ class NodeCollector:
         making = asyncio.run_coroutine_threadsafe(self._make_room(wanted_bytes), self._loop)
         try:
             return making.result(_MAKE_ROOM_S)
-        finally:
+        except TimeoutError:
             making.cancel()
+            return 0
 
     async def _make_room(self, wanted_bytes: int) -> int:
         async with self._turn:

@@ -20,7 +20,7 @@ from storage.snapshots.base import LayeredSnapshotter
 from storage.snapshots.copy import copy_tree
 from storage.snapshots.diff import Changes
 from storage.snapshots.limits import LayerLimits
-from storage.snapshots.locks import locked
+from storage.snapshots.locks import locked, mark_used
 from storage.snapshots.mounts import check_name
 from storage.snapshots.names import join
 from storage.snapshots.store import LEDGER, remove_tree
@@ -58,7 +58,7 @@ class CopyingSnapshotter(LayeredSnapshotter):
             except FileExistsError:
                 if link.readlink() != target:
                     raise SnapshotError(chain, "mounting", f"{name} is mounted already, of another snapshot") from None
-                os.utime(link, follow_symlinks=False)
+                mark_used(link)
             except OSError as exc:
                 raise SnapshotError(chain, "mounting", str(exc)) from exc
         return target

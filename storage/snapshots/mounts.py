@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from cluster.collect.node_stock import MountState
 from cluster.digest import Digest
 from cluster.errors import SnapshotError
 from storage.snapshots.kernel import mount_overlay, mount_points, run_mount, unmount, unmount_idle
-from storage.snapshots.locks import locked
+from storage.snapshots.locks import locked, mark_used
 
 __all__ = ["Mounts", "check_name", "mount_points"]
 
@@ -59,7 +58,7 @@ class Mounts:
         if point in mount_points():
             if self._chain_of(name) != chain:
                 raise SnapshotError(chain, "mounting", f"{name} is mounted already, of another snapshot")
-            os.utime(self._chains / name)
+            mark_used(self._chains / name)
             return
         point.mkdir(exist_ok=True, mode=0o755)
         # Before the mount: a mount without it could not be told from another chain's.

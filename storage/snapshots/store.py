@@ -52,7 +52,7 @@ from cluster.errors import SnapshotGoneError
 from cluster.faultpoints import FaultPoint, hit
 from storage.disk_usage import disk_bytes
 from storage.snapshots.kernel import unmount_below
-from storage.snapshots.locks import is_locked, lock_in_place, locked
+from storage.snapshots.locks import is_locked, lock_in_place, locked, mark_used
 
 #: 120 bits of the chain ID: two chains that share them can't be found, and 140 names fit a mount's option page.
 _NAME_LENGTH: Final = 24
@@ -192,7 +192,7 @@ class Store:
         try:
             if lock is None or self.info(chain) is None:
                 raise SnapshotGoneError(chain, doing)
-            os.utime(self._note(chain))
+            mark_used(self._note(chain))
             yield
         finally:
             if lock is not None:
