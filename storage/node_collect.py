@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, assert_never
 
+import structlog
+
 from cluster.collect.node_stock import BlobState, CacheState, NodeStock, SnapshotState
 from cluster.collect.plan import plan, total_bytes
 from cluster.collect.policy import KeepPolicy
@@ -33,6 +35,8 @@ from cluster.solver_ports import Whereabouts
 from storage.containers.caches import Caches
 from storage.node_cache import NodeCache
 from storage.snapshots import LayeredSnapshotter
+
+_log = structlog.get_logger(__name__)
 
 #: Seconds that making room may take before whoever waits for it looks for itself.
 _MAKE_ROOM_S: Final = 600.0
@@ -113,7 +117,7 @@ class NodeCollector:
 
         Raises:
             UnavailableError: Redis doesn't answer; nothing has gone.
-            SnapshotError, ContainerError: the disk refused.
+            SnapshotError, ContainerError: the disk refused, and nothing could be removed.
         """
         async with self._turn:
             return await self._prune(await self._described(await self._stock()), policy, is_dry_run=is_dry_run)
@@ -199,15 +203,24 @@ class NodeCollector:
             return Pruned(items=tuple(going), freed_bytes=sum(item.size_bytes for item in going), is_dry_run=True)
         removed: list[Item] = []
         chains: list[Digest] = []
+        failure: ClusterError | None = None
         for item in going:
             state = states[item.id]
-            if await asyncio.to_thread(self._remove, stock, state):
+            try:
+                is_gone = await asyncio.to_thread(self._remove, stock, state)
+            except ClusterError as exc:  # on a full disk one may need what the next one gives
+                _log.warning("node.unremoved", item=item.id, error=str(exc), error_type=type(exc).__name__)
+                failure = exc
+                continue
+            if is_gone:
                 removed.append(item)
                 if isinstance(state, SnapshotState):
                     chains.append(state.chain)
         if chains:
             with suppress(ClusterError):  # a hint
                 await self._whereabouts.note_gone(self._node, chains)
+        if failure is not None and not removed:
+            raise failure
         return Pruned(
             items=tuple(removed),
             freed_bytes=sum(item.size_bytes for item in removed),

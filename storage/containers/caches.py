@@ -26,7 +26,7 @@ from typing import Final
 from cluster.collect.node_stock import CacheState
 from cluster.errors import ContainerError
 from cluster.graph import CacheMount, Sharing
-from storage.disk_usage import disk_bytes
+from storage.disk_usage import kept_disk_bytes
 from storage.snapshots.locks import is_locked
 from storage.snapshots.store import remove_tree
 
@@ -167,7 +167,7 @@ def _state(path: Path) -> CacheState | None:
         return CacheState(
             name=f"{path.parent.name}/{path.name}",
             id=_id_of(path.parent),
-            size_bytes=_size(path, used_ns),
+            size_bytes=kept_disk_bytes(path, path.with_name(f"{path.name}.size"), str(used_ns)),
             last_used_ns=used_ns,
             is_locked=is_locked(lock),
         )
@@ -180,20 +180,6 @@ def _id_of(home: Path) -> str:
         return (home / "id").read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:  # of a release that didn't note it
         return ""
-
-
-def _size(path: Path, used_ns: int) -> int:
-    """Return the bytes that a directory takes, as of its last use."""
-    kept = path.with_name(f"{path.name}.size")
-    with suppress(OSError, ValueError):
-        size, measured_ns = map(int, kept.read_text().split())
-        if measured_ns == used_ns:
-            return size
-    size = disk_bytes(path)
-    new = kept.with_name(f"{kept.name}.{uuid.uuid4().hex[:8]}")
-    new.write_text(f"{size} {used_ns}")
-    new.rename(kept)
-    return size
 
 
 def _try_lock(path: Path, kind: int) -> int | None:

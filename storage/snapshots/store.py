@@ -50,7 +50,7 @@ from cluster.collect.node_stock import SnapshotState
 from cluster.digest import EMPTY_CHAIN, Digest, hex_of
 from cluster.errors import SnapshotGoneError
 from cluster.faultpoints import FaultPoint, hit
-from storage.disk_usage import disk_bytes
+from storage.disk_usage import kept_disk_bytes
 from storage.snapshots.kernel import unmount_below
 from storage.snapshots.locks import is_locked, lock_in_place, locked, mark_used
 
@@ -220,7 +220,8 @@ class Store:
                     SnapshotState(
                         chain=Digest(info.chain),
                         parent=Digest(info.parent) if info.parent and self._has_parts else None,
-                        size_bytes=_size(path),
+                        # Its files never change.
+                        size_bytes=kept_disk_bytes(path, path / _SIZE, info.boot),
                         created_wall_s=info.created_wall_s,
                         last_used_ns=(path / _NOTE).stat().st_mtime_ns,
                         is_locked=is_locked(path),
@@ -392,18 +393,6 @@ def _parse(path: Path) -> SnapshotInfo | None:
         return msgspec.json.decode((path / _NOTE).read_bytes(), type=SnapshotInfo)
     except (OSError, msgspec.DecodeError):
         return None
-
-
-def _size(path: Path) -> int:
-    """Return the bytes that a snapshot takes on the disk: measured once, as its files never change."""
-    kept = path / _SIZE
-    with suppress(OSError, ValueError):
-        return int(kept.read_text())
-    size = disk_bytes(path)
-    new = kept.with_name(f"{_SIZE}.{secrets.token_hex(4)}")
-    new.write_text(str(size))
-    new.rename(kept)
-    return size
 
 
 def _clear(staged: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from cluster.collect.filters import parse_filter
 from cluster.collect.policy import KeepPolicy
 from cluster.digest import chain_id, digest_of
-from cluster.errors import UnavailableError
+from cluster.errors import SnapshotError, UnavailableError
 from cluster.fetch.extract import mount_name
 from cluster.graph import CacheMount, Sharing
 from cluster.lease import LeaseId
@@ -316,6 +318,58 @@ async def test_without_redis_no_snapshot_goes(copying, monkeypatch):
         await copying.collector.prune(ALL)
     assert await asyncio.to_thread(copying.collector.make_room, 10**12) == BIG
     assert len(list(copying.snapshotter.snapshots())) == 1
+
+
+async def test_what_resists_does_not_keep_the_others(copying, monkeypatch):
+    """It is told of only where nothing else went."""
+    await copying.extract(APP)
+    blob = copying.put_blob(os.urandom(BIG))
+    await copying.leave()
+
+    def refuse(chain, **_):
+        raise SnapshotError(chain, "removing", "No space left on device")
+
+    monkeypatch.setattr(copying.snapshotter, "remove", refuse)
+
+    pruned = await copying.collector.prune(ALL)
+
+    assert (ids(pruned), pruned.kept) == ([f"blob {blob}"], 1)
+    with pytest.raises(SnapshotError):
+        await copying.collector.prune(ALL)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "lazyfarm-test", disk], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.root
+@is_root
+@pytest.mark.parametrize("kind", ["overlay", "copying"])
+async def test_a_full_disk_is_cleared(stores, small_disk, kind):
+    """To the last byte full, before anything was measured: not one byte is needed to make room."""
+    bench = Bench(stores, small_disk / "node", kind)
+    one, _ = await bench.extract(BASE, APP)
+    bench.snapshotter.mount(one, mount_name(one))
+    mine = CacheMount(target="/c", id="mine")
+    async with bench.caches.use(mine) as path:
+        (path / "x").write_bytes(os.urandom(BIG))
+    await bench.leave()
+    with suppress(OSError), (small_disk / "squatter").open("wb", buffering=0) as squatter:
+        while squatter.write(bytes(4096)):
+            pass
+    assert os.statvfs(small_disk).f_bfree == 0
+
+    freed = await asyncio.to_thread(bench.collector.make_room, 10**9)
+
+    assert freed >= 3 * BIG
+    assert os.statvfs(small_disk).f_bfree * os.statvfs(small_disk).f_bsize >= 3 * BIG
+    assert list(bench.snapshotter.snapshots()) == []
 
 
 async def test_policies_apply_one_after_the_other(copying):
