@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 
 import structlog
 
@@ -13,6 +14,9 @@ from storage.node_collect import NodeCollector
 from storage.node_roots import DeadNodes
 
 log = structlog.get_logger()
+
+#: Redis is away, or the disk refuses: the next round goes on.
+_PASSING = (ClusterError, OSError, subprocess.SubprocessError)
 
 
 async def collect_node_forever(collector: NodeCollector, dead: DeadNodes, config: NodeConfig) -> None:
@@ -37,7 +41,7 @@ async def collect_node_forever(collector: NodeCollector, dead: DeadNodes, config
                         freed=pruned.freed_bytes,
                         kept=pruned.kept,
                     )
-        except ClusterError as exc:  # Redis is away, or the disk refused: the next round goes on
+            if removed := await asyncio.to_thread(dead.sweep):
+                log.info("node.dead.removed", nodes=removed)
+        except _PASSING as exc:
             log.warning("node.collect.failed", error=str(exc), error_type=type(exc).__name__)
-        if removed := await asyncio.to_thread(dead.sweep):
-            log.info("node.dead.removed", nodes=removed)
