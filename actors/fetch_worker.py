@@ -15,6 +15,7 @@ import structlog
 from actors.boot import Boot, Starter, Stores, build_stores, new_token, node_root
 from actors.handles import CacheShardHandle
 from actors.metrics import WorkerMetrics
+from actors.node_collection import collect_node_forever
 from actors.session_host import SessionAuthorizer, SessionServer
 from actors.shell import answers
 from actors.version import VERSION
@@ -46,6 +47,10 @@ from cluster.messages import (
     ImportCacheRequest,
     ImportCacheResult,
     LayerFetch,
+    NodePruneRequest,
+    NodePruneResult,
+    NodeUsageRequest,
+    NodeUsageResult,
     PullRequest,
     PullResult,
     PushRequest,
@@ -62,10 +67,13 @@ from cluster.ref import ImageRecord, RefId, RefRecord, RefState
 from cluster.reference import ImageReference, Platform, default_platform, parse_platform, parse_reference
 from cluster.wire import decode
 from storage.blobs import S3ContentStore
+from storage.containers.caches import Caches
 from storage.fetching import StoredBlobs, ThreadedTransfers
 from storage.keys import Keys
 from storage.local_blobs import NodeBlobs
 from storage.node_cache import NodeCache
+from storage.node_collect import NodeCollector
+from storage.node_roots import DeadNodes, hold_node_root
 from storage.presence import Presence
 from storage.registry.blob import BlobSource
 from storage.renewer import RedisFlightRenewer
@@ -83,6 +91,8 @@ _UNPACK_THREADS = 512
 _PART_BUFFERS = 12
 _SHARD_TIMEOUT_S = 60.0
 _SETTLE_EVERY_S = 60.0
+#: For which a node's directory must be seen without a worker: far longer than bringing a node up takes.
+_DEAD_NODE_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +112,7 @@ class _Parts:
     keeper: Keeper
     assembler: Assembler
     metrics: WorkerMetrics
+    collector: NodeCollector
 
 
 class FetchWorker(SessionServer):
@@ -133,6 +144,7 @@ class FetchWorker(SessionServer):
         root = node_root(boot)
 
         def open_node() -> tuple[S3ContentStore, NodeCache, list[str]]:
+            hold_node_root(root)
             cache = NodeCache(root / "cache", config.node.cache_bytes)
             left = cache.recover()
             store = S3ContentStore(config.s3)
@@ -197,6 +209,16 @@ class FetchWorker(SessionServer):
             new_token=new_token,
             flight_ttl_s=config.flight.lease_ttl_s,
         )
+        collector = NodeCollector(
+            node=boot.node,
+            root=root,
+            snapshotter=snapshotter,
+            cache=cache,
+            caches=Caches.of_node(root / "containers"),
+            refs=stores.refs,
+            whereabouts=stores.whereabouts,
+            now_wall_s=time.time,
+        )
         self._parts = _Parts(
             config=config,
             stores=stores,
@@ -237,7 +259,10 @@ class FetchWorker(SessionServer):
                 platform=default_platform(platform.machine()),
             ),
             metrics=WorkerMetrics(boot.node),
+            collector=collector,
         )
+        dead = DeadNodes(root, grace_s=_DEAD_NODE_S, clock=time.monotonic)
+        self._starter.background.spawn(collect_node_forever(collector, dead, config.node))
         self._starter.background.spawn(self._settle_forever(snapshotter, threads))
         return stores.presence
 
@@ -378,6 +403,39 @@ class FetchWorker(SessionServer):
                 seconds=time.monotonic() - started_s,
                 layers=extracted.layers,
             )
+
+    @answers("node-du", NodeUsageRequest)
+    async def node_usage(self, request: NodeUsageRequest) -> NodeUsageResult:
+        """Tell what lies on this node's disk, and what holds it."""
+        del request
+        parts = await self._started()
+        usage = await parts.collector.usage()
+        return NodeUsageResult(
+            node=self._starter.boot.node,
+            items=usage.items,
+            free_bytes=usage.free_bytes,
+            disk_bytes=usage.disk_bytes,
+        )
+
+    @answers("node-prune", NodePruneRequest)
+    async def prune_node(self, request: NodePruneRequest) -> NodePruneResult:
+        """Remove from this node's disk what nothing needs."""
+        parts = await self._started()
+        pruned = await parts.collector.prune(request.policy, is_dry_run=request.is_dry_run)
+        log.info(
+            "node.prune.complete",
+            items=len(pruned.items),
+            freed=pruned.freed_bytes,
+            kept=pruned.kept,
+            dry_run=pruned.is_dry_run,
+        )
+        return NodePruneResult(
+            node=self._starter.boot.node,
+            items=pruned.items,
+            freed_bytes=pruned.freed_bytes,
+            kept=pruned.kept,
+            is_dry_run=pruned.is_dry_run,
+        )
 
     @answers("push", PushRequest)
     async def push(self, request: PushRequest) -> PushResult:

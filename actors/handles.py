@@ -31,6 +31,10 @@ from cluster.messages import (
     GetRequest,
     ImportCacheRequest,
     ImportCacheResult,
+    NodePruneRequest,
+    NodePruneResult,
+    NodeUsageRequest,
+    NodeUsageResult,
     PullRequest,
     PullResult,
     PushRequest,
@@ -201,6 +205,16 @@ class FetchWorkerHandle(SessionServerHandle):
     async def extract(self, request: ExtractRequest, *, timeout_s: float) -> ExtractResult:
         """Mount a chain on that node."""
         result: ExtractResult = await self.call("extract", "extract", request, ExtractResult, timeout_s)
+        return result
+
+    async def node_usage(self, request: NodeUsageRequest, *, timeout_s: float) -> NodeUsageResult:
+        """Tell what lies on that node's disk."""
+        result: NodeUsageResult = await self.call("node_usage", "node-du", request, NodeUsageResult, timeout_s)
+        return result
+
+    async def prune_node(self, request: NodePruneRequest, *, timeout_s: float) -> NodePruneResult:
+        """Remove from that node's disk what nothing needs."""
+        result: NodePruneResult = await self.call("prune_node", "node-prune", request, NodePruneResult, timeout_s)
         return result
 
     async def push(self, request: PushRequest, *, timeout_s: float) -> PushResult:

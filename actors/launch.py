@@ -428,6 +428,8 @@ def _remove_nodes(root: Path) -> None:
     """Remove the nodes' caches and snapshots under *root*, which may be a directory that holds other things, too."""
     for part in (*root.glob("*/cache"), *root.glob("*/snapshots")):
         shutil.rmtree(part, ignore_errors=True)
+    for lock in root.glob("*/lock"):
+        lock.unlink(missing_ok=True)
     for directory in (*root.glob("*"), root):
         with contextlib.suppress(OSError):  # somebody else's, or not empty
             directory.rmdir()

@@ -29,6 +29,7 @@ from storage.job_events import RedisJobEvents
 from storage.keys import Keys
 from storage.layer_upload import LayerStore
 from storage.local_trees import LocalTrees
+from storage.node_roots import hold_node_root
 from storage.op_performer import OpPerformer
 from storage.presence import Presence
 from storage.renewer import RedisFlightRenewer
@@ -77,6 +78,7 @@ class OpWorker(SessionServer):
         # asyncio's own has six here, and an upload keeps one: ending a container must not wait for these.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="blocking"))
         root = node_root(boot)
+        await asyncio.to_thread(hold_node_root, root)
         containers = Runc(root / "containers")
         snapshotter = await asyncio.to_thread(
             choose, root / "snapshots", config.node.snapshotter, LayerLimits.of(config.node)

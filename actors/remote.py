@@ -114,6 +114,14 @@ class RemoteFetchWorker(_RemoteSessionServer):
         """Forward."""
         return await self._actor.extract(payload)
 
+    async def node_usage(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.node_usage(payload)
+
+    async def prune_node(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.prune_node(payload)
+
     async def push(self, payload: bytes) -> bytes:
         """Forward."""
         return await self._actor.push(payload)

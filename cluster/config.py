@@ -169,6 +169,16 @@ class NodeConfig:
     layer_bytes: int = 64 * 1024**3
     #: Files and directories that one layer may unpack to.
     layer_entries: int = 2_000_000
+    #: Seconds between collections of what nothing needs on the node; 0: only when somebody prunes, or room is wanted.
+    collect_every_s: float = 60.0
+    #: Bytes below which no limit makes collection go.
+    reserved_bytes: int = 0
+    #: Bytes that snapshots, blobs and cache mounts together may take; 0: any number.
+    max_used_bytes: int = 0
+    #: Bytes of the disk that collection keeps free; 0: any number.
+    min_free_bytes: int = 4 * 1024**3
+    #: Seconds after its last use for which what nothing needs is kept.
+    unused_s: float = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

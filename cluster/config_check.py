@@ -245,6 +245,11 @@ RANGES: dict[str, Range] = {
     "node.cache_bytes": Range(5 * _MIB, 1024 * _TIB),
     "node.layer_bytes": Range(_MIB, 1024 * _TIB),
     "node.layer_entries": Range(1000, 1_000_000_000),
+    "node.collect_every_s": Range(0, 30 * _DAY_S),
+    "node.reserved_bytes": Range(0, 1024 * _TIB),
+    "node.max_used_bytes": Range(0, 1024 * _TIB),
+    "node.min_free_bytes": Range(0, 1024 * _TIB),
+    "node.unused_s": Range(1, 3660 * _DAY_S),
     "build.schedulers": Range(1, 64),
     "build.ops_per_node": Range(1, 1024),
     "build.op_timeout_s": Range(1, 7 * _DAY_S),
@@ -444,6 +449,11 @@ RELATIONS: tuple[Relation, ...] = (
         ("collect.reserved_bytes", "collect.max_used_bytes"),
         lambda c: not c.collect.max_used_bytes or c.collect.reserved_bytes <= c.collect.max_used_bytes,
         "must be at most collect.max_used_bytes: what is reserved can't be more than what may be used",
+    ),
+    Relation(
+        ("node.reserved_bytes", "node.max_used_bytes"),
+        lambda c: not c.node.max_used_bytes or c.node.reserved_bytes <= c.node.max_used_bytes,
+        "must be at most node.max_used_bytes: what is reserved can't be more than what may be used",
     ),
     Relation(
         ("flight.deadline_s", "flight.lease_ttl_s"),

@@ -530,6 +530,16 @@ class SnapshotError(ContentError):
         return f"{self.doing} snapshot {self.snapshot}: {self.reason}"
 
 
+class SnapshotGoneError(SnapshotError):
+    """A snapshot is not on the node, or not any more; what is made of it works again once its chain is unpacked."""
+
+    _hint = "`lazyfarm extract` unpacks it there (again); a build that is started again does so by itself"
+
+    def __init__(self, snapshot: str, doing: str) -> None:
+        super().__init__(snapshot, doing, "it is not on this node")
+        self.args = (snapshot, doing)
+
+
 # -- refs -----------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cluster.cache_options import CacheSource, CacheTarget
+from cluster.collect.policy import KeepPolicy
+from cluster.collect.values import Item
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
 from cluster.lease import LeaseId
@@ -134,6 +136,47 @@ class AssembleRequest:
     lease_id: LeaseId
     #: Seconds since 1970 that everything in it is said to be made at; None: when its top layer was.
     created_s: int | None = None
+
+
+# -- a node's disk --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeUsageRequest:
+    """Tell what lies on a node's disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeUsageResult:
+    """What lies on a node's disk: snapshots, cached blobs, cache mounts."""
+
+    node: str
+    items: tuple[Item, ...]
+    #: Bytes of the disk that are free, and that it has, whoever uses it.
+    free_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodePruneRequest:
+    """Remove from a node's disk what nothing needs and a policy lets go."""
+
+    policy: KeepPolicy
+    #: Only say what would go.
+    is_dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodePruneResult:
+    """What a prune of a node took, or would take."""
+
+    node: str
+    #: In the order in which it went.
+    items: tuple[Item, ...]
+    freed_bytes: int
+    #: Items of the plan that were taken up meanwhile, and stay.
+    kept: int
+    is_dry_run: bool
 
 
 # -- unlazy, extract, push ---------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from cluster.flight.values import (
 from cluster.lease import Lease, LeaseId
 from cluster.progress import ProgressItem
 from cluster.provider import ProviderHandle
-from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefState, RefUsage
+from cluster.ref import BlobRecord, ChainUse, ImageRecord, RefId, RefRecord, RefState, RefUsage
 
 # -- bytes ------------------------------------------------------------------------------------------
 
@@ -147,6 +147,10 @@ class Snapshotter(Protocol):
         """Tell whether the snapshot of *chain* is published on this node."""
         ...
 
+    def use(self, chain: Digest) -> bool:
+        """Tell whether the snapshot of *chain* is published on this node; if so, it was used last now."""
+        ...
+
     def apply(
         self,
         *,
@@ -176,6 +180,7 @@ class Snapshotter(Protocol):
             LayerError: the layer is truncated or malformed, or (UnsafeEntryError) leaves its root.
             UnprivilegedEntryError: without root, an entry can't be made and its absence would show.
             DiffIdMismatchError: it unpacks to another diff ID; nothing is published.
+            SnapshotGoneError: the parent is not here any more.
             SnapshotError: the disk refused.
             ClusterError: whatever *stream* or *await_parent* raised, unchanged.
         """
@@ -185,7 +190,8 @@ class Snapshotter(Protocol):
         """Mount the snapshot *chain* read-only under *name* and return the path; idempotent.
 
         Raises:
-            SnapshotError: it is not published here, or the kernel refused.
+            SnapshotGoneError: it is not published here.
+            SnapshotError: the kernel refused.
         """
         ...
 
@@ -193,11 +199,12 @@ class Snapshotter(Protocol):
         """Open a writable tree on top of the snapshot *parent* (None or EMPTY_CHAIN: on top of nothing).
 
         Args:
-            parent: Chain ID of the snapshot, which must stay published as long as the workspace is open.
+            parent: Chain ID of the snapshot, which is not removed as long as the workspace is open.
             name: For people, as of a mount; need not be unique.
 
         Raises:
-            SnapshotError: *parent* is not published here, or the disk or the kernel refused.
+            SnapshotGoneError: *parent* is not published here.
+            SnapshotError: the disk or the kernel refused.
         """
         ...
 
@@ -213,8 +220,24 @@ class Snapshotter(Protocol):
         """List the published snapshots."""
         ...
 
-    def remove(self, chain: Digest) -> None:
-        """Remove the snapshot; does nothing where there is none. The caller knows that nothing needs it."""
+    def remove(self, chain: Digest, *, last_used_ns: int | None = None) -> str:
+        """Remove the snapshot unless something uses it, in whatever process of the node.
+
+        A mount uses it, an open workspace, a layer that is being unpacked onto it; and, where a snapshot holds its own
+        layer's files only, a published one that stands on it. Cut off at any point it leaves the snapshot whole or
+        gone, and perhaps what :meth:`recover` removes.
+
+        Args:
+            chain: Which.
+            last_used_ns: Its last use as far as the caller knows, wall-clock nanoseconds: it stays if it was used
+                since. None: it may go whenever that was.
+
+        Returns:
+            "" if it is gone, or was not there; else why it stays, as the end of a sentence.
+
+        Raises:
+            SnapshotError: the disk refused.
+        """
         ...
 
     def diff(self, chain: Digest, parent: Digest | None, out: BinaryIO) -> Digest:
@@ -393,6 +416,13 @@ class RefStore(Protocol):
 
     async def refs_of_chain(self, chain: Digest) -> list[RefId]:
         """Return the refs with that chain ID: they share one snapshot a node."""
+        ...
+
+    async def uses_of_chains(self, chains: Sequence[Digest]) -> list[ChainUse]:
+        """Return, for each chain ID, the refs that have it and the live leases that hold one of them.
+
+        Many are asked for together; each is as it is at one moment.
+        """
         ...
 
     async def put_image(self, image: ImageRecord, *, lease_id: LeaseId) -> ImageRecord:

@@ -103,6 +103,16 @@ class RefState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChainUse:
+    """Who needs a chain ID, and with it its snapshots."""
+
+    #: Refs that have it, sorted.
+    refs: tuple[RefId, ...]
+    #: IDs of live leases that hold one of these, sorted.
+    holders: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecord:
     """An image that was resolved: its manifest and config are in the content store, its layers are refs."""
 

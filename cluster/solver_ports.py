@@ -200,6 +200,10 @@ class Whereabouts(Protocol):
         """Say that the node has the snapshots of *chains*, or has used them: believed for :data:`HERE_S` seconds."""
         ...
 
+    async def note_gone(self, node: str, chains: Sequence[Digest]) -> None:
+        """Say that the node has the snapshots of *chains* no more, and is not getting them."""
+        ...
+
     async def forget_node(self, node: str) -> None:
         """Forget all snapshots that the node has or is getting; what is noted later counts."""
         ...

@@ -362,6 +362,8 @@ class Farm(_Twin[asynchronous.Farm]):
 
     du = _blocking(asynchronous.Farm.du)
     prune = _blocking(asynchronous.Farm.prune)
+    node_usage = _blocking(asynchronous.Farm.node_usage)
+    prune_nodes = _blocking(asynchronous.Farm.prune_nodes)
     kept = _blocking(asynchronous.Farm.kept)
     unpin = _blocking(asynchronous.Farm.unpin)
     leases = _blocking(asynchronous.Farm.leases)

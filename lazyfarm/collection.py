@@ -56,14 +56,8 @@ class FarmCollection:
         on_removed: Callable[[Item], object] = lambda _: None,
     ) -> Pruned:
         """Remove what nobody holds; see :meth:`lazyfarm.farm.Farm.prune`."""
-        for name, value in (("keep_bytes", keep_bytes), ("keep_duration_s", keep_duration_s)):
-            if value < 0:
-                raise InvalidArgumentError(name, f"{value:g}", "it is at least 0")
-        policy = KeepPolicy(
-            filters=tuple(map(parse_filter, filters)),
-            includes_shared=everything,
-            keep_duration_s=keep_duration_s,
-            max_used_bytes=keep_bytes,
+        policy = keep_policy(
+            everything=everything, keep_bytes=keep_bytes, keep_duration_s=keep_duration_s, filters=filters
         )
         return await self._collector.prune(policy, is_dry_run=dry_run, on_removed=on_removed)
 
@@ -78,6 +72,23 @@ class FarmCollection:
         if ref_id is None:
             raise NoLayersError(image.name if image is not None else name)
         return await self._collector.kept(ref_id)
+
+
+def keep_policy(*, everything: bool, keep_bytes: int, keep_duration_s: float, filters: Sequence[str]) -> KeepPolicy:
+    """Return the policy that a prune is asked for; see :meth:`lazyfarm.farm.Farm.prune`.
+
+    Raises:
+        InvalidArgumentError: a filter can't be read, or a number is below 0.
+    """
+    for name, value in (("keep_bytes", keep_bytes), ("keep_duration_s", keep_duration_s)):
+        if value < 0:
+            raise InvalidArgumentError(name, f"{value:g}", "it is at least 0")
+    return KeepPolicy(
+        filters=tuple(map(parse_filter, filters)),
+        includes_shared=everything,
+        keep_duration_s=keep_duration_s,
+        max_used_bytes=keep_bytes,
+    )
 
 
 @asynccontextmanager

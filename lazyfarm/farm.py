@@ -33,6 +33,7 @@ from cluster.errors import (
     NodeNotFoundError,
     NotAnImageError,
     SessionGoneError,
+    first_error,
 )
 from cluster.graph import Definition
 from cluster.lease import Lease, LeaseId
@@ -41,7 +42,11 @@ from cluster.messages import (
     ExtractResult,
     GetByBlobRequest,
     GetRequest,
+    NodePruneRequest,
+    NodePruneResult,
     NodeRecord,
+    NodeUsageRequest,
+    NodeUsageResult,
     PullRequest,
     PushRequest,
     PushResult,
@@ -55,7 +60,7 @@ from cluster.provider import DescHandler, registries_of
 from cluster.ref import ImageRecord, RefId, RefRecord, RefState
 from cluster.reference import parse_reference
 from lazyfarm.builds import BuildOptions, Builds, ResolvedImage
-from lazyfarm.collection import FarmCollection
+from lazyfarm.collection import FarmCollection, keep_policy
 from lazyfarm.graph import Resolved, State
 from lazyfarm.job import EventCallback, Job, Result
 from lazyfarm.lease import FarmLease
@@ -78,6 +83,8 @@ T = TypeVar("T")
 #: Seconds for which a call is made again while the actor it goes to is being restarted.
 _RETRY_S = 30.0
 _RETRY_PAUSE_S = 0.5
+#: That a look at a node's disk may take: cache mounts are measured after each use.
+_NODE_USAGE_S = 600.0
 
 
 class Farm:
@@ -547,6 +554,51 @@ class Farm:
             on_removed=on_removed,
         )
 
+    async def node_usage(self, node: str | None = None) -> list[NodeUsageResult]:
+        """Return what lies on nodes' disks, and what holds it: snapshots, cached blobs, cache mounts of commands.
+
+        Args:
+            node: Which one; None: every live node.
+
+        Raises:
+            NodeNotFoundError: there is no such live node.
+            SnapshotError, ContainerError: a node's disk refused.
+        """
+        request = NodeUsageRequest()
+        return await self._on_nodes(node, lambda worker: worker.node_usage(request, timeout_s=_NODE_USAGE_S))
+
+    async def prune_nodes(
+        self,
+        node: str | None = None,
+        *,
+        keep_bytes: int = 0,
+        keep_duration_s: float = 0.0,
+        filters: Sequence[str] = (),
+        dry_run: bool = False,
+    ) -> list[NodePruneResult]:
+        """Remove from nodes' disks what nothing needs there; what is in the bucket stays.
+
+        Needed is the snapshot of a chain that a lease holds a ref of, what such a one stands on, and what a process
+        of the node uses. What an earlier extract has mounted is not, once no lease holds it any more.
+
+        Args:
+            node: Which one; None: every live node.
+            keep_bytes: Bytes that may stay on each node; what was used longest ago goes first. 0: nothing need.
+            keep_duration_s: Seconds since its last use for which something stays, and what it stands on.
+            filters: As of :meth:`prune`. Types are ``regular`` (snapshots and blobs) and ``exec.cachemount``; IDs begin
+                with ``snapshot``, ``blob`` or ``cache``.
+            dry_run: Only say what would go.
+
+        Raises:
+            InvalidArgumentError: a filter can't be read, or a number is below 0.
+            NodeNotFoundError: there is no such live node.
+            SnapshotError, ContainerError: a node's disk refused.
+        """
+        policy = keep_policy(everything=True, keep_bytes=keep_bytes, keep_duration_s=keep_duration_s, filters=filters)
+        request = NodePruneRequest(policy=policy, is_dry_run=dry_run)
+        timeout_s = self._config.flight.deadline_s
+        return await self._on_nodes(node, lambda worker: worker.prune_node(request, timeout_s=timeout_s))
+
     async def kept(self, ref: str) -> Kept:
         """Return why a ref is kept: leases on it and on what stands on it, and which refs do.
 
@@ -657,6 +709,16 @@ class Farm:
             return await self._attended(worker, call(worker))
 
         return await self._made(once)
+
+    async def _on_nodes(self, node: str | None, call: Callable[[FetchWorkerHandle], Awaitable[T]]) -> list[T]:
+        """Make an idempotent call at one node, or every live one at once; answers are in the nodes' order."""
+        nodes = [record.id for record in await self.nodes() if record.alive] if node is None else [node]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._on_worker(each, call)) for each in nodes]
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from errors
+        return [task.result() for task in tasks]
 
     async def _on_shard(self, key: Digest | str, call: Callable[[CacheShardHandle], Awaitable[T]]) -> T:
         """Make an idempotent call at the shard of a key, likewise."""

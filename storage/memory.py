@@ -43,7 +43,7 @@ from cluster.flight.values import (
 from cluster.lease import Lease, LeaseId, blob_resource, image_resource, ref_resource
 from cluster.progress import ProgressItem
 from cluster.provider import ProviderHandle
-from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefState, RefUsage
+from cluster.ref import BlobRecord, ChainUse, ImageRecord, RefId, RefRecord, RefState, RefUsage
 from storage.renewer import ThreadFlightRenewer, Waiting
 
 _FIND_LIMIT = 20
@@ -253,6 +253,17 @@ class MemoryRefStore:
     async def refs_of_chain(self, chain: Digest) -> list[RefId]:
         """Return the refs with that chain ID."""
         return sorted(ref_id for ref_id, record in self._memory.records.items() if record.chain == chain)
+
+    async def uses_of_chains(self, chains: Sequence[Digest]) -> list[ChainUse]:
+        """Return who needs chains."""
+        leases = [lease for lease in self._memory.leases.values() if self._memory.is_live(lease.id)]
+        found: list[ChainUse] = []
+        for chain in chains:
+            refs = await self.refs_of_chain(chain)
+            held = {ref_resource(ref_id) for ref_id in refs}
+            holders = sorted(lease.id for lease in leases if held.intersection(lease.resources))
+            found.append(ChainUse(refs=tuple(refs), holders=tuple(holders)))
+        return found
 
     async def put_image(self, image: ImageRecord, *, lease_id: LeaseId) -> ImageRecord:
         """Record an image and attach it to the lease."""

@@ -352,6 +352,12 @@ class MemoryWhereabouts:
         """Say that the node has snapshots."""
         self._note(node, chains, self._memory.here, self._memory.arriving)
 
+    async def note_gone(self, node: str, chains: Sequence[Digest]) -> None:
+        """Say that the node has snapshots no more."""
+        for chain in chains:
+            self._memory.here.pop((chain, node), None)
+            self._memory.arriving.pop((chain, node), None)
+
     async def forget_node(self, node: str) -> None:
         """Forget all snapshots of a node."""
         for notes in (self._memory.here, self._memory.arriving):

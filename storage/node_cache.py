@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Self
 from uuid import uuid4
 
+from cluster.collect.node_stock import BlobState
 from cluster.digest import Digest, hex_of
 from cluster.errors import NodeDiskError
 from storage.staging import StagingFile
@@ -178,6 +179,18 @@ class NodeCache:
                 finally:
                     os.close(fd)
         return removed
+
+    def states(self) -> list[BlobState]:
+        """Return the blobs that are here."""
+        return [
+            BlobState(
+                digest=Digest(f"sha256:{entry.path.name}"),
+                size_bytes=entry.size_bytes,
+                last_used_ns=entry.used_ns,
+                is_read=self._is_read(entry.path.name),
+            )
+            for entry in _entries(self._blobs)
+        ]
 
     def statistics(self) -> NodeCacheStatistics:
         """Return what is here now."""

@@ -14,7 +14,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ from storage.file_ops.checksum import content_digest, mount_digest
 from storage.layer_upload import LayerStore
 from storage.local_trees import LocalTrees
 from storage.snapshots import LayeredSnapshotter
+from storage.snapshots.tree import Tree
 from storage.snapshots.workspace import StagedWorkspace
 from storage.to_the_end import to_the_end
 
@@ -186,9 +187,12 @@ class OpPerformer:
                     digest = partial(mount_digest, op)
                 case _:
                     raise InternalError(f"input {index} of a {vertex.kind} op has no content key")
-            return await self._stoppable(
-                lambda checkpoint: digest(index, self._snapshotter.tree(_chain(record)), checkpoint=checkpoint)
-            )
+
+            def of_tree(checkpoint: Callable[[], None]) -> Digest:
+                with self._snapshotter.hold(_chain(record), "reading"):
+                    return digest(index, self._snapshotter.tree(_chain(record)), checkpoint=checkpoint)
+
+            return await self._stoppable(of_tree)
 
     def recover(self) -> list[str]:
         """Undo the mounts that killed processes of this node left; return their names. Blocks.
@@ -224,8 +228,13 @@ class OpPerformer:
 
     async def _file(self, call: _Call, op: FileOp, inputs: Sequence[RefRecord | None]) -> RefRecord | None:
         def carry_out(checkpoint: Callable[[], None]) -> None:
-            trees = {index: self._snapshotter.tree(_chain(inputs[index])) for index in content_inputs(op)}
-            perform(op, workspace.path, trees, ledger=workspace.ledger, checkpoint=checkpoint)
+            with ExitStack() as held:
+                trees: dict[int, Tree] = {}
+                for index in content_inputs(op):
+                    chain = _chain(inputs[index])
+                    held.enter_context(self._snapshotter.hold(chain, "reading"))
+                    trees[index] = self._snapshotter.tree(chain)
+                perform(op, workspace.path, trees, ledger=workspace.ledger, checkpoint=checkpoint)
 
         async with self._workspace(inputs[0], call.name) as workspace:
             await self._stoppable(carry_out)

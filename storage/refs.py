@@ -16,7 +16,7 @@ from cluster.digest import Digest, is_digest
 from cluster.errors import LeaseLostError, NonAddressableParentError, RefNotFoundError
 from cluster.lease import LeaseId
 from cluster.provider import ProviderHandle
-from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefState, RefUsage
+from cluster.ref import BlobRecord, ChainUse, ImageRecord, RefId, RefRecord, RefState, RefUsage
 from storage.codec import Codec
 from storage.keys import Keys
 from storage.link import RedisLink
@@ -136,6 +136,19 @@ class RedisRefStore:
     async def refs_of_chain(self, chain: Digest) -> list[RefId]:
         """Return the refs with that chain ID, sorted."""
         return sorted(_ref_ids(await self._link.execute("SMEMBERS", self._keys.chain(chain), may_repeat=True)))
+
+    async def uses_of_chains(self, chains: Sequence[Digest]) -> list[ChainUse]:
+        """Return who needs chains, by one script a batch."""
+        found: list[ChainUse] = []
+        for batch in _batches(chains):
+            answer = await self._link.run("chains_use", self._prefix, *batch, may_repeat=True)
+            found += [
+                ChainUse(
+                    refs=tuple(sorted(_ref_ids(refs))), holders=tuple(sorted(lease_id.decode() for lease_id in leases))
+                )
+                for refs, leases in zip(answer[::2], answer[1::2], strict=True)
+            ]
+        return found
 
     async def put_image(self, image: ImageRecord, *, lease_id: LeaseId) -> ImageRecord:
         """Record an image and attach it to the lease."""

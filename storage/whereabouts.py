@@ -29,6 +29,10 @@ class RedisWhereabouts:
         """Say that the node has snapshots."""
         await self._note(node, "here", HERE_S, chains)
 
+    async def note_gone(self, node: str, chains: Sequence[Digest]) -> None:
+        """Say that the node has snapshots no more."""
+        await self._note(node, "gone", HERE_S, chains)
+
     async def forget_node(self, node: str) -> None:
         """Forget all snapshots of a node."""
         await self._link.run("snapshots_forget", self._keys.prefix, node, may_repeat=True)

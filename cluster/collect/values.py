@@ -36,6 +36,8 @@ class Item:
     usage_count: int = 0
     #: A lease, a mount or a reader holds it: it stays.
     is_held: bool = False
+    #: What that is, for people.
+    held_by: str = ""
     #: Others use its bytes too: removing it frees little, and a policy must say that it means such ones.
     is_shared: bool = False
     description: str = ""

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from cluster.digest import EMPTY_CHAIN, Digest, hex_of
-from cluster.errors import ClusterError, DeadlineExceededError, UnavailableError, first_error
+from cluster.errors import (
+    ClusterError,
+    DeadlineExceededError,
+    SnapshotGoneError,
+    UnavailableError,
+    first_error,
+)
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.runner import Caller, Unlazier
 from cluster.flight.runner import FlightContext, FlightOutcome, Flights
@@ -34,6 +40,11 @@ _TELL_EVERY_S = 0.5
 _LOST_LOOK_S = 2.0
 
 T = TypeVar("T")
+
+
+def mount_name(chain: Digest) -> str:
+    """Return the name under which a chain that is extracted is mounted."""
+    return hex_of(chain)[:16]
 
 
 class LocalBlob(Protocol):
@@ -131,6 +142,12 @@ class Extractor:
         Raises:
             ClusterError: a layer can't be had or unpacked; what is complete stays for the next call.
         """
+        for _ in range(_MAX_TRIES - 1):
+            with contextlib.suppress(SnapshotGoneError):  # a snapshot was removed since it was seen here: once more
+                return await self._extract(chain, caller, mount=mount)
+        return await self._extract(chain, caller, mount=mount)
+
+    async def _extract(self, chain: Sequence[RefState], caller: Caller, *, mount: bool) -> Extracted:
         chains = [state.record.chain for state in chain]
         await self._note_arriving(chains)
         try:
@@ -146,7 +163,7 @@ class Extractor:
             return Extracted(path=None, layers=layers)
         top = chain[-1].record.chain if chain else EMPTY_CHAIN
         await ahit(FaultPoint.MOUNT_BEFORE)
-        path = await self._in_thread(lambda: self._snapshotter.mount(top, hex_of(top)[:16]))
+        path = await self._in_thread(lambda: self._snapshotter.mount(top, mount_name(top)))
         return Extracted(path=path, layers=layers)
 
     async def _note_arriving(self, chains: Sequence[Digest]) -> None:
@@ -164,7 +181,8 @@ class Extractor:
     async def _layer(self, state: RefState, caller: Caller) -> LayerFetch:
         record = state.record
         started_s = self._clock()
-        if await self._in_thread(lambda: self._snapshotter.has(record.chain)):
+        # Used: whoever removes it has asked before this whether the caller's lease holds it, and asks again.
+        if await self._in_thread(lambda: self._snapshotter.use(record.chain)):
             await self._unlazier.admit(record.blob, caller, state.present.source if state.present else "")
             await self._tell(caller, record, LayerPhase.PRESENT)
             return LayerFetch(

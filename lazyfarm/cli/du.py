@@ -10,6 +10,7 @@ import typer
 from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import duration, short, size
+from lazyfarm.cli.node_disks import NodeOption, NodesOption, tell_usage
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
 
 if TYPE_CHECKING:
@@ -19,18 +20,28 @@ if TYPE_CHECKING:
 app = command_app()
 
 
-@app.command(epilog=example("lazyfarm du", "lazyfarm du --refs", "lazyfarm du --json"))
+@app.command(epilog=example("lazyfarm du", "lazyfarm du --refs", "lazyfarm du --nodes", "lazyfarm du --json"))
 def du(
     *,
     refs: Annotated[bool, typer.Option("--refs", help="A line for each ref, not for each image.")] = False,
+    nodes: NodesOption = False,
+    node: NodeOption = None,
     state_dir: StateDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what takes how much in the bucket: what is in use, shared, and reclaimable.
+    """Show what takes how much in the bucket, or on the nodes' disks: what is in use, shared, and reclaimable.
 
-    A lazy layer takes nothing; what it would take is told as avoided. Reads records only: Ray is not joined.
+    A lazy layer takes nothing; what it would take is told as avoided. Of the bucket it reads records only: Ray is not
+    joined. Of disks it asks their nodes.
     """
+    of_nodes = nodes or node is not None
+    if of_nodes and refs:
+        raise typer.BadParameter("--refs are in the bucket, --nodes and --node are not: give one of them")
     with reporting(as_json=as_json, state_dir=state_dir) as out:
+        if of_nodes:
+            settings = parts.running_settings(state_dir)
+            tell_usage(out, parts.acting(settings, out, "du", lambda farm: farm.node_usage(node)))
+            return
         usage = parts.with_collection(parts.running_settings(state_dir), lambda farm: farm.usage())
         out.document(document(usage))
         if refs:

@@ -9,12 +9,17 @@ import typer
 from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import count, short, size
+from lazyfarm.cli.node_disks import NodeOption, NodesOption, tell_pruned
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
 from lazyfarm.cli.quantities import parse_duration, parse_size
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Sequence
+
     from cluster.collect.runner import Pruned
     from cluster.collect.values import Item
+    from cluster.messages import NodePruneResult
+    from lazyfarm.farm import Farm
 
 app = command_app()
 
@@ -24,6 +29,7 @@ app = command_app()
         "lazyfarm prune --dry-run",
         "lazyfarm prune --keep-bytes 500GB --keep-duration 7d",
         "lazyfarm prune --all --filter description~=nightly",
+        "lazyfarm prune --nodes --filter type==exec.cachemount",
     )
 )
 def prune(
@@ -45,16 +51,31 @@ def prune(
             "private or lazy; with commas: all of them. Given several times: one of them.",
         ),
     ] = None,
+    nodes: NodesOption = False,
+    node: NodeOption = None,
     state_dir: StateDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove what nobody holds from the bucket. `lazyfarm explain kept REF` says what holds a ref.
+    """Remove what nobody holds from the bucket, or from the nodes' disks.
 
-    Objects are deleted collect.grace_s seconds later. Needs Redis only: Ray is not joined.
+    `lazyfarm explain kept REF` says what holds a ref, `lazyfarm du --nodes` what holds something on a disk. Objects in
+    the bucket are deleted collect.grace_s seconds later; for it Ray is not joined. --keep-bytes is for each node.
     """
+    of_nodes = nodes or node is not None
+    if of_nodes and everything:
+        raise typer.BadParameter("--all is of the bucket: on a node's disk nothing is shared")
     with reporting(as_json=as_json, state_dir=state_dir) as out:
         wanted_bytes = parse_size("--keep-bytes", keep_bytes) if keep_bytes else 0
         wanted_s = parse_duration("--keep-duration", keep_duration) if keep_duration else 0.0
+        if of_nodes:
+
+            def act(farm: Farm) -> Awaitable[Sequence[NodePruneResult]]:
+                return farm.prune_nodes(
+                    node, keep_bytes=wanted_bytes, keep_duration_s=wanted_s, filters=filters or (), dry_run=dry_run
+                )
+
+            tell_pruned(out, parts.acting(parts.running_settings(state_dir), out, "prune", act))
+            return
         pruned = parts.with_collection(
             parts.running_settings(state_dir),
             lambda farm: farm.prune(

@@ -76,7 +76,7 @@ class Runc:
         self._root = root.absolute()
         self._bundles = self._root / "bundles"
         self._state = self._root / "runc"
-        self._caches = Caches(self._root / "caches")
+        self._caches = Caches.of_node(self._root)
         self._command = command
         self._cgroups: Cgroups | None = None
 

@@ -1,19 +1,21 @@
--- Note that a node has snapshots, or is getting them and so lacks them.
+-- Note that a node has snapshots, or is getting them and so lacks them, or has them no more.
 --
 -- KEYS[1]  prefix of the farm's keys
 -- ARGV[1]  node
--- ARGV[2]  'here' or 'arriving'
+-- ARGV[2]  'here', 'arriving' or 'gone'
 -- ARGV[3]  milliseconds for which it is believed
 -- ARGV[4…] chain IDs
 -- Safe to repeat.
 -- include: whereabouts
-local prefix, node, is_here, ttl_ms, now = KEYS[1], ARGV[1], ARGV[2] == 'here', ARGV[3], now_ms_exact()
+local prefix, node, what, ttl_ms, now = KEYS[1], ARGV[1], ARGV[2], ARGV[3], now_ms_exact()
 for i = 4, #ARGV do
-  local noted, other = here_key(prefix, ARGV[i]), arriving_key(prefix, ARGV[i])
-  if not is_here then
-    noted, other = other, noted
+  local keys = {here = here_key(prefix, ARGV[i]), arriving = arriving_key(prefix, ARGV[i])}
+  for name, key in pairs(keys) do
+    if name == what then
+      redis.call('ZADD', key, now, node)
+      redis.call('PEXPIRE', key, ttl_ms)
+    else
+      redis.call('ZREM', key, node)
+    end
   end
-  redis.call('ZADD', noted, now, node)
-  redis.call('PEXPIRE', noted, ttl_ms)
-  redis.call('ZREM', other, node)
 end

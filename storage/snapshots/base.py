@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
+from cluster.collect.node_stock import MountState, SnapshotState
 from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
-from cluster.errors import DiffIdMismatchError, LayerError, SnapshotError
+from cluster.errors import DiffIdMismatchError, LayerError, SnapshotError, SnapshotGoneError
 from cluster.faultpoints import FaultPoint, hit
 from cluster.ports import AppliedLayer, ByteStream
 from storage.snapshots.attributes import AttributeWriter, Ledger
@@ -34,11 +36,13 @@ class LayeredSnapshotter(ABC):
     """
 
     name: str
+    #: A snapshot has its own layer's files only: those below are needed as long as it is there.
+    has_parts: ClassVar[bool]
 
     def __init__(self, root: Path, limits: LayerLimits | None = None) -> None:
         self._limits = limits or LayerLimits()
         try:
-            self._store = Store(root / self.name)
+            self._store = Store(root / self.name, shown=self._shown, has_parts=self.has_parts)
             self._empty = self._store.root / "empty"
             self._empty.mkdir(exist_ok=True, mode=0o755)
             AttributeWriter(_implied_owner()).write(bytes(self._empty), b"", DEFAULT_DIRECTORY)
@@ -67,6 +71,10 @@ class LayeredSnapshotter(ABC):
         """Return what *chain* changes of *parent* where that can be read off; None where trees must be compared."""
 
     @abstractmethod
+    def _shown(self) -> Mapping[str, Path]:
+        """Return where snapshots are seen through a mount, by their names."""
+
+    @abstractmethod
     def workspace(self, parent: Digest | None, name: str) -> StagedWorkspace:
         """Open a writable tree on top of the snapshot *parent*; see the port."""
 
@@ -77,6 +85,22 @@ class LayeredSnapshotter(ABC):
     @abstractmethod
     def unmount(self, name: str) -> None:
         """Undo :meth:`mount`; does nothing where there is no such mount."""
+
+    @abstractmethod
+    def unmount_idle(self, name: str, *, last_used_ns: int) -> str:
+        """Undo a mount, unless it was asked for again since, or a process is seen to be in it.
+
+        Args:
+            name: Which; one that isn't there is undone already.
+            last_used_ns: When it was asked for last, as far as the caller knows; see :meth:`mounted`.
+
+        Returns:
+            "" if it is gone, else why it stays.
+        """
+
+    @abstractmethod
+    def mounted(self) -> list[MountState]:
+        """Return the live mounts, of which chain each is, and when it was asked for last."""
 
     @abstractmethod
     def mounts(self) -> dict[str, Path]:
@@ -92,6 +116,33 @@ class LayeredSnapshotter(ABC):
         """Tell whether the snapshot of *chain* is published on this node."""
         return chain == EMPTY_CHAIN or self._store.info(chain) is not None
 
+    def use(self, chain: Digest) -> bool:
+        """Mark a snapshot used; tell whether it is here. See the port."""
+        try:
+            with self.hold(chain, "using"):
+                return True
+        except SnapshotGoneError:
+            return False
+
+    @contextmanager
+    def hold(self, chain: Digest, doing: str) -> Iterator[None]:
+        """Keep the snapshot of *chain*, or the empty one, from being removed while the body runs; it is used now.
+
+        Args:
+            chain: Which.
+            doing: What for, for errors.
+
+        Raises:
+            SnapshotGoneError: it is not published here.
+        """
+        with ExitStack() as held:
+            if chain != EMPTY_CHAIN:
+                try:
+                    held.enter_context(self._store.hold(chain, doing))
+                except OSError as exc:
+                    raise SnapshotError(chain, doing, str(exc)) from exc
+            yield
+
     def apply(
         self,
         *,
@@ -103,19 +154,20 @@ class LayeredSnapshotter(ABC):
     ) -> AppliedLayer:
         """Unpack a layer and publish it; see the port."""
         below = None if parent == EMPTY_CHAIN else parent
-        has_waited = False
+        is_held = False
 
         def lower() -> Tree | None:
-            nonlocal has_waited
+            nonlocal is_held
             if below is None:
                 return None
-            if not has_waited:
+            if not is_held:
                 await_parent()
-                has_waited = True
+                held.enter_context(self._store.hold(below, "unpacking onto"))
+                is_held = True
             return self._tree(below, "unpacking onto")
 
         try:
-            with self._store.stage() as staged:
+            with ExitStack() as held, self._store.stage() as staged:
                 files = staged / "fs"
                 files.mkdir(mode=0o700)
                 writer = AttributeWriter(self._new_ledger())
@@ -142,7 +194,7 @@ class LayeredSnapshotter(ABC):
     def tree(self, chain: Digest) -> Tree:
         """Return the tree of a published snapshot, or of the empty chain, to be read without mounting it.
 
-        It shows the owners and devices that could only be recorded, too. The caller keeps it from being removed.
+        It shows the owners and devices that could only be recorded, too. The caller holds it (:meth:`hold`).
 
         Raises:
             SnapshotError: it is not published here, or the disk refused.
@@ -158,10 +210,21 @@ class LayeredSnapshotter(ABC):
         """List the published snapshots."""
         return self._store.snapshots()
 
-    def remove(self, chain: Digest) -> None:
-        """Remove the snapshot; does nothing where there is none."""
+    def states(self) -> list[SnapshotState]:
+        """Return the published snapshots with what they take; the first look at one measures that.
+
+        Raises:
+            SnapshotError: the disk refused.
+        """
         try:
-            self._store.remove(chain)
+            return self._store.states()
+        except OSError as exc:
+            raise SnapshotError(str(self._store.root), "looking at", str(exc)) from exc
+
+    def remove(self, chain: Digest, *, last_used_ns: int | None = None) -> str:
+        """Remove the snapshot unless it is used; see the port."""
+        try:
+            return self._store.remove(chain, last_used_ns=last_used_ns)
         except OSError as exc:
             raise SnapshotError(chain, "removing", str(exc)) from exc
 
@@ -169,15 +232,19 @@ class LayeredSnapshotter(ABC):
         """Write the layer tar that makes *chain* out of *parent*; see the port."""
         below = None if parent == EMPTY_CHAIN else parent
         try:
-            changes = self._own_changes(chain, below)
-            if changes is None:
-                changes = compare(
-                    None if chain == EMPTY_CHAIN else self._tree(chain, "comparing"),
-                    None if below is None else self._tree(below, "comparing"),
-                )
-            return write_layer(changes, out)
+            with self.hold(chain, "comparing"), self.hold(below or EMPTY_CHAIN, "comparing"):
+                return self._diff(chain, below, out)
         except OSError as exc:
             raise SnapshotError(chain, "comparing", str(exc)) from exc
+
+    def _diff(self, chain: Digest, below: Digest | None, out: BinaryIO) -> Digest:
+        changes = self._own_changes(chain, below)
+        if changes is None:
+            changes = compare(
+                None if chain == EMPTY_CHAIN else self._tree(chain, "comparing"),
+                None if below is None else self._tree(below, "comparing"),
+            )
+        return write_layer(changes, out)
 
     def settle(self) -> int:
         """Flush what was published to the disk, so that a crash of the machine doesn't cost it; return how much.

@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from cluster.collect.node_stock import MountState
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import SnapshotError
 from storage.snapshots.attributes import AttributeWriter, Ledger
@@ -16,6 +20,7 @@ from storage.snapshots.base import LayeredSnapshotter
 from storage.snapshots.copy import copy_tree
 from storage.snapshots.diff import Changes
 from storage.snapshots.limits import LayerLimits
+from storage.snapshots.locks import locked, mark_used
 from storage.snapshots.mounts import check_name
 from storage.snapshots.names import join
 from storage.snapshots.store import LEDGER, remove_tree
@@ -33,6 +38,7 @@ class CopyingSnapshotter(LayeredSnapshotter):
     """
 
     name = "copying"
+    has_parts = False
 
     def __init__(self, root: Path, limits: LayerLimits | None = None) -> None:
         super().__init__(root, limits)
@@ -45,18 +51,16 @@ class CopyingSnapshotter(LayeredSnapshotter):
     def mount(self, chain: Digest, name: str) -> Path:
         """Return the snapshot's tree, and note that it is in use under *name*."""
         link = self._links / check_name(name)
-        if chain == EMPTY_CHAIN:
-            target = self._empty
-        else:
-            self._store.require(chain, "mounting")
-            target = self._store.files(chain)
-        try:
-            link.symlink_to(target)
-        except FileExistsError:
-            if link.readlink() != target:
-                raise SnapshotError(chain, "mounting", f"{name} is mounted already, of another snapshot") from None
-        except OSError as exc:
-            raise SnapshotError(chain, "mounting", str(exc)) from exc
+        target = self._empty if chain == EMPTY_CHAIN else self._store.files(chain)
+        with self.hold(chain, "mounting"), locked(self._links, fcntl.LOCK_EX):
+            try:
+                link.symlink_to(target)
+            except FileExistsError:
+                if link.readlink() != target:
+                    raise SnapshotError(chain, "mounting", f"{name} is mounted already, of another snapshot") from None
+                mark_used(link)
+            except OSError as exc:
+                raise SnapshotError(chain, "mounting", str(exc)) from exc
         return target
 
     def workspace(self, parent: Digest | None, name: str) -> CopyingWorkspace:
@@ -67,6 +71,27 @@ class CopyingSnapshotter(LayeredSnapshotter):
     def unmount(self, name: str) -> None:
         """Undo :meth:`mount`; does nothing where there is no such mount."""
         (self._links / check_name(name)).unlink(missing_ok=True)
+
+    def unmount_idle(self, name: str, *, last_used_ns: int) -> str:
+        """Undo a mount, unless it was asked for again since. Who is in it can't be seen."""
+        link = self._links / check_name(name)
+        with locked(self._links, fcntl.LOCK_EX), suppress(FileNotFoundError):
+            if link.lstat().st_mtime_ns != last_used_ns:
+                return "it was mounted again meanwhile"
+            link.unlink()
+        return ""
+
+    def mounted(self) -> list[MountState]:
+        """Return the live mounts, of which chain each is, and when it was asked for last."""
+        chains = {self._store.files(chain): chain for chain in self._store.snapshots()}
+        chains[self._empty] = EMPTY_CHAIN
+        found: list[MountState] = []
+        for link in sorted(self._links.iterdir()):
+            with suppress(FileNotFoundError):  # unmounted just now
+                used_ns, target = link.lstat().st_mtime_ns, link.readlink()
+                if target in chains:
+                    found.append(MountState(name=link.name, chain=chains[target], last_used_ns=used_ns))
+        return found
 
     def mounts(self) -> dict[str, Path]:
         """Return the live mounts by name."""
@@ -83,6 +108,9 @@ class CopyingSnapshotter(LayeredSnapshotter):
         except OSError as exc:
             raise SnapshotError(str(self._store.root), "recovering", str(exc)) from exc
         return removed
+
+    def _shown(self) -> Mapping[str, Path]:
+        return {link.readlink().parent.name: link for link in self._links.iterdir()}
 
     def _new_ledger(self) -> Ledger:
         return Ledger(owner_is_root=os.geteuid() != 0)

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,10 +31,22 @@ def mount_points() -> set[Path]:
     return set(_mount_points())
 
 
+def mounts_below(directory: Path) -> Iterator[tuple[Path, str]]:
+    """Yield what is mounted at or under *directory*: where, and the line of the mount table, which says of what."""
+    real = directory.resolve()
+    for point, line in _mounts():
+        if point.is_relative_to(real):
+            yield point, line
+
+
 def _mount_points() -> list[Path]:
     """Return the mount points in the order in which they were mounted; what is mounted twice is there twice."""
+    return [point for point, _ in _mounts()]
+
+
+def _mounts() -> list[tuple[Path, str]]:
     lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    return [Path(_unescape(line.split(" ")[4])) for line in lines]
+    return [(Path(_unescape(line.split(" ")[4])), line) for line in lines]
 
 
 def _unescape(field: str) -> str:
@@ -85,17 +97,19 @@ def unmount(subject: str, point: Path) -> None:
     run_mount(subject, "unmounting", ["umount", "--lazy", "--no-canonicalize", str(point)], Path("/"))
 
 
+def unmount_idle(subject: str, point: Path) -> None:
+    """Undo the uppermost mount at *point*; SnapshotError where a process has a file or directory of it open."""
+    run_mount(subject, "unmounting", ["umount", "--no-canonicalize", str(point)], Path("/"))
+
+
 def unmount_below(directory: Path) -> None:
     """Undo every mount at or under *directory*, the last made first.
 
     Raises:
         SnapshotError: the kernel refused one: nothing under *directory* must be removed then.
     """
-    # The mount table has real paths.
-    real = directory.resolve()
-    for point in reversed(_mount_points()):
-        if point.is_relative_to(real):
-            unmount(str(point), point)
+    for point, _ in reversed(list(mounts_below(directory))):
+        unmount(str(point), point)
 
 
 def freeze(subject: str, point: Path) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from cluster.collect.node_stock import MountState
 from cluster.digest import Digest
 from cluster.errors import SnapshotError
-from storage.snapshots.kernel import mount_overlay, mount_points, run_mount, unmount
-from storage.snapshots.locks import locked
+from storage.snapshots.kernel import mount_overlay, mount_points, run_mount, unmount, unmount_idle
+from storage.snapshots.locks import locked, mark_used
 
 __all__ = ["Mounts", "check_name", "mount_points"]
 
@@ -57,6 +58,7 @@ class Mounts:
         if point in mount_points():
             if self._chain_of(name) != chain:
                 raise SnapshotError(chain, "mounting", f"{name} is mounted already, of another snapshot")
+            mark_used(self._chains / name)
             return
         point.mkdir(exist_ok=True, mode=0o755)
         # Before the mount: a mount without it could not be told from another chain's.
@@ -75,6 +77,39 @@ class Mounts:
             while point in mount_points():
                 unmount(name, point)
             self._forget(name)
+
+    def unmount_idle(self, name: str, *, last_used_ns: int) -> str:
+        """Undo a mount unless it was asked for since, or a process is in it; return "", or why it stays."""
+        point = self._points / check_name(name)
+        with locked(self._chains, fcntl.LOCK_EX):
+            found = self._look(name)
+            if found is None:
+                return ""
+            if found.last_used_ns != last_used_ns:
+                return "it was mounted again meanwhile"
+            while point in mount_points():
+                try:
+                    unmount_idle(name, point)
+                except SnapshotError as exc:
+                    return exc.reason
+            self._forget(name)
+        return ""
+
+    def mounted(self) -> list[MountState]:
+        """Return the live mounts whose chain is known."""
+        points = mount_points()
+        found = (self._look(path.name) for path in sorted(self._points.iterdir()) if path in points)
+        return [each for each in found if each is not None]
+
+    def _look(self, name: str) -> MountState | None:
+        chain = self._chain_of(name)
+        if chain is None:
+            return None
+        try:
+            used_ns = (self._chains / name).stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+        return MountState(name=name, chain=chain, last_used_ns=used_ns)
 
     def mounts(self) -> dict[str, Path]:
         """Return the live mounts by name."""

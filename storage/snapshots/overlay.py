@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.collect.node_stock import MountState
 from cluster.digest import EMPTY_CHAIN, Digest
 from cluster.errors import SnapshotError
 from storage.snapshots.attributes import AttributeWriter
 from storage.snapshots.base import LayeredSnapshotter
 from storage.snapshots.diff import Changes, read_upper
-from storage.snapshots.kernel import unmount
+from storage.snapshots.kernel import mounts_below, unmount
 from storage.snapshots.limits import LayerLimits
 from storage.snapshots.mounts import Mounts
-from storage.snapshots.store import OPAQUE_ROOT, short_name
+from storage.snapshots.store import LAYER, OPAQUE_ROOT, short_name
 from storage.snapshots.tree import Tree
 from storage.snapshots.unpack import Unpacker
 from storage.snapshots.workspace import OverlayWorkspace, mount_writable
@@ -28,6 +30,7 @@ class OverlaySnapshotter(LayeredSnapshotter):
     """
 
     name = "overlay"
+    has_parts = True
 
     def __init__(self, root: Path, limits: LayerLimits | None = None) -> None:
         super().__init__(root, limits)
@@ -35,8 +38,9 @@ class OverlaySnapshotter(LayeredSnapshotter):
 
     def mount(self, chain: Digest, name: str) -> Path:
         """Mount the snapshot read-only under *name*; see the port."""
-        layers = [f"{short_name(each)}/fs" for each in self._layers(chain, "mounting")]
-        return self._mounts.mount(name, chain, self._store.published, layers)
+        with self.hold(chain, "mounting"):
+            layers = [f"{short_name(each)}/fs" for each in self._layers(chain, "mounting")]
+            return self._mounts.mount(name, chain, self._store.published, layers)
 
     def workspace(self, parent: Digest | None, name: str) -> OverlayWorkspace:
         """Open a writable tree on top of the snapshot *parent*; see the port."""
@@ -48,6 +52,14 @@ class OverlaySnapshotter(LayeredSnapshotter):
     def unmount(self, name: str) -> None:
         """Undo :meth:`mount`; does nothing where there is no such mount."""
         self._mounts.unmount(name)
+
+    def unmount_idle(self, name: str, *, last_used_ns: int) -> str:
+        """Undo a mount, unless it was asked for again since, or a process is in it."""
+        return self._mounts.unmount_idle(name, last_used_ns=last_used_ns)
+
+    def mounted(self) -> list[MountState]:
+        """Return the live mounts, of which chain each is, and when it was asked for last."""
+        return self._mounts.mounted()
 
     def mounts(self) -> dict[str, Path]:
         """Return the live mounts by name, those that an earlier process made too."""
@@ -75,6 +87,10 @@ class OverlaySnapshotter(LayeredSnapshotter):
         except SnapshotError:
             return False
         return True
+
+    def _shown(self) -> Mapping[str, Path]:
+        # Whatever the kernel has mounted of a layer: a killed process's workspace, too.
+        return {name: point for point, line in mounts_below(self._store.root) for name in LAYER.findall(line)}
 
     def _new_ledger(self) -> None:
         return None

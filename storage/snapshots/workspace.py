@@ -61,6 +61,9 @@ class StagedWorkspace(ABC):
         self._diff_id: Digest | None = None
         self._latest_ns: int | None = None
         with self._reporting("preparing"), ExitStack() as opening:
+            if lower is not None and parent is not None:
+                # As long as it is open: what is committed is told apart from what is below.
+                opening.enter_context(store.hold(parent, "standing on"))
             self._staged = opening.enter_context(store.stage())
             self._files = self._staged / "fs"
             self._files.mkdir(mode=0o700)
@@ -119,8 +122,6 @@ class StagedWorkspace(ABC):
             raise InternalError(f"workspace {self._name} is published as {chain}, its layer is {self._diff_id}")
         below = None if self._parent == EMPTY_CHAIN else self._parent
         with self._reporting("publishing"):
-            if below is not None:
-                self._store.require(below, "publishing onto")
             self._finish(changes, self._latest_ns)
             was_published = self._store.publish(self._staged, chain=chain, parent=below, diff_id=self._diff_id)
         self.discard()

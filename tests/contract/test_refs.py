@@ -157,6 +157,28 @@ async def test_other_compression_is_another_record_of_one_chain(stores):
     assert await stores.refs.refs_of_chain(digest_of(b"other")) == []
 
 
+async def test_who_needs_a_chain_is_told_of_many_at_once(stores):
+    """Every ref that has it, and every live lease that holds one of these, once; none where nothing is known."""
+    (gzip,) = chain("a")
+    zstd = RefRecord.over(replace(layer("a"), digest=digest_of(b"zstd")), None)
+    below, top = chain("b", "c")
+    await make(stores, [gzip, zstd])
+    await make(stores, [below, top])
+    other = LeaseId("build:2")
+    await stores.leases.create(other, ttl_s=30.0)
+    await stores.leases.attach(other, [ref_resource(zstd.id), ref_resource(top.id)])
+    await stores.leases.delete(L)
+    asked = [below.chain, gzip.chain, digest_of(b"other"), top.chain]
+
+    uses = await stores.refs.uses_of_chains(asked)
+
+    assert [use.refs for use in uses] == [(below.id,), tuple(sorted([gzip.id, zstd.id])), (), (top.id,)]
+    assert [use.holders for use in uses] == [(), (other,), (), (other,)]
+    stores.pass_time(31)
+    assert [use.holders for use in await stores.refs.uses_of_chains(asked)] == [(), (), (), ()]
+    assert await stores.refs.uses_of_chains([]) == []
+
+
 async def test_two_chains_over_one_layer_are_two(stores):
     """A→B→C and A→D→C: C's layer is one blob, and two refs."""
     left, right = chain("a", "b", "c"), chain("a", "d", "c")

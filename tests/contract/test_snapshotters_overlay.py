@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -15,6 +16,7 @@ from cluster.digest import chain_id
 from cluster.errors import SnapshotError
 from storage.snapshots import CopyingSnapshotter, OverlaySnapshotter
 from storage.snapshots.kernel import mount_points
+from storage.snapshots.store import short_name
 from tests.doubles.layers import Bytes, apply, apply_all, directory, facts, file, layer, opaque, sketch, whiteout
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
@@ -161,7 +163,7 @@ def test_stale_mounts_are_removed(snapshotter, tmp_path):
     (node / "mounted" / "of-no-chain").unlink()
     (node / "mounted" / "never").write_text(one)
     (node / "mnt" / "never-either").mkdir()
-    snapshotter.remove(two)
+    shutil.rmtree(node / "s" / short_name(two))
 
     removed = snapshotter.recover()
 

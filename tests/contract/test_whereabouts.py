@@ -53,6 +53,20 @@ async def test_nothing_is_known_at_first(whereabouts):
     await whereabouts.note_here("n0", [])
 
 
+async def test_what_is_gone_is_neither_here_nor_arriving(whereabouts):
+    """On that node; elsewhere it is as it was, and it may come again."""
+    for node in ("n0", "n1"):
+        await whereabouts.note_here(node, [A])
+        await whereabouts.note_arriving(node, [B])
+
+    await whereabouts.note_gone("n0", [A, B])
+    await whereabouts.note_gone("n0", [A, B])
+
+    assert (await here(whereabouts), await arriving(whereabouts, B)) == ({"n1"}, {"n1"})
+    await whereabouts.note_here("n0", [A])
+    assert await here(whereabouts) == {"n0", "n1"}
+
+
 async def test_what_was_arriving_is_here_and_the_other_way_about(whereabouts):
     """A node has a snapshot or is getting it, as it was noted last."""
     await whereabouts.note_arriving("n0", [A])

@@ -440,6 +440,9 @@ class FakeSnapshotter:
     def has(self, chain: Digest) -> bool:
         return chain in self.published
 
+    def use(self, chain: Digest) -> bool:
+        return self.has(chain)
+
     def apply(self, *, chain, parent, layer, stream, await_parent) -> None:
         self.begun.append(chain)
         buffer = memoryview(bytearray(4))

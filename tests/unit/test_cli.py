@@ -18,11 +18,22 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 from actors.launch import DownReport, UpReport
+from cluster.collect.values import Item, ItemKind
 from cluster.descriptor import Descriptor
 from cluster.digest import digest_of
 from cluster.errors import DigestMismatchError, FarmNotRunningError, NodeNotFoundError, RefNotFoundError
 from cluster.lease import Lease
-from cluster.messages import ActorRecord, ExtractResult, LayerFetch, LayerPush, NodeRecord, PushResult, UnlazyResult
+from cluster.messages import (
+    ActorRecord,
+    ExtractResult,
+    LayerFetch,
+    LayerPush,
+    NodePruneResult,
+    NodeRecord,
+    NodeUsageResult,
+    PushResult,
+    UnlazyResult,
+)
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.provider import ProviderHandle
 from cluster.ref import BlobRecord, RefRecord, RefState, RefUsage
@@ -93,6 +104,27 @@ class FakeRef:
         return [first, ExtractResult(ref_id=self.id, node="n1", path="/nodes/n1/mounts/x", seconds=3.0, layers=())]
 
 
+_ON_DISK = (
+    Item(
+        id=f"snapshot {MANIFEST}",
+        size_bytes=2 * MIB,
+        created_wall_s=1.0,
+        last_used_wall_s=2.0,
+        is_held=True,
+        held_by="lease driver-1",
+        description=IMAGE,
+    ),
+    Item(
+        id="cache abc/0",
+        kind=ItemKind.CACHE_MOUNT,
+        size_bytes=MIB,
+        created_wall_s=1.0,
+        last_used_wall_s=2.0,
+        description="apt",
+    ),
+)
+
+
 class FakeFarm:
     """Answers at once, or does what *step* says in the middle of a call."""
 
@@ -106,6 +138,17 @@ class FakeFarm:
 
     async def __aexit__(self, *_):
         self.is_closed = True
+
+    async def node_usage(self, node):
+        return [
+            NodeUsageResult(node=each, items=_ON_DISK, free_bytes=5 * MIB, disk_bytes=100 * MIB)
+            for each in ("n0", "n1")
+            if node in (None, each)
+        ]
+
+    async def prune_nodes(self, node, **asked):
+        self.asked = (node, asked)
+        return [NodePruneResult(node="n0", items=_ON_DISK[1:], freed_bytes=MIB, kept=1, is_dry_run=asked["dry_run"])]
 
     async def step(self, progress):
         if progress is not None:
@@ -481,7 +524,9 @@ def test_an_error_with_json_is_the_document(farm):
         ["explain", "wait", "x"],
         ["explain", "kept", "x"],
         ["du"],
+        ["du", "--nodes"],
         ["prune", "--dry-run"],
+        ["prune", "--nodes"],
         ["pull", "debian:12"],
         ["unlazy", "x"],
         ["extract", "x"],
@@ -885,3 +930,48 @@ def test_a_folder_that_hides_nothing_is_left_alone(tmp_path):
     (tmp_path / "storage").mkdir()
     (tmp_path / "storage" / "notes.txt").touch()
     assert python("-c", "import lazyfarm, storage.farm_file", cwd=tmp_path).returncode == 0
+
+
+# -- nodes' disks ---------------------------------------------------------------------------------------
+
+
+def test_du_of_nodes_says_what_holds_what(farm, state_dir):
+    """An item a line, what is free a node; the document has whole IDs and bytes."""
+    told, code = document("du", "--nodes", "--state-dir", str(state_dir))
+    assert code == 0
+    assert [(node["node"], node["free"], len(node["items"])) for node in told["nodes"]] == [
+        ("n0", 5 * MIB, 2),
+        ("n1", 5 * MIB, 2),
+    ]
+    assert told["nodes"][0]["items"][0] == {
+        "id": f"snapshot {MANIFEST}",
+        "type": "regular",
+        "parents": [],
+        "size": 2 * MIB,
+        "created": 1.0,
+        "last_used": 2.0,
+        "held_by": "lease driver-1",
+        "description": IMAGE,
+    }
+    lines = run("du", "--node", "n1", "--state-dir", str(state_dir)).stdout.splitlines()
+    assert "lease driver-1" in lines[1]
+    assert lines[1].startswith(f"n1    snapshot {short(MANIFEST)}")
+    assert lines[-1].split() == ["n1", "3.0", "MiB", "2.0", "MiB", "100.0", "MiB", "5.0", "MiB"]
+
+
+def test_prune_of_nodes_asks_as_the_bucket_is_asked(farm, state_dir):
+    """For each node; what was taken up meanwhile is told."""
+    words = ("prune", "--nodes", "--keep-bytes", "1GB", "--keep-duration", "2h", "--filter", "id~=^cache", "--dry-run")
+    told, code = document(*words, "--state-dir", str(state_dir))
+    assert code == 0
+    asked = {"keep_bytes": 10**9, "keep_duration_s": 7200.0, "filters": ["id~=^cache"], "dry_run": True}
+    assert farm.asked == (None, asked)
+    assert [(node["freed"], node["kept"], node["dry_run"]) for node in told["nodes"]] == [(MIB, 1, True)]
+    lines = run("prune", "--node", "n0", "--state-dir", str(state_dir)).stdout.splitlines()
+    assert lines == ["n0  cache abc/0  1.0 MiB  apt", "n0: 1 item, freed 1.0 MiB; 1 item taken up meanwhile"]
+
+
+@pytest.mark.parametrize("words", [("du", "--nodes", "--refs"), ("prune", "--node", "n0", "--all")], ids=" ".join)
+def test_what_is_of_the_bucket_is_not_asked_of_nodes(farm, state_dir, words):
+    """Rather than ignored."""
+    assert run(*words, "--state-dir", str(state_dir)).exit_code == 2

@@ -245,6 +245,7 @@ BROKEN_RELATIONS = [
     ("fetch.retry_budget_s", {"flight": {"deadline_s": 60.0}}),
     ("fetch.parallel_from_bytes", {"fetch": {"parallel_from_bytes": 6 * 1024**2}}),
     ("node.cache_bytes", {"node": {"cache_bytes": 6 * 1024**2}}),
+    ("node.reserved_bytes", {"node": {"reserved_bytes": 2, "max_used_bytes": 1}}),
     ("ray.object_store_bytes", {"ray": {"object_store_bytes": 3 * 1024**3}}),
     ("ray.gcs_redis", {"ray": {"address": "h:1", "gcs_redis": "redis://h:1"}}),
     ("redis.password_file", {"redis": {"password_file": "/x"}}),

@@ -14,6 +14,7 @@ from cluster.errors import (
     DigestMismatchError,
     LayerError,
     NeedsRemoteProvidersError,
+    SnapshotGoneError,
     UnavailableError,
 )
 from cluster.fetch import extract as extract_module
@@ -139,6 +140,28 @@ async def test_a_chain_is_unpacked_parents_first_and_mounted(node):
     assert [layer.digest for layer in extracted.layers] == [layer.digest for layer in LAYERS]
     assert len(node.transfers.fetches) == 3
     assert node.ends("l1") == ["done"] * 3
+
+
+async def test_a_snapshot_that_goes_before_it_is_mounted_is_unpacked_again(node, monkeypatch):
+    """It was seen here, and removed since; that it always goes again is told in the end."""
+    names = await chains(node)
+    mounting = node.snapshotter.mount
+    goes = [True]
+
+    def late(chain, name):
+        if goes and goes.pop():
+            node.snapshotter.published.remove(names[-1])
+        if chain not in node.snapshotter.published:
+            raise SnapshotGoneError(chain, "mounting")
+        return mounting(chain, name)
+
+    monkeypatch.setattr(node.snapshotter, "mount", late)
+    extracted = await (await node.call())
+    assert node.snapshotter.mounted == [(names[-1], extracted.path.name)]
+    assert sorted(node.snapshotter.begun) == sorted([*names, names[-1]])
+    goes.extend([True] * 100)
+    with pytest.raises(SnapshotGoneError):
+        await (await node.call("l2"))
 
 
 async def test_what_arrives_and_is_there_is_noted(node):
