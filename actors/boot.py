@@ -19,6 +19,7 @@ import ray.exceptions
 import structlog
 
 from actors.logs import configure_logs
+from actors.metrics import export_metrics
 from actors.version import VERSION
 from cluster.cache.runner import CacheManager
 from cluster.config import Config
@@ -26,7 +27,9 @@ from cluster.config_record import actor_digest
 from cluster.errors import ClusterError
 from cluster.fetch.access import AccessControl
 from cluster.messages import ActorRecord
+from cluster.metrics import ACTOR_STARTS
 from cluster.ports import ProgressStore
+from cluster.topology import Kind
 from storage.blobs import S3ContentStore
 from storage.bucket_caches import BucketCaches, Probers
 from storage.connect import connect
@@ -157,6 +160,7 @@ class Starter:
         self.background = Background()
         self._lock: asyncio.Lock | None = None
         self._is_started = False
+        self._is_exported = False
         if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
             me = ray.get_runtime_context().current_actor
             threading.Thread(target=_call_ready, args=(me,), name="start", daemon=True).start()
@@ -174,11 +178,21 @@ class Starter:
                 level=self.boot.config.log.level, stream=log_file(self.boot), actor=self.boot.name, node=self.boot.node
             )
             arm_from_environment(os.environ)
+            self._export_metrics()
             presence = await build()
             await presence.announce(self._record())
             self.background.spawn(self._keep_announcing(presence))
             self._is_started = True
+            ACTOR_STARTS.add()
             log.info("actor.ready", pid=os.getpid())
+
+    def _export_metrics(self) -> None:
+        # Once, however often it takes to start; and not where no actor is.
+        if ray.is_initialized() and not self._is_exported:
+            self._is_exported = True
+            farm = self.boot.config.farm.name
+            shown = export_metrics(Kind(self.boot.kind), farm=farm, node=self.boot.node, actor=self.boot.name)
+            self.background.spawn(shown.refresh_forever())
 
     def _record(self) -> ActorRecord:
         return ActorRecord(

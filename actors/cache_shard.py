@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Sequence
+
 from actors.boot import Boot, Starter, Stores, build_stores
 from actors.collection import collect_forever
 from actors.session_host import SessionServer
 from actors.shell import answers
+from cluster.errors import NeedsRemoteProvidersError
 from cluster.messages import GetByBlobRequest, GetRequest, RefsResult
+from cluster.metrics import REFS_ASKED
+from cluster.ref import RefState
 from cluster.wire import decode
 from storage.presence import Presence
 
@@ -41,22 +46,36 @@ class CacheShard(SessionServer):
         """See :meth:`cluster.cache.runner.CacheManager.get_by_blob`."""
         stores = await self._started()
         async with self._sessions.serving(request.session) as authorizer:
-            layers = await stores.cache.get_by_blob(
-                request.descriptors,
-                parent=request.parent,
-                handlers=request.handlers,
-                authorizer=authorizer,
-                lease_id=request.lease_id,
-                image_ref=request.image_ref,
+            return await _counted(
+                stores.cache.get_by_blob(
+                    request.descriptors,
+                    parent=request.parent,
+                    handlers=request.handlers,
+                    authorizer=authorizer,
+                    lease_id=request.lease_id,
+                    image_ref=request.image_ref,
+                )
             )
-        return RefsResult(layers=tuple(layers))
 
     @answers("get", GetRequest)
     async def get(self, request: GetRequest) -> RefsResult:
         """See :meth:`cluster.cache.runner.CacheManager.get`."""
         stores = await self._started()
         async with self._sessions.serving(request.session) as authorizer:
-            layers = await stores.cache.get(
-                request.ref_id, handlers=request.handlers, authorizer=authorizer, lease_id=request.lease_id
+            return await _counted(
+                stores.cache.get(
+                    request.ref_id, handlers=request.handlers, authorizer=authorizer, lease_id=request.lease_id
+                )
             )
-        return RefsResult(layers=tuple(layers))
+
+
+async def _counted(asking: Awaitable[Sequence[RefState]]) -> RefsResult:
+    """Return the refs that were asked for, counted."""
+    try:
+        layers = tuple(await asking)
+    except NeedsRemoteProvidersError as exc:
+        REFS_ASKED.add(len(exc.digests), state="refused")
+        raise
+    for layer in layers:
+        REFS_ASKED.add(state="lazy" if layer.is_lazy else "present")
+    return RefsResult(layers=layers)

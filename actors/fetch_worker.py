@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import platform
+import shutil
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import structlog
 
 from actors.boot import Boot, Starter, Stores, build_stores, new_token, node_root
 from actors.handles import CacheShardHandle
-from actors.metrics import WorkerMetrics
+from actors.metrics import count_pulled, count_pushed, count_unlazied
 from actors.node_collection import collect_node_forever
 from actors.session_host import SessionAuthorizer, SessionServer
 from actors.shell import answers
@@ -61,6 +62,7 @@ from cluster.messages import (
     UnlazyRequest,
     UnlazyResult,
 )
+from cluster.metrics import DISK_FREE_BYTES, DISK_SIZE_BYTES, NODE_CACHE_BYTES
 from cluster.ports import Authorizer, Snapshotter
 from cluster.provider import DescHandler, ProviderHandle
 from cluster.ref import ImageRecord, RefId, RefRecord, RefState
@@ -93,6 +95,7 @@ _SHARD_TIMEOUT_S = 60.0
 _SETTLE_EVERY_S = 60.0
 #: For which a node's directory must be seen without a worker: far longer than bringing a node up takes.
 _DEAD_NODE_S = 3600.0
+_SHOW_DISK_EVERY_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,6 @@ class _Parts:
     stored: StoredBlobs
     keeper: Keeper
     assembler: Assembler
-    metrics: WorkerMetrics
     collector: NodeCollector
 
 
@@ -258,12 +260,12 @@ class FetchWorker(SessionServer):
                 keeper=keeper,
                 platform=default_platform(platform.machine()),
             ),
-            metrics=WorkerMetrics(boot.node),
             collector=collector,
         )
         dead = DeadNodes(root, grace_s=_DEAD_NODE_S, clock=time.monotonic)
         self._starter.background.spawn(collect_node_forever(collector, dead, config.node))
         self._starter.background.spawn(self._settle_forever(snapshotter, threads))
+        self._starter.background.spawn(_show_disk_forever(cache, threads))
         return stores.presence
 
     async def _settle_forever(self, snapshotter: Snapshotter, threads: ThreadPoolExecutor) -> None:
@@ -348,6 +350,7 @@ class FetchWorker(SessionServer):
             pulled = await self._puller(parts, request.session).pull(
                 reference, wanted, authorizer, plain_http=request.plain_http, lease_id=request.lease_id
             )
+            count_pulled(pulled.layers)
             figures.update(
                 {
                     "digest": pulled.image.manifest.digest,
@@ -382,7 +385,7 @@ class FetchWorker(SessionServer):
         async with self._serving("unlazy", request.session, ref=request.ref_id) as (authorizer, figures):
             chain, caller = await self._caller(parts, authorizer, request)
             layers = await _all_or_none([parts.unlazier.unlazy(s.record.blob, caller) for s in chain])
-            parts.metrics.unlazied(layers)
+            count_unlazied(chain, layers)
             figures.update(_figures(layers))
             return UnlazyResult(ref_id=request.ref_id, layers=tuple(layers))
 
@@ -394,7 +397,7 @@ class FetchWorker(SessionServer):
         async with self._serving("extract", request.session, ref=request.ref_id) as (authorizer, figures):
             chain, caller = await self._caller(parts, authorizer, request)
             extracted = await parts.extractor.extract(chain, caller, mount=request.mount)
-            parts.metrics.unlazied(extracted.layers)
+            count_unlazied(chain, extracted.layers)
             figures.update(_figures(extracted.layers))
             return ExtractResult(
                 ref_id=request.ref_id,
@@ -450,6 +453,7 @@ class FetchWorker(SessionServer):
             providers = await usable_providers(parts.stores.access, authorizer, chain, ())
             caller = self._as_caller(authorizer, request.session, request.lease_id, providers)
             pushed = await parts.pusher.push(request.image, target, caller, providers, plain_http=request.plain_http)
+            count_pushed(pushed.layers)
             figures.update(
                 {
                     "digest": pushed.digest,
@@ -469,6 +473,7 @@ class FetchWorker(SessionServer):
             caller = self._as_caller(authorizer, request.session, request.lease_id, {})
             place = self._place_of(parts, target)
             exported = await exporter.export(place, target, request.candidates, request.handlers, caller)
+            count_pushed(exported.layers)
             figures.update(
                 {
                     "results": exported.results,
@@ -570,6 +575,19 @@ class _ShardRefs:
             timeout_s=_SHARD_TIMEOUT_S,
         )
         return result.layers
+
+
+async def _show_disk_forever(cache: NodeCache, threads: ThreadPoolExecutor) -> None:
+    def show() -> None:
+        disk = shutil.disk_usage(cache.root)
+        DISK_SIZE_BYTES.set(disk.total)
+        DISK_FREE_BYTES.set(disk.free)
+        NODE_CACHE_BYTES.set(cache.statistics().blob_bytes)
+
+    while True:
+        with contextlib.suppress(OSError):  # the disk is away: what was shown last stands
+            await asyncio.get_running_loop().run_in_executor(threads, show)
+        await asyncio.sleep(_SHOW_DISK_EVERY_S)
 
 
 def _asked(request: PullRequest | ResolveRequest) -> tuple[ImageReference, Platform]:

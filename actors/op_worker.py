@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from cluster.descriptor import Compression
 from cluster.errors import ClusterError
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.graph import decode_vertex
+from cluster.metrics import OP_SECONDS, OPS
 from cluster.op_messages import ContentKeyRequest, ContentKeyResult, RunOpRequest, RunOpResult, WatchOpRequest
 from cluster.ref import RefId
 from cluster.solver.values import Result
@@ -62,6 +64,8 @@ class OpWorker(SessionServer):
         self._parts: _Parts | None = None
         #: What the ops that run have said, by run.
         self._logs: dict[str, OpLog] = {}
+        #: How many of them have a place.
+        self._running = 0
 
     async def _started(self) -> _Parts:
         await self._starter.start(self._build)
@@ -121,6 +125,7 @@ class OpWorker(SessionServer):
             events=RedisJobEvents(stores.link, keys),
             slots=asyncio.Semaphore(config.build.ops_per_node),
         )
+        self._show_ops()
         return stores.presence
 
     async def ready(self) -> bool:
@@ -139,11 +144,13 @@ class OpWorker(SessionServer):
         bound = log.bind(trace=request.session.trace, vertex=vertex.digest, op=vertex.kind)
         told = self._logs[request.run_id] = OpLog(vertex.digest, parts.events, request.jobs)
 
+        self._show_ops()
+
         async def secret(secret_id: str) -> bytes | None:
             return await self._sessions.ask_secret(request.session, secret_id)
 
         try:
-            async with self._sessions.serving(request.session), parts.slots:
+            async with self._sessions.serving(request.session), self._place(parts):
                 ref = await parts.performer.run(
                     vertex,
                     request.inputs,
@@ -157,6 +164,7 @@ class OpWorker(SessionServer):
                 await ahit(FaultPoint.RESULT_PUBLISHED)
                 await self._note_here(parts, ref)
         except BaseException as exc:
+            OP_SECONDS.observe(time.monotonic() - started_s, op=vertex.kind, outcome="failed")
             bound.warning(
                 "op.failed",
                 error_type=type(exc).__name__,
@@ -166,8 +174,24 @@ class OpWorker(SessionServer):
             raise
         finally:
             del self._logs[request.run_id]
+            self._show_ops()
+        OP_SECONDS.observe(time.monotonic() - started_s, op=vertex.kind, outcome="ok")
         bound.info("op.complete", ref=ref or "", elapsed_s=round(time.monotonic() - started_s, 3))
         return RunOpResult(ref=ref)
+
+    @contextlib.asynccontextmanager
+    async def _place(self, parts: _Parts) -> AsyncIterator[None]:
+        async with parts.slots:
+            self._running += 1
+            self._show_ops()
+            try:
+                yield
+            finally:
+                self._running -= 1
+
+    def _show_ops(self) -> None:
+        OPS.set(self._running, state="running")
+        OPS.set(len(self._logs) - self._running, state="waiting")
 
     async def _note_here(self, parts: _Parts, ref: RefId | None) -> None:
         """Say that this node has what was made, so that what is made of it comes here, too."""

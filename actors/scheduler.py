@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,8 +27,20 @@ from cluster.errors import ClusterError, InternalError, JobEndedError, JobNotFou
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.cache_import import ImportedResult
 from cluster.graph import Definition, decode_definition
-from cluster.job import ClaimedJob, ClaimState, JobClaim, JobEvent, JobId, JobSpec, JobState, JobWarning, registries_of
+from cluster.job import (
+    ClaimedJob,
+    ClaimState,
+    JobClaim,
+    JobEvent,
+    JobId,
+    JobSpec,
+    JobState,
+    JobWarning,
+    VertexEvent,
+    registries_of,
+)
 from cluster.job_result import TargetResult, encode_result
+from cluster.metrics import JOB_SECONDS, JOBS, VERTICES
 from cluster.ref import RefId
 from cluster.solver.imported import ImportedKeys
 from cluster.solver.runner import Solver
@@ -51,6 +64,7 @@ _RENEWALS = 3
 _PAUSE_S = 0.5
 #: Times that a job is built anew because results were lost: each time, what was lost is known for the next.
 _MAX_LOSSES = 3
+_OUTCOMES = {JobDone: "done", JobFailed: "failed", JobStopped: "cancelled"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +163,7 @@ class SolverScheduler(SessionServer):
             self._renew_forever(self._parts),
         ):
             self._starter.background.spawn(work)
+        JOBS.set(0)
         return stores.presence
 
     async def ready(self) -> bool:
@@ -185,6 +200,7 @@ class SolverScheduler(SessionServer):
             former.claim = claimed.claim  # its claim had lapsed, and nobody was faster
             return
         run = self._runs[claimed.claim.job] = _Run(claimed.claim, claimed.record.spec)
+        JOBS.set(len(self._runs))
         self._starter.background.spawn(self._build_job(parts, run, claimed, former))
 
     async def _renew_forever(self, parts: _Parts) -> None:
@@ -222,6 +238,7 @@ class SolverScheduler(SessionServer):
             # t=6  it claims the job again: what is known here under its ID is still the first run's to forget
             await former.ended.wait()
         bound = log.bind(job=job, trace=run.spec.session.trace)
+        started_s = time.monotonic()
         bound.info("job.started", fence=run.claim.fence, detached=run.spec.is_detached)
         try:
             await ahit(FaultPoint.JOB_CLAIMED)
@@ -233,7 +250,10 @@ class SolverScheduler(SessionServer):
             parts.caches.forget(job)
             if self._runs.get(job) is run:
                 del self._runs[job]
+                JOBS.set(len(self._runs))
             run.ended.set()
+        if not run.is_lost:
+            JOB_SECONDS.observe(time.monotonic() - started_s, outcome=_OUTCOMES[type(outcome)])
         bound.info("job.complete", outcome=type(outcome).__name__, lost=run.is_lost)
 
     async def _outcome(self, parts: _Parts, run: _Run, claimed: ClaimedJob) -> JobOutcome:
@@ -312,6 +332,9 @@ class _FencedEvents:
         """See :class:`cluster.solver.ports.JobEvents`."""
         run = self._runs.get(job)
         if run is not None and not run.is_lost:
+            for event in events:
+                if isinstance(event, VertexEvent) and event.state.is_end:
+                    VERTICES.add(how=event.state.value)
             await self._events.publish(job, events, fence=run.claim.fence)
 
 

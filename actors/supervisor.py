@@ -17,6 +17,7 @@ from actors.version import VERSION
 from cluster.config_record import actor_digest
 from cluster.errors import ClusterError, InternalError
 from cluster.messages import NodeRecord
+from cluster.metrics import NODES, PULSE_MISSED
 from cluster.topology import ActorView, Kind, Retire, Spawn, Step, numbers, reconcile
 from cluster.wire import decode, encode
 from storage.presence import Presence
@@ -65,6 +66,7 @@ class Supervisor:
             except ClusterError as exc:
                 log.warning("pulse.failed", error=str(exc))
             else:
+                PULSE_MISSED.add(stood_s)
                 if stood_s:
                     log.warning("pulse.missed", stood_s=stood_s)
             await asyncio.sleep(_PULSE_S)
@@ -96,6 +98,9 @@ class Supervisor:
                 await stores.presence.forget([step.name])
             log.info("reconcile.step", step=type(step).__name__, actor=step.name)
         told = worth_telling(observed, taken_down(self._starter.boot.state_dir))
+        alive = sum(node.is_alive for node in told)
+        NODES.set(alive, state="alive")
+        NODES.set(len(told) - alive, state="dead")
         await stores.presence.announce_nodes(
             [NodeRecord(id=n.view.name, ray_id=n.view.ray_id, address=n.address, alive=n.is_alive) for n in told]
         )

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from cluster.config import S3Config
 from cluster.errors import BlobNotFoundError, ClusterError, UnavailableError, UnsafeStoreError
+from cluster.metrics import S3_SECONDS
 from cluster.ports import ObjectInfo, Part
 from storage.s3_errors import translated
 
@@ -30,6 +31,10 @@ _PROGRESS_BYTES = 1024**2
 _COPY_BYTES = 5 * 1024**3
 _COPY_PART_BYTES = 1024**3
 _BACKOFF_S = 0.1
+_REFUSED = frozenset({401, 403, 429})
+_SERVER_ERROR = 500
+#: Where botocore's context of a call keeps when the call began.
+_STARTED_S = "lazyfarm_started_s"
 _BACKOFF_MAX_S = 5.0
 
 
@@ -500,7 +505,7 @@ def _make_client(config: S3Config) -> S3Client:
         # Before all others: what is configured isn't overruled by what some environment has.
         provider = FileProvider(config.credentials_file)
         core.get_component("credential_provider").insert_before("env", provider)
-    return boto3.session.Session(botocore_session=core).client(
+    client = boto3.session.Session(botocore_session=core).client(
         "s3",
         endpoint_url=config.endpoint or None,
         region_name=config.region,
@@ -517,6 +522,27 @@ def _make_client(config: S3Config) -> S3Client:
             # One address for all buckets, as embedded and on-premises servers have it.
             s3={"addressing_style": "path" if config.endpoint else "auto"},
         ),
+    )
+    events = client.meta.events
+    events.register("before-call.s3", _note_start)
+    events.register("after-call.s3", _note_end)
+    events.register("after-call-error.s3", _note_end)
+    return client
+
+
+def _note_start(context: dict[str, Any], **_: Any) -> None:
+    context[_STARTED_S] = time.monotonic()
+
+
+def _note_end(event_name: str, context: dict[str, Any], parsed: dict[str, Any] | None = None, **_: Any) -> None:
+    """Count a call that has ended: *event_name* ends in its operation, *parsed* is missing where no answer came."""
+    status = 0 if parsed is None else parsed["ResponseMetadata"]["HTTPStatusCode"]
+    # That there is no such object, or no more of it, is an answer.
+    is_failed = status == 0 or status in _REFUSED or status >= _SERVER_ERROR
+    S3_SECONDS.observe(
+        time.monotonic() - context[_STARTED_S],
+        operation=event_name.rpartition(".")[2],
+        outcome="failed" if is_failed else "ok",
     )
 
 

@@ -26,6 +26,7 @@ from cluster.flight.values import (
     Vacated,
 )
 from cluster.lease import LeaseId, blob_resource
+from cluster.metrics import COMMITTED_BYTES, FLIGHT_ENDS, FLIGHT_JOINS, FLIGHT_TAKE_OVERS, FLIGHT_WRITES_REFUSED
 from cluster.ref import BlobRecord
 from storage.codec import Codec
 from storage.keys import Keys
@@ -82,10 +83,13 @@ class RedisFlightStore:
             wire.VERSION,
             may_repeat=True,
         )
+        FLIGHT_JOINS.add(outcome=reply[0].decode())
         match reply:
             case [b"present", blob]:
                 return Present(blob=BLOB.decode(blob))
-            case [b"owned", epoch, number, upload, parts]:
+            case [b"owned", epoch, number, upload, parts, is_taken_over]:
+                if is_taken_over:
+                    FLIGHT_TAKE_OVERS.add(upload="resumed" if upload else "none")
                 fence = Fence(key=key, epoch=epoch.decode(), number=int(number), token=token)
                 return Owned(fence=fence, upload=_upload(upload, parts))
             case [b"joined", number, owner, current, total, left_ms]:
@@ -137,16 +141,20 @@ class RedisFlightStore:
             FLIGHT_LEASE_S * 1000,
             _LABELS.encode({"kind": "flight"}),
         )
+        FLIGHT_ENDS.add(how="committed")
+        COMMITTED_BYTES.add(blob.size_bytes)
 
     async def fail(self, fence: Fence, error: bytes) -> None:
         """End the flight with an error for those who wait now."""
         event = Failed(fence_number=fence.number, error=error)
         await self._own("flight_end", fence, _FAILED.encode(event), 0, may_repeat=False)
+        FLIGHT_ENDS.add(how="failed")
 
     async def vacate(self, fence: Fence) -> None:
         """Give the ownership up without an outcome."""
         event = Vacated(fence_number=fence.number)
         await self._own("flight_end", fence, _VACATED.encode(event), 1, may_repeat=False)
+        FLIGHT_ENDS.add(how="vacated")
 
     async def abort_if_unwanted(self, fence: Fence) -> bool:
         """Start aborting if no live waiter is recorded."""
@@ -190,6 +198,7 @@ class RedisFlightStore:
         )
         stale = -1 if name == "flight_abort" else 0
         if reply == stale:
+            FLIGHT_WRITES_REFUSED.add()
             raise StaleFenceError(fence.key, fence.number)
         return reply
 

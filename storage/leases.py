@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.errors import LeaseLostError
 from cluster.lease import Lease, LeaseId
+from cluster.metrics import LEASES_LOST
 from storage.codec import Codec
 from storage.keys import Keys
 from storage.link import RedisLink
@@ -37,11 +38,13 @@ class RedisLeaseStore:
     async def renew(self, lease_id: LeaseId, *, ttl_s: float) -> None:
         """Move the expiry; LeaseLostError if it is gone."""
         if not await self._link.run("lease_renew", self._prefix, lease_id, _ms(ttl_s), may_repeat=True):
+            LEASES_LOST.add()
             raise LeaseLostError(lease_id)
 
     async def attach(self, lease_id: LeaseId, resources: Sequence[str]) -> None:
         """Hold resources; LeaseLostError if it is gone."""
         if not await self._link.run("lease_attach", self._prefix, lease_id, *resources, may_repeat=True):
+            LEASES_LOST.add()
             raise LeaseLostError(lease_id)
 
     async def get(self, lease_id: LeaseId) -> Lease | None:

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import random
 import secrets
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from cluster.config import Config
 from cluster.errors import DeadlineExceededError, UnavailableError
+from cluster.metrics import REGISTRY_WAIT_SECONDS
 from storage.keys import Keys
 from storage.link import RedisLink
 
@@ -52,6 +54,7 @@ class RedisHostLimiter:
     async def slot(self, host: str, *, deadline_s: float) -> AsyncIterator[None]:
         """Hold one of the host's slots."""
         slot = secrets.token_hex(8)
+        began_s = time.monotonic()
         try:
             try:
                 async with asyncio.timeout(deadline_s):
@@ -60,6 +63,7 @@ class RedisHostLimiter:
                 raise DeadlineExceededError(
                     f"a request slot for {host}", f"none came free in {deadline_s:g} s"
                 ) from exc
+            REGISTRY_WAIT_SECONDS.observe(time.monotonic() - began_s, registry=host)
             self._held[slot] = host
             self._renew_while_held()
             yield

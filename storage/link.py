@@ -27,6 +27,7 @@ from contextlib import AbstractAsyncContextManager
 from hiredis import ReplyError
 
 from cluster.errors import ClusterError, DeadlineExceededError, InternalError, UnavailableError
+from cluster.metrics import REDIS_FAILURES, REDIS_SECONDS
 from storage.address import RedisAddress
 from storage.protocol import Argument, Command, pack, pack_all
 from storage.redis_connection import RETRY_FIRST_S, RETRY_MOST_S, Connection, Reply, open_primary
@@ -56,6 +57,7 @@ class _Call:
 
     def fail(self, error: ClusterError) -> None:
         if not self.future.done():
+            REDIS_FAILURES.add()
             self.future.set_exception(error)
 
 
@@ -275,6 +277,8 @@ class RedisLink:
             if not elsewhere:
                 self._failures = 0
                 self._failure = _NOT_IN_TIME
+            submitted_s = call.deadline - self.address.timeout_s
+            REDIS_SECONDS.observe(asyncio.get_running_loop().time() - submitted_s)
             if not call.future.done():  # else its caller was cancelled
                 call.future.set_result(call.replies)
         if self._bounced and not self._sent and self._connection is not None:

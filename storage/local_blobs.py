@@ -20,6 +20,7 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.fair.runner import FairSlots
+from cluster.metrics import READ_BYTES
 from cluster.ports import ByteStream, ContentStore, RefStore
 from cluster.ref import BlobRecord
 from storage.node_cache import CachedBlob, NodeCache
@@ -344,6 +345,7 @@ class NodeBlobs:
                 hasher.update(buffer[:count])
                 offset += count
                 arriving.advance(offset)
+        READ_BYTES.add(offset, source="s3")
         actual = Digest("sha256:" + hasher.hexdigest())
         if actual != blob.digest:
             raise DigestMismatchError(blob.digest, actual, "the content store")

@@ -83,6 +83,7 @@ class Collector:
         *,
         is_dry_run: bool = False,
         on_removed: Callable[[Item], object] = lambda _: None,
+        on_stock: Callable[[Stock], object] = lambda _: None,
     ) -> Pruned:
         """Remove what a policy lets go, and blobs that nothing has any more.
 
@@ -93,8 +94,10 @@ class Collector:
             policy: What may go.
             is_dry_run: Only say what would go.
             on_removed: Told of each item that went.
+            on_stock: Told what there was before.
         """
         stock = await self.stock()
+        on_stock(stock)
         items = stock.items()
         going = plan(items, policy, now_wall_s=await self._store.now_wall_s())
         # They are no items, and match no filter.

@@ -8,8 +8,8 @@
 -- ARGV[5] a random name, for a data set that has no epoch yet
 -- ARGV[6] version of payloads
 -- return  {'present', blob record}
---         {'owned', epoch, fence, upload, parts}: upload is [key, upload ID, part bytes] or nil, parts a
---             flat list of numbers and ETags
+--         {'owned', epoch, fence, upload, parts, taken over}: upload is [key, upload ID, part bytes] or nil, parts
+--             a flat list of numbers and ETags; taken over is 1 where another's hold had lapsed, else 0
 --         {'joined', fence, owner, current bytes, total bytes, milliseconds left to the owner}
 --         {'aborting', fence, milliseconds left}
 -- Safe to repeat: who owns already, by the same token, is told so again.
@@ -26,10 +26,10 @@ end
 local flight = flight_key(prefix, key)
 local waiters = waiters_key(prefix, key)
 
-local function owned(epoch, fence)
+local function owned(epoch, fence, taken_over)
   local upload = prefix .. ':upload:' .. key
   local fields = redis.call('HMGET', upload, 'key', 'upload_id', 'part_bytes')
-  return {'owned', epoch, fence, fields[1] and fields, redis.call('HGETALL', parts_key(prefix, key))}
+  return {'owned', epoch, fence, fields[1] and fields, redis.call('HGETALL', parts_key(prefix, key)), taken_over}
 end
 
 local held = redis.call('HMGET', flight, 'fence', 'token', 'owner', 'expires', 'aborting', 'current', 'total', 'epoch')
@@ -40,7 +40,7 @@ if left > 0 then
     return {'aborting', last, left}
   end
   if held[2] == token then
-    return owned(held[8], last)
+    return owned(held[8], last, 0)
   end
   redis.call('ZADD', waiters, now + ttl, worker)
   redis.call('EXPIRE', waiters, DAY_S)
@@ -61,4 +61,4 @@ redis.call('HSET', flight,
   'aborting', 0, 'current', 0, 'total', 0)
 redis.call('EXPIRE', flight, DAY_S)
 redis.call('ZREM', waiters, worker)
-return owned(epoch, tostring(fence))
+return owned(epoch, tostring(fence), last and 1 or 0)

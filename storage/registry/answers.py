@@ -15,14 +15,28 @@ from cluster.errors import (
     UnavailableError,
     UntrustedCertificateError,
 )
+from cluster.metrics import REGISTRY_ANSWERS
 
 UNAUTHORIZED, FORBIDDEN, NOT_FOUND, TOO_MANY_REQUESTS = 401, 403, 404, 429
+#: Counted each by itself, all others by their first digit.
+_COUNTED = frozenset({UNAUTHORIZED, FORBIDDEN, NOT_FOUND, TOO_MANY_REQUESTS})
 _SERVER_ERROR = 500
 #: Request Timeout and Too Early: the same request may succeed.
 _TRANSIENT = frozenset({408, 425})
 #: Not Implemented and HTTP Version Not Supported: it never will.
 _FINAL = frozenset({501, 505})
 _DETAIL_CHARS = 200
+
+
+def count_answer(registry: str, status: int | None) -> None:
+    """Count the answer to one request; None: there was none, or it broke off."""
+    if status is None:
+        answer = "none"
+    elif status in _COUNTED:
+        answer = str(status)
+    else:
+        answer = f"{status // 100}xx"
+    REGISTRY_ANSWERS.add(registry=registry, answer=answer)
 
 
 def raise_if_transient(status: int, retry_after: str | None, *, what: str) -> None:

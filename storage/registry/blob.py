@@ -28,11 +28,13 @@ from cluster.errors import (
     SizeMismatchError,
     UnavailableError,
 )
+from cluster.metrics import READ_BYTES
 from cluster.provider import ProviderHandle
 from storage.registry.answers import (
     FORBIDDEN,
     NOT_FOUND,
     UNAUTHORIZED,
+    count_answer,
     raise_if_transient,
     translate_network_error,
 )
@@ -162,6 +164,7 @@ class BlobResponse:
         """Give the connection back where the answer was read to its end; else close it."""
         connection, self._connection = self._connection, None
         if connection is not None:
+            READ_BYTES.add(self.read_bytes, source="registry")
             self._response.close()
             connection.close()
 
@@ -169,6 +172,7 @@ class BlobResponse:
         connection, self._connection = self._connection, None
         if connection is None:
             return
+        READ_BYTES.add(self.read_bytes, source="registry")
         if self._response.will_close or self._aborted:
             connection.close()
         else:
@@ -277,6 +281,7 @@ class BlobSource:
                 kept.close()
             except (OSError, ValueError) as exc:
                 kept.close()
+                count_answer(ask.endpoint.registry, None)
                 raise translate_network_error(exc, host=host, what=ask.what) from exc
         timeout_s = registry_config(self._config, ask.endpoint.registry).timeout_s
         fresh = self._pool.make(url, timeout_s=timeout_s, redirected_from=ask.endpoint.registry)
@@ -284,6 +289,7 @@ class BlobSource:
             return self._exchange(fresh, url, ask, authorization)
         except (HTTPException, OSError, ValueError) as exc:
             fresh.close()
+            count_answer(ask.endpoint.registry, None)
             raise translate_network_error(exc, host=host, what=ask.what) from exc
 
     def _exchange(self, connection: HTTPConnection, url: str, ask: _Ask, authorization: str | None) -> _Link:
@@ -302,6 +308,7 @@ class BlobSource:
         connection.endheaders()
         live: socket.socket | None = connection.sock
         response = connection.getresponse()
+        count_answer(ask.endpoint.registry, response.status)
         if live is not None:
             live.settimeout(self._config.fetch.stall_timeout_s)
         return _Link(connection, live, response)

@@ -16,7 +16,7 @@ from yarl import URL
 from cluster.config import Config, RegistryConfig
 from cluster.errors import ClusterError, RegistryProtocolError
 from cluster.fetch.retry import RetryPolicy
-from storage.registry.answers import raise_if_transient, translate_network_error
+from storage.registry.answers import count_answer, raise_if_transient, translate_network_error
 from storage.registry.endpoint import MAX_REDIRECTS, REDIRECTS, USER_AGENT, Trust, next_hop, registry_config
 
 #: Longest answer that is read where the caller names no limit.
@@ -144,11 +144,13 @@ class Transport:
                 ssl=tls,
                 timeout=limits or control_timeout(registry_config(self._config, host)),
             ) as response:
+                count_answer(host, response.status)
                 raise_if_transient(response.status, response.headers.get("Retry-After"), what=what)
                 body = await _read(response, max_bytes)
                 challenge = ", ".join(response.headers.getall("WWW-Authenticate", []))
                 return Answer(response.status, response.headers, body, url, crossed, challenge)
         except (aiohttp.ClientError, OSError, ValueError) as exc:
+            count_answer(host, None)
             raise translate_network_error(exc, host=parts.netloc, what=what) from exc
 
     def _open(self) -> aiohttp.ClientSession:

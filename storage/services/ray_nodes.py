@@ -8,6 +8,7 @@ all the same; whoever has no token is refused.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -24,7 +25,7 @@ from storage.services.kept_cluster import KeptCluster
 from storage.services.loopback import choose_ports, is_listening
 from storage.services.process import FARM_MARK, SERVICE_MARK, ServiceProcess, marked_pids
 from storage.services.ray_dashboard import RayDashboard, RaySession
-from storage.services.state_dir import StateDir
+from storage.services.state_dir import StateDir, write_atomic
 
 #: Which node a process belongs to, in the environment of all that runs on it: ``n0``, ``n1``, …
 NODE_VARIABLE = "LAZYFARM_NODE"
@@ -219,6 +220,7 @@ class RayService:
                 starts.append(pool.submit(self._start_dashboard, head, temp))
         for start in starts:
             start.result()
+        self._tell_prometheus()
         names = [node.process.name for node in (*started, *dead)]
         return names if has_dashboard else [*names, self._dashboard.process.name], stopped
 
@@ -226,6 +228,7 @@ class RayService:
         """End all nodes, the head last; return the names of the processes that ran."""
         stopped = [*self._stop_dashboard(), *self._stop(self.nodes)]
         self._kept.forget()
+        self._targets.unlink(missing_ok=True)
         return stopped
 
     def purge(self) -> None:
@@ -234,6 +237,18 @@ class RayService:
         if link.is_symlink():
             shutil.rmtree(link.readlink(), ignore_errors=True)
             link.unlink()
+
+    @property
+    def _targets(self) -> Path:
+        return self._state.run / "prometheus-targets.json"
+
+    def _tell_prometheus(self) -> None:
+        """Write where the nodes' metrics are, for Prometheus to follow (``file_sd_configs``).
+
+        Ray's dashboard would, but for the part of it that is left out here.
+        """
+        targets = [f"{node.ip}:{node.process.ports['metrics']}" for node in self.nodes]
+        write_atomic(self._targets, json.dumps([{"targets": targets}]) + "\n", mode=0o644)
 
     def _start_dashboard(self, head: RayNode, temp: Path) -> None:
         session = RaySession(

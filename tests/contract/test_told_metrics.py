@@ -1,0 +1,117 @@
+"""What adapters tell of themselves while they work, on real servers."""
+
+from __future__ import annotations
+
+import secrets
+
+import pytest
+
+from cluster import metrics
+from cluster.config import S3Config
+from cluster.digest import digest_of
+from cluster.errors import LeaseLostError, StaleFenceError, UnavailableError
+from cluster.flight.values import UploadState
+from cluster.lease import LeaseId, blob_resource
+from cluster.ref import BlobRecord
+from storage.blobs import S3ContentStore
+from storage.registry.answers import count_answer
+from tests.doubles.stores import RedisFarm
+
+DIGEST = digest_of(b"layer")
+KEY = blob_resource(DIGEST)
+TTL_S = 6.0
+
+
+class _Told:
+    """A sink that keeps sums, and how often histograms were told."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def record(self, metric, value, labels):
+        key = (metric.name.removeprefix("lazyfarm_"), *labels.values())
+        self.sums[key] = self.sums.get(key, 0) + (1 if isinstance(metric, metrics.Histogram) else value)
+
+
+@pytest.fixture
+def told():
+    sink = _Told()
+    metrics.install(sink)
+    yield sink.sums
+    metrics.install(None)
+
+
+@pytest.fixture
+async def redis_stores(redis_any):
+    farm = RedisFarm(redis_any.farm_config, redis_any.config)
+    yield farm.stores()
+    await farm.close()
+
+
+async def test_a_take_over_is_told_by_who_takes_over(redis_stores, told):
+    """Who owns after another's lapse tells so, and whether it resumes; what the old owner writes is told as refused."""
+    flights = redis_stores.flights
+    old = (await flights.join(KEY, worker="n0", token="0", ttl_s=TTL_S)).fence
+    await flights.begin_upload(old, UploadState(key="blobs/x/1", upload_id="u-1", part_bytes=8 << 20))
+    await flights.join(KEY, worker="n1", token="1", ttl_s=TTL_S)
+    assert ("flight_take_overs", "resumed") not in told
+    redis_stores.pass_time(TTL_S + 0.1)
+
+    new = (await flights.join(KEY, worker="n1", token="2", ttl_s=TTL_S)).fence
+    with pytest.raises(StaleFenceError):
+        await flights.record_part(old, 1, '"one"')
+    await flights.commit(new, BlobRecord(digest=DIGEST, key="blobs/x/1", size_bytes=5, etag='"e"', fence=new.number))
+    await flights.join(KEY, worker="n2", token="3", ttl_s=TTL_S)
+
+    assert {key: value for key, value in told.items() if not key[0].startswith("redis")} == {
+        ("flight_joins", "owned"): 2,
+        ("flight_joins", "joined"): 1,
+        ("flight_joins", "present"): 1,
+        ("flight_take_overs", "resumed"): 1,
+        ("flight_writes_refused",): 1,
+        ("flight_ends", "committed"): 1,
+        ("committed_bytes",): 5,
+    }
+    assert told["redis_seconds",] >= 7
+    assert ("redis_failures",) not in told
+
+
+async def test_a_lease_that_is_gone_is_told(redis_stores, told):
+    """A renewal that comes too late is told once; one in time isn't."""
+    lease = LeaseId(secrets.token_hex(4))
+    await redis_stores.leases.create(lease, ttl_s=TTL_S)
+    await redis_stores.leases.renew(lease, ttl_s=TTL_S)
+    assert ("leases_lost",) not in told
+    redis_stores.pass_time(TTL_S + 0.1)
+
+    with pytest.raises(LeaseLostError):
+        await redis_stores.leases.renew(lease, ttl_s=TTL_S)
+
+    assert told["leases_lost",] == 1
+
+
+def test_a_call_to_s3_that_fails_is_told_as_failed(told, tmp_path):
+    """Where nobody answers, the call is told once, with its operation, however often it was tried."""
+    credentials = tmp_path / "credentials"
+    credentials.write_text("access_key_id = a\nsecret_access_key = b\n")
+    store = S3ContentStore(
+        S3Config(endpoint="http://127.0.0.1:9", bucket="b", credentials_file=str(credentials), attempts=2)
+    )
+
+    with pytest.raises(UnavailableError):
+        store.put("key", b"data")
+
+    assert told == {("s3_seconds", "PutObject", "failed"): 1}
+    store.close()
+
+
+def test_answers_are_told_by_what_they_ask_for(told):
+    """What is done about an answer differs for 401, 403, 404 and 429; of all others the class is enough."""
+    for status in (200, 206, 307, 401, 403, 404, 405, 416, 429, 500, 503, None):
+        count_answer("r", status)
+
+    answers = {key[2]: count for key, count in told.items()}
+    assert answers == {
+        "2xx": 2, "3xx": 1, "401": 1, "403": 1, "404": 1, "4xx": 2, "429": 1, "5xx": 2, "none": 1,
+    }  # fmt: skip
+    assert set(answers) == set(metrics.REGISTRY_ANSWERS.labels["answer"])
