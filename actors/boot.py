@@ -45,6 +45,7 @@ from storage.progress import JobProgress, RedisProgressStore
 from storage.proofs import RedisProofStore
 from storage.refs import RedisRefStore
 from storage.registry.client import RegistryClient
+from storage.traffic import RedisTraffic
 from storage.whereabouts import RedisWhereabouts
 
 log = structlog.get_logger()
@@ -83,6 +84,7 @@ class Stores:
     progress: ProgressStore
     presence: Presence
     whereabouts: RedisWhereabouts
+    traffic: RedisTraffic
     registry: RegistryClient
     buckets: BucketCaches
     access: AccessControl
@@ -115,6 +117,7 @@ def build_stores(config: Config) -> Stores:
         progress=JobProgress(RedisProgressStore(link, keys), RedisJobEvents(link, keys)),
         presence=Presence(link, keys),
         whereabouts=RedisWhereabouts(link, keys),
+        traffic=RedisTraffic(link, keys),
         registry=registry,
         buckets=buckets,
         access=access,

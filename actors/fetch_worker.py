@@ -67,6 +67,7 @@ from cluster.ports import Authorizer, Snapshotter
 from cluster.provider import DescHandler, ProviderHandle
 from cluster.ref import ImageRecord, RefId, RefRecord, RefState
 from cluster.reference import ImageReference, Platform, default_platform, parse_platform, parse_reference
+from cluster.traffic import fetch_traffic, push_traffic
 from cluster.wire import decode
 from storage.blobs import S3ContentStore
 from storage.containers.caches import Caches
@@ -386,6 +387,7 @@ class FetchWorker(SessionServer):
             chain, caller = await self._caller(parts, authorizer, request)
             layers = await _all_or_none([parts.unlazier.unlazy(s.record.blob, caller) for s in chain])
             count_unlazied(chain, layers)
+            parts.stores.traffic.note(fetch_traffic(layers, chain))
             figures.update(_figures(layers))
             return UnlazyResult(ref_id=request.ref_id, layers=tuple(layers))
 
@@ -398,6 +400,7 @@ class FetchWorker(SessionServer):
             chain, caller = await self._caller(parts, authorizer, request)
             extracted = await parts.extractor.extract(chain, caller, mount=request.mount)
             count_unlazied(chain, extracted.layers)
+            parts.stores.traffic.note(fetch_traffic(extracted.layers, chain))
             figures.update(_figures(extracted.layers))
             return ExtractResult(
                 ref_id=request.ref_id,
@@ -454,6 +457,7 @@ class FetchWorker(SessionServer):
             caller = self._as_caller(authorizer, request.session, request.lease_id, providers)
             pushed = await parts.pusher.push(request.image, target, caller, providers, plain_http=request.plain_http)
             count_pushed(pushed.layers)
+            parts.stores.traffic.note(push_traffic(pushed.layers, chain))
             figures.update(
                 {
                     "digest": pushed.digest,

@@ -581,6 +581,10 @@ class FlightStore(Protocol):
         """Return a summary for people: owner, fence, waiters, bytes; None where there is no flight."""
         ...
 
+    async def under_way(self) -> dict[str, dict[str, str | int | float]]:
+        """Return what :meth:`state` tells of every flight that there is, by key."""
+        ...
+
     def events(self, key: str) -> AbstractAsyncContextManager[AsyncIterator[FlightEvent]]:
         """Subscribe to a flight's events; entered means subscribed. Messages may be lost: poll outcome too."""
         ...

@@ -171,19 +171,12 @@ class RedisFlightStore:
     async def state(self, key: str) -> dict[str, str | int | float] | None:
         """Return a summary for people."""
         found = await self._link.run("flight_state", self._prefix, key, may_repeat=True)
-        if found is None:
-            return None
-        number, owner, left_ms, aborting, current, total, waiters, parts = found
-        return {
-            "fence": int(number),
-            "owner": owner.decode(),
-            "lease_remaining_s": left_ms / 1000,
-            "state": "aborting" if aborting == b"1" else "running",
-            "current_bytes": int(current),
-            "total_bytes": int(total),
-            "waiters": waiters,
-            "parts": parts,
-        }
+        return None if found is None else _told(found)
+
+    async def under_way(self) -> dict[str, dict[str, str | int | float]]:
+        """Return a summary of every flight, for people."""
+        found = await self._link.run("flight_list", self._prefix, may_repeat=True)
+        return {key.decode(): _told(told) for key, *told in sorted(found)}
 
     @asynccontextmanager
     async def events(self, key: str) -> AsyncIterator[AsyncIterator[FlightEvent]]:
@@ -219,6 +212,21 @@ class _Events(AsyncIterator[FlightEvent]):
 
 
 _EVENTS: dict[str, Codec[Any]] = {codec.kind: codec for codec in (_PROGRESSED, _COMMITTED, _FAILED, _VACATED)}
+
+
+def _told(found: list[Any]) -> dict[str, str | int | float]:
+    """Return what a script tells of a flight (lib/flight.lua), by name."""
+    number, owner, left_ms, aborting, current, total, waiters, parts = found
+    return {
+        "fence": int(number),
+        "owner": owner.decode(),
+        "lease_remaining_s": left_ms / 1000,
+        "state": "aborting" if aborting == b"1" else "running",
+        "current_bytes": int(current),
+        "total_bytes": int(total),
+        "waiters": waiters,
+        "parts": parts,
+    }
 
 
 def _event(payload: bytes) -> FlightEvent:

@@ -30,6 +30,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``pulse`` | string | when the supervisor last spoke, milliseconds: see ``lua/lib/lapse.lua`` |
 | ``epoch`` | string | names this data set's incarnation |
 | ``fence`` | counter | last fence number given |
+| ``flights`` | set | keys of the flights that are under way; one that died unnoticed stays for a while |
 | ``flight:KEY`` | hash, a day | ``epoch fence token owner expires aborting current total`` |
 | ``waiters:KEY`` | zset | worker → until when it waits, milliseconds |
 | ``upload:KEY`` | hash, a day | ``key upload_id part_bytes``: what the next owner may resume |
@@ -37,7 +38,8 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``outcome:KEY:FENCE`` | string, 60 s | payload of the event that ended the flight |
 | ``events:KEY`` | channel | payloads of flight events |
 | ``proof:LENGTH:IDENTITY:SOURCE`` | zset | digest → expiry, milliseconds |
-| ``host:HOST`` | hash, an hour | ``limit not_before halved rate lift_at tokens recent asked_at`` |
+| ``hosts`` | set | registry hosts that were asked; what is forgotten of them leaves it when they are listed |
+| ``host:HOST`` | hash, an hour | ``limit not_before halved rate lift_at tokens recent asked_at refused`` |
 | ``slots:HOST`` | zset, seconds | slot → expiry, milliseconds |
 | ``queue:HOST`` | zset, seconds | who waits for a slot → its place |
 | ``queue-seen:HOST`` | zset, seconds | who waits for a slot → until when, milliseconds |
@@ -56,6 +58,8 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``arriving:CHAIN`` | zset, minutes | node that is getting the snapshot → when that was noted, milliseconds |
 | ``noted`` | zset | node → since when what is noted of its snapshots counts, milliseconds |
 | ``ops:NODE`` | zset | run of an op there → until when that is believed, milliseconds |
+| ``traffic`` | hash | a figure of :class:`cluster.traffic.Traffic` → its sum |
+| ``traffic:SECONDS`` | hash, a week | the same, of the five minutes that began then |
 | ``mark`` | string | ID of these records: with the farm's name, its mark in the bucket |
 | ``nodes`` | string | payload ``nodes``: the nodes as the supervisor last saw them |
 | ``actors`` | hash | actor name → payload ``actor`` |
@@ -171,6 +175,15 @@ class Keys:
     def ops(self, node: str) -> str:
         """Name the set of ops that a node runs."""
         return f"{self.prefix}:ops:{node}"
+
+    @property
+    def traffic(self) -> str:
+        """Name the sums of what was moved and was not."""
+        return f"{self.prefix}:traffic"
+
+    def traffic_slot(self, wall_s: int) -> str:
+        """Name what was moved and was not in the slot of time that began then."""
+        return f"{self.prefix}:traffic:{wall_s}"
 
     @property
     def nodes(self) -> str:

@@ -10,6 +10,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from cluster.config import Config
 from cluster.errors import DeadlineExceededError, UnavailableError
@@ -27,6 +29,30 @@ _BURST_S = 1.0
 _ASK_FIRST_S = 0.02
 _ASK_EACH_S = 0.01
 _ASK_MOST_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostBudget:
+    """What a registry host may be asked now, and is."""
+
+    host: str
+    #: Requests under way at most, now and as configured; and those that are, and that wait to be.
+    limit: int
+    max_limit: int
+    busy: int
+    waiting: int
+    #: Requests a second at most, now and as configured; 0: any number. And those of the last seconds.
+    rate: float
+    max_rate: float
+    recent_rate: float
+    #: 429s since it was last forgotten, after an hour without a request; seconds until anybody may ask again.
+    refused: int
+    closed_s: float
+
+    @property
+    def is_reduced(self) -> bool:
+        """Tell whether 429s hold it down."""
+        return self.limit < self.max_limit or self.closed_s > 0 or self.rate != self.max_rate
 
 
 class RedisHostLimiter:
@@ -83,6 +109,29 @@ class RedisHostLimiter:
         """Record a success."""
         if host in self._reduced:
             await self._link.run("host_succeeded", self._prefix, host, *self._configured(host))
+
+    async def budgets(self) -> list[HostBudget]:
+        """Return how it stands with each host that was asked of late, by name."""
+        found = await self._link.run("host_list", self._prefix, may_repeat=True)
+        return sorted((self._budget(told) for told in found), key=lambda budget: budget.host)
+
+    def _budget(self, found: list[Any]) -> HostBudget:
+        name, limit, rate, closed_ms, refused, recent, busy, waiting = found
+        host = name.decode()
+        max_limit, max_rate = self._configured(host)
+        lowered = max_rate if rate is None else float(rate)
+        return HostBudget(
+            host=host,
+            limit=max_limit if limit is None else min(max_limit, max(1, int(float(limit)))),
+            max_limit=max_limit,
+            busy=busy,
+            waiting=waiting,
+            rate=min(lowered, max_rate) if max_rate else lowered,
+            max_rate=max_rate,
+            recent_rate=float(recent),
+            refused=refused,
+            closed_s=closed_ms / 1000,
+        )
 
     def _configured(self, host: str) -> tuple[int, float]:
         entry = self._config.registry(host)

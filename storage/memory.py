@@ -455,6 +455,11 @@ class MemoryFlightStore:
             "parts": len(upload.parts) if upload else 0,
         }
 
+    async def under_way(self) -> dict[str, dict[str, str | int | float]]:
+        """Return a summary of every flight, for people."""
+        told = {key: await self.state(key) for key in sorted(self._memory.flights)}
+        return {key: flight for key, flight in told.items() if flight is not None}
+
     @asynccontextmanager
     async def events(self, key: str) -> AsyncIterator[AsyncIterator[FlightEvent]]:
         """Subscribe to a flight's events."""

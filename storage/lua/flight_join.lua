@@ -61,4 +61,5 @@ redis.call('HSET', flight,
   'aborting', 0, 'current', 0, 'total', 0)
 redis.call('EXPIRE', flight, DAY_S)
 redis.call('ZREM', waiters, worker)
+flight_note(prefix, key, now)
 return owned(epoch, tostring(fence), last and 1 or 0)

@@ -21,4 +21,5 @@ if now - tonumber(known[2] or 0) > tonumber(ARGV[5]) then
   host_slow_down(prefix, host, tonumber(ARGV[4]), now)
 end
 host_set(prefix, host, 'not_before', not_before)
+redis.call('HINCRBY', prefix .. ':host:' .. host, 'refused', 1)
 return math.floor(limit)

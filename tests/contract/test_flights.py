@@ -508,3 +508,40 @@ async def test_a_waiter_is_renewed_until_dropped(stores, renewer):
     await stores.flights.leave(KEY, worker="n1")
 
     assert await stores.flights.abort_if_unwanted(fence)
+
+
+async def test_what_is_under_way_is_listed(stores):
+    """From the first owner on, whatever becomes of it, to the end; what died unnoticed is not told of."""
+    other = blob_resource(digest_of(b"other"))
+    assert await stores.flights.under_way() == {}
+    fence = await own(stores)
+    await join(stores, "n1")
+    lost = await join(stores, "n2", key=other)
+    assert isinstance(lost, Owned)
+    await stores.flights.report(fence, 2, 5)
+    listed = await stores.flights.under_way()
+    assert listed.keys() == {KEY, other}
+    assert listed[KEY] == {**await stores.flights.state(KEY), "lease_remaining_s": listed[KEY]["lease_remaining_s"]}
+    assert (listed[KEY]["owner"], listed[KEY]["waiters"], listed[KEY]["current_bytes"]) == ("n0", 1, 2)
+
+    await stores.flights.commit(fence, blob(fence))
+    assert (await stores.flights.under_way()).keys() == {other}
+    stores.pass_time(2 * TTL_S)
+    assert await stores.flights.under_way() == {}
+    again = await join(stores, "n3", key=other)
+    assert (await stores.flights.under_way()).keys() == {other}
+    await stores.flights.fail(again.fence, b"error")
+    assert await stores.flights.under_way() == {}
+
+
+@pytest.mark.redis
+async def test_the_list_of_flights_forgets_those_that_died(redis_farm):
+    """Nobody need look at it: each new flight lets go of some, so that it does not grow with every death."""
+    stores = redis_farm.stores()
+    for n in range(20):
+        await join(stores, key=blob_resource(digest_of(b"dead %d" % n)))
+    stores.pass_time(2 * TTL_S)
+    for n in range(20):
+        await join(stores, key=blob_resource(digest_of(b"live %d" % n)))
+    assert len(await stores.flights.under_way()) == 20
+    assert await redis_farm.links[0].execute("SCARD", f"{redis_farm.keys.prefix}:flights") < 30

@@ -384,3 +384,25 @@ class _TwoProcesses:
 
     async def __aexit__(self, *exc):
         await self._farm.close()
+
+
+@pytest.mark.redis
+async def test_what_a_host_may_be_asked_is_told(redis_farm):
+    """Of each that was asked: how many may and do, who waits, what 429s have brought it down to."""
+    stores = redis_farm.stores()
+    assert await stores.limiter.budgets() == []
+    async with stores.limiter.slot(RATED_HOST, deadline_s=LONG_S):
+        (rated,) = await stores.limiter.budgets()
+    assert (rated.host, rated.busy, rated.limit, rated.rate, rated.refused) == (RATED_HOST, 1, LIMIT, RATE, 0)
+    assert not rated.is_reduced
+    assert rated.recent_rate > 0
+
+    await stores.limiter.throttled(HOST, LONG_S)
+    await stores.limiter.throttled(HOST, LONG_S)  # of one burst
+    reduced = {budget.host: budget for budget in await stores.limiter.budgets()}[HOST]
+    assert (reduced.limit, reduced.max_limit, reduced.refused) == (LIMIT // 2, LIMIT, 2)
+    assert LONG_S - 5 < reduced.closed_s <= LONG_S
+    assert reduced.is_reduced
+
+    stores.pass_time(3601.0)
+    assert await stores.limiter.budgets() == []

@@ -32,8 +32,32 @@ local function flight_publish(prefix, key, event)
   redis.call('PUBLISH', prefix .. ':events:' .. key, event)
 end
 
+-- Note that the flight of `key` is under way, for who lists them, and let go of a few that died unnoticed.
+local function flight_note(prefix, key, now)
+  local flights = prefix .. ':flights'
+  for _, other in ipairs(redis.call('SPOP', flights, 2)) do
+    if tonumber(redis.call('HGET', flight_key(prefix, other), 'expires') or 0) > now then
+      redis.call('SADD', flights, other)
+    end
+  end
+  redis.call('SADD', flights, key)
+end
+
+-- Return what people are told of a flight; nil where none is under way.
+local function flight_told(prefix, key, now)
+  local held = redis.call('HMGET', flight_key(prefix, key), 'fence', 'owner', 'expires', 'aborting', 'current', 'total')
+  if not held[1] or tonumber(held[3]) <= now then
+    return nil
+  end
+  return {
+    held[1], held[2], tonumber(held[3]) - now, held[4], held[5], held[6],
+    flight_waiters(prefix, key, now), redis.call('HLEN', parts_key(prefix, key)),
+  }
+end
+
 -- Keep and tell how the flight under that fence ended.
 local function flight_settle(prefix, key, fence, event)
+  redis.call('SREM', prefix .. ':flights', key)
   redis.call('SET', prefix .. ':outcome:' .. key .. ':' .. fence, event, 'EX', OUTCOME_S)
   flight_publish(prefix, key, event)
 end

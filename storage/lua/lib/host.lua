@@ -15,4 +15,5 @@ end
 local function host_set(prefix, host, ...)
   redis.call('HSET', prefix .. ':host:' .. host, ...)
   redis.call('EXPIRE', prefix .. ':host:' .. host, HOST_S)
+  redis.call('SADD', prefix .. ':hosts', host)
 end
