@@ -139,9 +139,11 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
         finally:
             leave()
         _tell(report, actors, [])
+        page, unwanted = services.up_page(config)
+        _tell(report, page, unwanted)
     return UpReport(
-        started=(*started, *actors),
-        stopped=(*stopped, *retired),
+        started=(*started, *actors, *page),
+        stopped=(*stopped, *retired, *unwanted),
         settings=replace(settings, running=running),
     )
 

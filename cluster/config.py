@@ -222,6 +222,18 @@ class RegistryConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WebConfig:
+    """The farm's page."""
+
+    #: Start it.
+    enabled: bool = True
+    #: Address that it listens on.
+    host: str = "127.0.0.1"
+    #: Its port; 0: any, and the same again.
+    port: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
     """Logs."""
 
@@ -243,6 +255,7 @@ class Config:
     fetch: FetchConfig = field(default_factory=FetchConfig)
     node: NodeConfig = field(default_factory=NodeConfig)
     build: BuildConfig = field(default_factory=BuildConfig)
+    web: WebConfig = field(default_factory=WebConfig)
     log: LogConfig = field(default_factory=LogConfig)
     #: By registry host; ``default`` for the rest.
     registries: dict[str, RegistryConfig] = field(default_factory=dict)

@@ -6,6 +6,7 @@ Whether files exist is asked by :mod:`lazyfarm.settings`, which may look at the 
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -201,6 +202,7 @@ class Range:
         return f"must be {_number(self.least)} to {_number(self.most)}, is {_number(value)}"
 
 
+_MAX_PORT = 65535
 _MINUTE_S = 60.0
 _HOUR_S = 3600.0
 _DAY_S = 24 * _HOUR_S
@@ -254,6 +256,7 @@ RANGES: dict[str, Range] = {
     "build.ops_per_node": Range(1, 1024),
     "build.op_timeout_s": Range(1, 7 * _DAY_S),
     "build.claim_ttl_s": Range(1, _HOUR_S),
+    "web.port": Range(0, _MAX_PORT),
     "registries.*.max_concurrency": Range(1, 10_000),
     "registries.*.max_requests_per_s": Range(0, 10_000),
     "registries.*.timeout_s": Range(0.1, _HOUR_S),
@@ -269,7 +272,6 @@ _REDIS_USER = re.compile(r"[^\s:]{0,64}")
 _REGION = re.compile(r"[A-Za-z0-9-]{1,64}")
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _HOST_PORT = re.compile(_HOST.pattern.removesuffix("?").removesuffix("(?::[0-9]{1,5})") + r":[0-9]{1,5}")
-_MAX_PORT = 65535
 
 
 def _matches(pattern: re.Pattern[str], form: str) -> Callable[[str], str]:
@@ -336,6 +338,14 @@ def _gcs_redis(text: str) -> str:
     return ""
 
 
+def _ip_address(text: str) -> str:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return f"must be an IP address of this machine, or 0.0.0.0 or :: for all of them, is {text!r}"
+    return ""
+
+
 def _mirrors(hosts: tuple[str, ...]) -> str:
     wrong = [host for host in hosts if not _HOST.fullmatch(host)]
     if wrong:
@@ -373,6 +383,8 @@ RULES: dict[str, Callable[[Any], str]] = {
     "node.root": _absolute,
     "node.snapshotter": _one_of("auto", "overlay", "copying"),
     "build.compression": _one_of("gzip", "zstd", "none"),
+    "web.enabled": lambda _: "",
+    "web.host": _ip_address,
     "log.level": _one_of("debug", "info", "warning", "error"),
     "registries.*.mirrors": _mirrors,
     "registries.*.plain_http": lambda _: "",

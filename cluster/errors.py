@@ -1195,6 +1195,19 @@ class FarmNotRunningError(FarmError):
         return f"no farm is running in {self.state_dir}: {self.reason}"
 
 
+class PageNotRunningError(FarmError):
+    """The farm runs, and has no page."""
+
+    _hint = "set web.enabled = true in its configuration, or LAZYFARM__WEB__ENABLED=true, and call `lazyfarm up`"
+
+    def __init__(self, state_dir: str) -> None:
+        super().__init__(state_dir)
+        self.state_dir = state_dir
+
+    def __str__(self) -> str:
+        return f"the farm in {self.state_dir} has no page"
+
+
 class OtherClusterError(FarmError):
     """This process is connected to another Ray cluster than the farm's."""
 

@@ -28,6 +28,8 @@ from lazyfarm.cli.human import size
 from lazyfarm.cli.reach import accepts, ray_address, url_address
 from lazyfarm.settings import FarmSettings, default_state_dir, load_settings
 from storage.farm_file import farm_file
+from storage.services.page import PageService
+from storage.services.state_dir import StateDir
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -80,6 +82,7 @@ def examine(state_dir: Path | str | None, environ: Mapping[str, str]) -> list[Fi
         ("s3", _s3),
         ("ray", _ray),
         ("jobs", _jobs),
+        ("page", _page),
         ("actors", _actors),
     ]
     for name, check in checks:
@@ -406,6 +409,20 @@ def _jobs(settings: FarmSettings) -> Iterator[Finding]:
         yield Finding(check="jobs", ok="ok", detail=f"{url} takes jobs (`ray job submit`, Ray {release})")
     finally:
         connection.close()
+
+
+def _page(settings: FarmSettings) -> Iterator[Finding]:
+    """Ask the farm's page whether it is there."""
+    running = settings.running
+    if running is None:
+        return
+    page = PageService(StateDir(settings.state_dir))
+    if not running.config.web.enabled:
+        yield Finding(check="page", ok="ok", detail="not asked for: web.enabled is false")
+    elif page.is_alive():
+        yield Finding(check="page", ok="ok", detail=f"{page.url} (`lazyfarm page` prints what opens it)")
+    else:
+        yield Finding(check="page", ok="fail", detail=f"{page.url or 'the page'} doesn't answer", advice="lazyfarm up")
 
 
 def _actors(settings: FarmSettings) -> Iterator[Finding]:

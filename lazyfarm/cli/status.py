@@ -13,6 +13,7 @@ from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, exampl
 from lazyfarm.cli.output import Output
 from lazyfarm.cli.reach import Address, accepts, ray_address, url_address
 from lazyfarm.settings import FarmSettings
+from storage.services.page import page_url
 
 if TYPE_CHECKING:
     from cluster.messages import ActorRecord, NodeRecord
@@ -49,7 +50,8 @@ def show(settings: FarmSettings, out: Output, more: Mapping[str, object] | None 
     out.document({**shown, "problems": problems} if problems else shown)
     config = settings.config
     services = [("redis", config.redis.url), ("s3", config.s3.endpoint), ("ray", config.ray.address)]
-    out.table(("SERVICE", "ADDRESS"), [*services, *([("jobs", jobs_url)] if (jobs_url := _jobs_url(settings)) else [])])
+    started = [("jobs", _jobs_url(settings)), ("page", page_url(settings.state_dir))]
+    out.table(("SERVICE", "ADDRESS"), [*services, *((name, url) for name, url in started if url)])
     out.line("")
     out.table(
         ("NODE", "ADDRESS", "STATE"), [(node.id, node.address, "alive" if node.alive else "dead") for node in nodes]
@@ -72,6 +74,7 @@ def document(settings: FarmSettings, nodes: Sequence[NodeRecord], actors: Sequen
         "s3": config.s3.endpoint,
         "ray": config.ray.address,
         "jobs": _jobs_url(settings) or None,
+        "page": page_url(settings.state_dir) or None,
         "actors": [
             {"name": actor.name, "kind": actor.kind, "node": actor.node, "pid": actor.pid, "state": actor.state}
             for actor in actors
@@ -100,6 +103,7 @@ def _addresses(settings: FarmSettings) -> list[tuple[str, Address]]:
         ("ray", ray_address(config.ray.address)),
         ("s3", url_address(config.s3.endpoint)),
         ("jobs", url_address(_jobs_url(settings))),
+        ("page", url_address(page_url(settings.state_dir))),
     ]
     return [(name, address) for name, address in found if address is not None]
 

@@ -12,6 +12,7 @@ from lazyfarm.cli.human import count
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
 from lazyfarm.cli.status import show
 from lazyfarm.settings import FarmSettings, is_there, load_wanted
+from storage.services.page import page_link
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +48,7 @@ def up(
     state_dir: StateDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Start what is missing, and wait for it: Redis, S3, Ray, the supervisor and the actors.
+    """Start what is missing, and wait for it: Redis, S3, Ray, the supervisor and the actors, the page.
 
     What the configuration names by address is used, not started. Once all runs this does nothing, and says so;
     after a crash it repairs; where the configuration was changed, actors start anew with it.
@@ -66,6 +67,8 @@ def up(
         what = {"changed": report.changed, "started": list(report.started), "stopped": list(report.stopped)}
         show(report.settings, out, what)
         out.line("")
+        if (link := page_link(settings.state_dir)) and out.stdout.isatty():
+            out.line(f"page: {link}")  # on a terminal alone: what is kept of a command's output holds no token
         out.line(f"state and logs: {report.settings.state_dir} ({count(len(report.started), 'part')} started)")
 
 

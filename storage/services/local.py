@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from cluster.config import Config, RayConfig, RedisConfig, S3Config
+from cluster.config_record import actor_digest
 from storage.blobs import S3ContentStore
+from storage.services.page import PageService
 from storage.services.process import FARM_MARK, ServiceProcess, end_marked
 from storage.services.ray_nodes import RayService
 from storage.services.redis_server import RedisService
@@ -50,7 +52,7 @@ class ServiceStatus:
 
 
 class LocalServices:
-    """The Redis, S3 and Ray nodes of the farm in *state_dir*.
+    """The Redis, S3, Ray nodes and page of the farm in *state_dir*.
 
     Each ``up_`` method starts what doesn't run, also after a ``kill -9`` of any part of it, and does nothing
     else; they may run in parallel threads, and several commands at once wait for each other. Nothing outside
@@ -63,6 +65,7 @@ class LocalServices:
         self._redis = RedisService(self._state)
         self._s3 = SwiftService(self._state)
         self._ray = RayService(self._state)
+        self._page = PageService(self._state)
 
     def __repr__(self) -> str:
         alive = sum(status.alive for status in self.status())
@@ -110,10 +113,24 @@ class LocalServices:
             reached = self._ray.reached_by(self._config.ray, nodes)
             return Started(reached, tuple(started), tuple(stopped))
 
+    def up_page(self, config: Config) -> tuple[list[str], list[str]]:
+        """Start the page unless it runs, or end one that is not wanted; return the names of what was started and ended.
+
+        Args:
+            config: As everything is reached. The farm's record is written: the page reads it.
+
+        Raises:
+            StartError, DeadlineExceededError: as :meth:`up_redis`.
+        """
+        with self._state.lock("page", deadline_s=_LOCK_S):
+            if not config.web.enabled:
+                return [], self._page.stop()
+            return ["page"] if self._page.start(config.web, actor_digest(config)) else [], []
+
     def down(self) -> list[str]:
-        """End everything, Ray first, Redis last, and keep the data; return the names of what ran."""
+        """End everything, the page and Ray first, Redis last, and keep the data; return the names of what ran."""
         stopped: list[str] = []
-        for service in (self._ray, self._s3, self._redis):
+        for service in (self._page, self._ray, self._s3, self._redis):
             with self._state.lock(_lock_of(service), deadline_s=_LOCK_S):
                 stopped += service.stop()
         farm_id = self._state.known_farm_id()
@@ -145,10 +162,13 @@ class LocalServices:
         yield from self._redis.processes
         yield from self._s3.processes
         yield from self._ray.processes
+        yield from self._page.processes
 
 
-def _lock_of(service: RedisService | SwiftService | RayService) -> str:
+def _lock_of(service: RedisService | SwiftService | RayService | PageService) -> str:
     match service:
+        case PageService():
+            return "page"
         case RedisService():
             return "redis"
         case SwiftService():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.doubles.farm import FAST
+from tests.doubles.farm import WHOLE
 from tests.doubles.shell_image import shell_image
 
 pytestmark = [
@@ -60,7 +60,7 @@ def place(registry):
     root = Path(tempfile.mkdtemp(prefix="lf-doc-"))
     registry.push("library/debian", "12", shell_image(secrets.token_hex(8)))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environ = {**os.environ, **FAST, "PATH": path, "LAZYFARM_STATE_DIR": str(root / "farm"), "TOKEN": "secret"}
+    environ = {**os.environ, **WHOLE, "PATH": path, "LAZYFARM_STATE_DIR": str(root / "farm"), "TOKEN": "secret"}
     yield root, environ
     subprocess.run(["lazyfarm", "down", "--purge"], env=environ, cwd=root, check=False, timeout=120)
     shutil.rmtree(root, ignore_errors=True)

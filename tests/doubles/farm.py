@@ -31,7 +31,11 @@ FAST = {
     "LAZYFARM__FETCH__PART_BYTES": "5242880",
     "LAZYFARM__FETCH__WHOLE_UP_TO_BYTES": "0",
     "LAZYFARM__FETCH__PARALLEL_FROM_BYTES": "20971520",
+    # A process less, which takes a second to start.
+    "LAZYFARM__WEB__ENABLED": "false",
 }
+#: With the page, too.
+WHOLE = {**FAST, "LAZYFARM__WEB__ENABLED": "true"}
 
 
 @dataclass
@@ -99,7 +103,7 @@ def farm() -> Iterator[RunningFarm]:
     ``LAZYFARM_TEST_FARM=DIR`` uses the farm that runs there and leaves it running: for who works on tests.
     """
     if root := os.environ.get("LAZYFARM_TEST_FARM"):
-        yield RunningFarm(state_dir=Path(root), settings=load_settings(root, None, FAST), environ=dict(FAST))
+        yield RunningFarm(state_dir=Path(root), settings=load_settings(root, None, WHOLE), environ=dict(WHOLE))
         return
-    with running_farm(nodes=3) as found:
+    with running_farm(nodes=3, environ=WHOLE) as found:
         yield found

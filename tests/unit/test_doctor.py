@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.config import Config, RayConfig
+from cluster.config import Config, RayConfig, WebConfig
 from lazyfarm import doctor
 from lazyfarm.doctor import examine
 from lazyfarm.settings import Running
@@ -69,9 +69,9 @@ def test_services_that_are_gone_are_named(environ, running, tmp_path):
     """One finding each, and none of them hides another."""
     write_running(tmp_path / "state", running)
     found = by_check(examine(None, environ))
-    gone = {"redis", "s3", "ray", "jobs"}
+    gone = {"redis", "s3", "ray", "jobs", "page"}
     assert {name for name in gone if found[name].ok == "fail"} == gone
-    assert found["s3"].advice == found["jobs"].advice == "lazyfarm up"
+    assert found["s3"].advice == found["jobs"].advice == found["page"].advice == "lazyfarm up"
 
 
 @contextmanager
@@ -123,6 +123,13 @@ def test_job_submission_that_nobody_asked_for_is_no_fault(environ, running, tmp_
     assert (found.ok, "ray.dashboard" in found.detail) == ("ok", True)
     write_running(tmp_path / "state", replace(off, config=Config(ray=RayConfig(address=running.ray_address))))
     assert "jobs" not in by_check(examine(None, environ))
+
+
+def test_a_page_that_nobody_asked_for_is_no_fault(environ, running, tmp_path):
+    """Turned off, it is said to be."""
+    write_running(tmp_path / "state", replace(running, config=Config(web=WebConfig(enabled=False))))
+    found = by_check(examine(None, environ))["page"]
+    assert (found.ok, "web.enabled" in found.detail) == ("ok", True)
 
 
 def test_runc_is_named_as_what_run_ops_need(environ, monkeypatch):

@@ -1,0 +1,432 @@
+"""The page: what is under which address, and how it is shown."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+from urllib.parse import urlencode
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from cluster.collect.stock import ImageUse, RefUse
+from cluster.digest import Digest
+from cluster.errors import AmbiguousJobError, ClusterError, JobNotFoundError
+from cluster.job import JobEvent, JobId, JobState
+from cluster.ref import RefId
+from lazyfarm.cli.human import count, duration, short, size
+from lazyfarm.cli.job_progress import describe
+from lazyfarm.cli.job_view import LogLine, at, read_error, visible
+from lazyfarm.web import graph, plot
+from lazyfarm.web.guard import Guard
+from lazyfarm.web.job import LOG_LINES, JobStory, ShownVertex
+from lazyfarm.web.reading import FarmReader, Stocked
+
+#: Rows of a list that are shown at once.
+ROWS = 50
+#: Seconds between two looks of a page that stays open, where things move and where they seldom do.
+_LIVE_S = 2
+_SLOW_S = 5
+#: Seconds between two messages of a job's stream, at least; and at most, while something is busy: clocks tick.
+_GATHER_S = 0.3
+_TICK_S = 1.0
+#: Of a number in an address, at most.
+_DIGITS = 12
+#: Windows of the plot: words and seconds.
+_WINDOWS = {"6h": 6 * 3600.0, "24h": 86400.0, "7d": 7 * 86400.0}
+
+_PAGES = (
+    ("/", "Farm"),
+    ("/jobs", "Jobs"),
+    ("/refs", "Refs"),
+    ("/images", "Images"),
+    ("/flights", "Flights"),
+    ("/registries", "Registries"),
+    ("/avoided", "Avoided"),
+)
+_REF_STATES = ("lazy", "present", "held", "unheld", "shared")
+
+T = TypeVar("T")
+
+
+def build_app(reader: FarmReader, *, token: str, cookie: str) -> Guard:
+    """Return the page of one farm, for whoever has *token*."""
+    return Guard(_Pages(reader).app(), token=token, cookie=cookie)
+
+
+class _Pages:
+    """Every address of the page."""
+
+    def __init__(self, reader: FarmReader) -> None:
+        self._reader = reader
+        self._templates = Environment(
+            loader=PackageLoader("lazyfarm.web"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters |= {
+            "at": at, "count": count, "describe": describe, "duration": duration, "error": read_error, "short": short,
+            "size": size, "visible": visible, "when": _when,
+        }  # fmt: skip
+        self._templates.globals |= {
+            "farm": reader.settings.config.farm.name, "pages": _PAGES, "graph": graph,
+            "plot_size": (plot.WIDTH, plot.HEIGHT),
+        }  # fmt: skip
+
+    def app(self) -> Starlette:
+        """Return the application."""
+        shown: Mapping[str, Callable[[Request], Awaitable[Response]]] = {
+            "/": self._farm,
+            "/jobs": self._jobs,
+            "/jobs/{job}": self._job,
+            "/jobs/{job}/{vertex}": self._vertex,
+            "/refs": self._refs,
+            "/refs/{ref}": self._ref,
+            "/images": self._images,
+            "/flights": self._flights,
+            "/registries": self._registries,
+            "/avoided": self._avoided,
+        }
+        routes = [
+            Mount("/static", StaticFiles(directory=Path(__file__).with_name("static"))),
+            Route("/jobs/{job}/events", self._events),
+            *(Route(path, page) for path, page in shown.items()),
+        ]
+
+        @asynccontextmanager
+        async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            yield
+            await self._reader.aclose()
+
+        return Starlette(
+            routes=routes,
+            lifespan=lifespan,
+            exception_handlers={ClusterError: self._failed, 404: self._not_found},  # type: ignore[dict-item]  # they take what they are for
+        )
+
+    # -- pages ------------------------------------------------------------------------------------------------
+
+    async def _farm(self, request: Request) -> Response:
+        return self._shown(request, "farm.html", "Farm", every_s=_LIVE_S, now=await self._reader.farm())
+
+    async def _refs(self, request: Request) -> Response:
+        stocked = await self._reader.stocked()
+        wanted = _Filter.of(request)
+        found = [
+            use
+            for use in sorted(stocked.refs.values(), key=lambda use: (-use.last_used_wall_s, use.id))
+            if _is_in_state(use, stocked, wanted.state) and wanted.holds(*_said_of_ref(use, stocked))
+        ]
+        rows = _Rows(found, request)
+        states = {use.id: stocked.stock.states[use.id] for use in rows.shown}
+        return self._shown(request, "refs.html", "Refs", every_s=_SLOW_S, rows=rows, states=states, choices=_REF_STATES)
+
+    async def _ref(self, request: Request) -> Response:
+        now = await self._reader.ref(RefId(request.path_params["ref"]))
+        if now is None:
+            name = request.path_params["ref"]
+            return self._missing(request, f"There is no ref {name}: it was collected, or never was.")
+        return self._shown(request, "ref.html", f"Ref {short(now.use.id)}", every_s=_SLOW_S, now=now)
+
+    async def _images(self, request: Request) -> Response:
+        wanted = _Filter.of(request)
+        found: list[ImageUse] = [use for use in await self._reader.images() if wanted.holds(use.name)]
+        return self._shown(request, "images.html", "Images", every_s=_SLOW_S, rows=_Rows(found, request), choices=())
+
+    async def _flights(self, request: Request) -> Response:
+        wanted = _Filter.of(request)
+        flights = [one for one in await self._reader.flights() if wanted.holds(one.key, one.owner)]
+        return self._shown(
+            request, "flights.html", "Flights", every_s=_LIVE_S, rows=_Rows(flights, request), choices=()
+        )
+
+    async def _registries(self, request: Request) -> Response:
+        wanted = _Filter.of(request)
+        budgets = [one for one in await self._reader.registries() if wanted.holds(one.host)]
+        return self._shown(
+            request, "registries.html", "Registries", every_s=_LIVE_S, rows=_Rows(budgets, request), choices=()
+        )
+
+    async def _avoided(self, request: Request) -> Response:
+        window = request.query_params.get("window", "")
+        window = window if window in _WINDOWS else "24h"
+        (total, slots), stocked = await asyncio.gather(self._reader.traffic(_WINDOWS[window]), self._reader.stocked())
+        return self._shown(
+            request,
+            "avoided.html",
+            "Avoided",
+            every_s=_SLOW_S,
+            total=total,
+            lazy_bytes=stocked.usage.avoided_bytes,
+            plot=plot.draw(slots),
+            window=window,
+            windows=tuple(_WINDOWS),
+        )
+
+    async def _jobs(self, request: Request) -> Response:
+        wanted = _Filter.of(request)
+        found = [
+            (record, targets)
+            for record, targets in await self._reader.newest_jobs()
+            if wanted.allows(record.state.value) and wanted.holds(record.id, *targets, *record.spec.labels.values())
+        ]
+        choices = tuple(one.value for one in JobState)
+        return self._shown(request, "jobs.html", "Jobs", every_s=_LIVE_S, rows=_Rows(found, request), choices=choices)
+
+    # -- jobs -------------------------------------------------------------------------------------------------
+
+    async def _job(self, request: Request) -> Response:
+        now = await self._reader.job(request.path_params["job"])
+        story = JobStory(now.definition)
+        story.take(now.events)
+        wall_s = time.time()
+        wanted = _Filter.of(request)
+        params = {"since": str(story.count), "q": wanted.words, "state": wanted.state}
+        events = f"/jobs/{now.record.id}/events?{urlencode({name: text for name, text in params.items() if text})}"
+        return self._shown(
+            request,
+            "job.html",
+            f"Job {short(now.record.id)}",
+            every_s=0,
+            record=now.record,
+            targets=now.targets,
+            story=story,
+            job=story.job(wall_s),
+            vertices=story.vertices(wall_s),
+            is_wanted=wanted.has_vertex,
+            choices=("waiting", "running", "cached", "completed", "failed", "cancelled"),
+            events="" if story.is_over else events,
+        )
+
+    async def _vertex(self, request: Request) -> Response:
+        now = await self._reader.job(request.path_params["job"])
+        watched = Digest(request.path_params["vertex"])
+        story = JobStory(now.definition, watched)
+        story.take(now.events)
+        if watched not in story.view.vertices:
+            return self._missing(request, f"Job {now.record.id} has no vertex {watched}.")
+        shown = story.shown(watched, time.time())
+        events = f"/jobs/{now.record.id}/events?{urlencode({'since': story.count, 'vertex': watched})}"
+        below = (
+            ()
+            if now.definition is None or watched not in now.definition.vertices
+            else tuple(dict.fromkeys(one for one in now.definition.vertices[watched].inputs if one))
+        )
+        return self._shown(
+            request,
+            "vertex.html",
+            shown.label,
+            every_s=0,
+            record=now.record,
+            story=story,
+            vertex=shown,
+            inputs=[story.shown(one, time.time()) for one in below],
+            lines=LOG_LINES,
+            events="" if story.is_over else events,
+        )
+
+    async def _events(self, request: Request) -> Response:
+        """Stream what changes of a job: elements of its page, each in place of the one that has its ID."""
+        record = await self._reader.jobs.find(request.path_params["job"])
+        watched = request.query_params.get("vertex")
+        definition = await self._reader.jobs.definition(record.id)
+        story = JobStory(definition, None if watched is None else Digest(watched))
+        told = self._told(record.id, story, _number(request, "since"), _Filter.of(request))
+        return StreamingResponse(told, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+
+    async def _told(self, job: JobId, story: JobStory, since: int, wanted: _Filter) -> AsyncIterator[str]:
+        # What was told before the page was made is gone through without a word. A browser that comes back after its
+        # connection dropped asks for the same again, and gets all that it may have missed.
+        is_first = True
+        try:
+            async with aclosing(_batches(self._reader.jobs.events(job))) as batches:
+                async for batch in batches:
+                    silent = max(0, min(len(batch), since - story.count))
+                    story.take(batch[:silent])
+                    if silent:
+                        story.forget_changes()
+                    said = story.take(batch[silent:])
+                    if story.count < since:
+                        continue
+                    yield _message("change", self._changes(job, story, said, wanted, is_first=is_first))
+                    is_first = False
+        except ClusterError as exc:
+            yield _message("change", self._render("gone.html", error=exc))
+        yield _message("end", "")
+
+    def _changes(self, job: JobId, story: JobStory, said: Sequence[LogLine], wanted: _Filter, *, is_first: bool) -> str:
+        wall_s = time.time()
+        return self._render(
+            "changes.html",
+            job_id=job,
+            job=story.job(wall_s),
+            vertices=story.changed(wall_s),
+            watched=story.watched,
+            log=story.log if is_first else said,
+            is_first=is_first,
+            is_wanted=wanted.has_vertex,
+        )
+
+    # -- how ---------------------------------------------------------------------------------------------------
+
+    def _render(self, template: str, **values: object) -> str:
+        return self._templates.get_template(template).render(**values)
+
+    def _shown(self, request: Request, template: str, title: str, *, every_s: int, **values: object) -> Response:
+        """Answer with a page; or, to one that looks again, with what is new of it, or with nothing where nothing is."""
+        params = [(name, value) for name, value in request.query_params.multi_items() if name != "have"]
+        here = request.url.path + (f"?{urlencode(params)}" if params else "")
+        inner = self._render(template, request=request, here=here, **values)
+        have = hashlib.sha256(inner.encode()).hexdigest()[:16]
+        if _is_part(request) and request.query_params.get("have") == have:
+            return Response(status_code=204)
+        look = f"{here}{'&' if params else '?'}have={have}"
+        live = {"inner": inner, "look": look, "every_s": every_s}
+        if _is_part(request):
+            return HTMLResponse(self._render("live.html", **live))
+        return HTMLResponse(
+            self._render("shell.html", title=title, request=request, choices=values.get("choices"), **live)
+        )
+
+    def _missing(self, request: Request, text: str, status: int = 404, hint: str = "") -> Response:
+        live = {"inner": self._render("error.html", text=text, hint=hint), "look": str(request.url.path), "every_s": 0}
+        if _is_part(request):
+            # Shown as it is: htmx leaves the page as it was where it is told of an error. And it looks again.
+            again = {**live, "look": request.url.path + "?" + str(request.url.query), "every_s": _LIVE_S}
+            return HTMLResponse(self._render("live.html", **again))
+        return HTMLResponse(self._render("shell.html", title="lazyfarm", request=request, choices=None, **live), status)
+
+    async def _not_found(self, request: Request, _: Exception) -> Response:
+        return self._missing(request, f"There is nothing at {request.url.path}.")
+
+    async def _failed(self, request: Request, exc: ClusterError) -> Response:
+        status = 404 if isinstance(exc, JobNotFoundError | AmbiguousJobError) else 503
+        return self._missing(request, str(exc), status, exc.hint)
+
+
+@dataclass(frozen=True, slots=True)
+class _Filter:
+    """What of a list one request is for."""
+
+    words: str
+    #: "" for any.
+    state: str
+
+    @classmethod
+    def of(cls, request: Request) -> _Filter:
+        """Read a request's filter."""
+        return cls(request.query_params.get("q", "").strip().lower(), request.query_params.get("state", ""))
+
+    def holds(self, *texts: str) -> bool:
+        """Tell whether every word is found in what is said of something, anywhere."""
+        said = "\n".join(texts).lower()
+        return all(word in said for word in self.words.split())
+
+    def allows(self, state: str) -> bool:
+        """Tell whether what is in that state is asked for."""
+        return self.state in ("", state)
+
+    def has_vertex(self, vertex: ShownVertex) -> bool:
+        """Tell whether a vertex is asked for."""
+        return self.allows(vertex.state) and self.holds(vertex.label, vertex.digest, vertex.node)
+
+
+class _Rows(Generic[T]):
+    """The rows of a list that one request is shown."""
+
+    def __init__(self, found: Sequence[T], request: Request) -> None:
+        self.total = len(found)
+        self.pages = max(1, -(-len(found) // ROWS))
+        self.page = min(max(_number(request, "page"), 1), self.pages)
+        self.first = (self.page - 1) * ROWS
+        self.shown = found[self.first : self.first + ROWS]
+        self._request = request
+
+    def link(self, page: int) -> str:
+        """Return the address of another part of the list."""
+        params = self._request.query_params.items()
+        kept = {name: value for name, value in params if name not in ("have", "page") and value}
+        return f"{self._request.url.path}?{urlencode({**kept, 'page': page})}"
+
+
+async def _batches(events: AsyncIterator[JobEvent]) -> AsyncGenerator[list[JobEvent]]:
+    """Yield events gathered over a short while; nothing, now and then, where none come. Raises what they raise."""
+    told: list[JobEvent] = []  # no longer than a job's stream may be
+    news = asyncio.Event()
+
+    async def read() -> None:
+        try:
+            async for event in events:
+                told.append(event)
+                news.set()
+        finally:
+            news.set()
+
+    reading = asyncio.create_task(read())
+    try:
+        while told or not reading.done():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TICK_S):
+                    await news.wait()
+            await asyncio.sleep(_GATHER_S)
+            news.clear()
+            batch, told[:] = told[:], []
+            yield batch
+        reading.result()
+    finally:
+        reading.cancel()
+        await asyncio.wait({reading})
+
+
+def _message(event: str, data: str) -> str:
+    lines = "".join(f"data: {line}\n" for line in data.splitlines() or [""])
+    return f"event: {event}\n{lines}\n"
+
+
+def _number(request: Request, name: str) -> int:
+    """Return a number of a request's address; 0 for what is none, or none that anything here could be."""
+    text = request.query_params.get(name, "")
+    return int(text) if text.isdecimal() and len(text) <= _DIGITS else 0
+
+
+def _is_part(request: Request) -> bool:
+    """Tell whether a page that is open asks for what is new of it."""
+    return request.headers.get("hx-request") == "true"
+
+
+def _is_in_state(use: RefUse, stocked: Stocked, state: str) -> bool:
+    match state:
+        case "lazy":
+            return stocked.stock.states[use.id].is_lazy
+        case "present":
+            return not stocked.stock.states[use.id].is_lazy
+        case "held":
+            return use.is_in_use
+        case "unheld":
+            return not use.is_in_use
+        case "shared":
+            return use.is_shared
+        case _:
+            return True
+
+
+def _said_of_ref(use: RefUse, stocked: Stocked) -> Iterable[str]:
+    state = stocked.stock.states[use.id]
+    return use.id, use.digest, use.description, *state.record.image_refs, *(one.source for one in state.providers)
+
+
+def _when(wall_s: float) -> str:
+    """Return a time as people read it; "" for none."""
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(wall_s)) if wall_s else ""

@@ -1,0 +1,402 @@
+"""The page over a real Redis: everything but a browser and a farm behind it."""
+
+from __future__ import annotations
+
+import html
+import re
+import socket
+import urllib.error
+import urllib.request
+from dataclasses import replace
+
+import pytest
+from starlette.testclient import TestClient
+
+from cluster.config import Config, WebConfig
+from cluster.digest import digest_of
+from cluster.errors import DigestMismatchError, StartError
+from cluster.graph import encode_definition
+from cluster.job import (
+    JobId,
+    JobSpec,
+    JobState,
+    LogStream,
+    VertexEvent,
+    VertexLayers,
+    VertexLog,
+    VertexState,
+)
+from cluster.messages import ActorRecord, NodeRecord, SessionInfo
+from cluster.progress import LayerPhase, ProgressItem
+from cluster.provider import ProviderHandle
+from cluster.ref import RefRecord
+from cluster.traffic import Traffic
+from cluster.wire import encode_error
+from lazyfarm.graph import image
+from lazyfarm.settings import load_running
+from lazyfarm.web.app import ROWS, build_app
+from lazyfarm.web.reading import FarmReader
+from storage.job_events import RedisJobEvents
+from storage.jobs import RedisJobStore
+from storage.presence import Presence
+from storage.services.local import LocalServices
+from storage.services.loopback import choose_ports, is_listening
+from storage.services.page import PageService, page_link, page_url
+from storage.services.state_dir import StateDir
+from storage.traffic import RedisTraffic
+from storage.whereabouts import RedisWhereabouts
+from tests.doubles.collect import Bench, L, chain, layer
+from tests.doubles.observed import eventually
+from tests.doubles.redis import redis_binaries
+from tests.doubles.stores import FarmOfRedis
+
+pytestmark = pytest.mark.redis
+
+TOKEN = "the-token"
+IMAGE = "docker.io/example/app:1"
+SOURCE = ProviderHandle(registry="registry.example", repository="example/app")
+#: What a name may be that somebody else chose.
+EVIL = '"><script>alert(1)</script>'
+PART = {"hx-request": "true"}
+
+
+class PagedFarm(FarmOfRedis):
+    """A farm whose page is asked."""
+
+    client: TestClient
+
+    @property
+    def link(self):
+        return self.links[0]
+
+    def get(self, path, *, status=200, **headers):
+        answer = self.client.get(path, headers=headers)
+        assert answer.status_code == status, answer.text
+        return answer.text
+
+    def words(self, path, **options):
+        """Return what a page says, without its marks."""
+        return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", self.get(path, **options))).split())
+
+    async def submit(self, name, graph):
+        definition = graph.definition()
+        payload = encode_definition(definition)
+        spec = JobSpec(
+            id=JobId(name),
+            definition=digest_of(payload),
+            targets=definition.targets,
+            session=SessionInfo(session_id="s"),
+        )
+        await RedisJobStore(self.link, self.keys).submit(spec, payload)
+        return definition
+
+    async def tell(self, job, *events):
+        await RedisJobEvents(self.link, self.keys).publish(JobId(job), events)
+
+    async def end(self, job, state, error=b""):
+        store = RedisJobStore(self.link, self.keys)
+        (claimed,) = [c for c in await store.claim("s0", ttl_s=60.0, most=9) if c.claim.job == job]
+        await store.end(claimed.claim, state, error=error)
+
+
+@pytest.fixture
+async def farm(redis_servers, tmp_path):
+    """A farm with an image of two layers, the lower one present; a driver holds it."""
+    farm = PagedFarm(redis_servers(next(iter(redis_binaries()))).config, tmp_path / "state")
+    stores = farm.stores()
+    bench = Bench(stores)
+    await bench.pull(IMAGE, "base", "top")
+    await stores.refs.add_providers(layer("top").digest, [SOURCE])
+    await bench.fetch(layer("base").digest)
+    reader = FarmReader(load_running(farm.state_dir, {}))
+    with TestClient(
+        build_app(reader, token=TOKEN, cookie="c"),
+        base_url="http://127.0.0.1",
+        headers={"authorization": f"Bearer {TOKEN}"},
+    ) as farm.client:
+        yield farm
+    await farm.close()
+
+
+# -- pages ----------------------------------------------------------------------------------------------------
+
+
+async def test_the_farm_page_tells_what_runs_and_what_is_wrong(farm):
+    """As `lazyfarm status` does, and what is stored."""
+    presence = Presence(farm.link, farm.keys)
+    await presence.announce_nodes(
+        [NodeRecord(id=f"n{n}", ray_id=str(n), address=f"127.0.0.{n + 2}", alive=n == 0) for n in range(2)]
+    )
+    await presence.announce(
+        ActorRecord(name="fetch-worker-n0", kind="fetch-worker", node="n0", pid=4711, state="ready")
+    )
+    said = farm.words("/")
+    for fact in (
+        "node n1 is dead",
+        "no supervisor runs",
+        "fetch-worker-n0 fetch-worker n0 4711 ● ready".replace("● ", ""),
+        "n0 127.0.0.2 alive",
+        "2 refs, 1 lazy",
+        "1 image ",
+        "100 B lazy: not pulled",
+        "the farm's directory",
+        "S3 http://127.0.0.1:9",
+    ):
+        assert fact in said, said
+
+
+async def test_refs_are_filtered_and_lead_to_all_that_is_known_of_one(farm):
+    """State, blob, providers, who holds it, where it is unpacked."""
+    lower, upper = chain("base", "top")
+    await Presence(farm.link, farm.keys).announce_nodes([NodeRecord(id="n7", ray_id="7", address="a", alive=True)])
+    await RedisWhereabouts(farm.link, farm.keys).note_here("n7", [lower.chain])
+
+    assert f'href="/refs/{lower.id}"' in farm.get("/refs?state=present")
+    assert upper.id not in farm.get("/refs?state=present")
+    assert lower.id not in farm.get("/refs?state=lazy")
+    assert "1\u20131 of 1 ref" in farm.words(f"/refs?q={upper.blob.digest[7:20]}")
+    assert "1\u20131 of 1 ref" in farm.words("/refs?q=EXAMPLE/app%20registry.example")
+    assert "no ref" in farm.words("/refs?state=unheld")
+
+    said = farm.words(f"/refs/{lower.id}")
+    for fact in (lower.blob.digest, "present", f"blobs/{lower.blob.digest}/", "Unpacked on n7", "owner=driver"):
+        assert fact in said, said
+    said = farm.words(f"/refs/{upper.id}")
+    for fact in ("lazy", "registry.example /example/app", IMAGE, "no: nobody has needed its bytes", L):
+        assert fact in said, said
+    assert "There is no ref sha256:0" in farm.words("/refs/sha256:0", status=404)
+
+
+async def test_a_long_list_comes_in_parts(farm):
+    """One part costs what it shows; a number that makes no sense is the nearest that does."""
+    stores = farm.stores()
+    records = [RefRecord.over(layer(f"one-{n}"), None, "example/many:1") for n in range(2 * ROWS)]
+    await stores.refs.get_or_create(records, {}, lease_id=L)
+    total = 2 * ROWS + 2
+    seen: set[str] = set()
+    for page in (1, 2, 3):
+        found = set(re.findall(r'href="/refs/(sha256:[0-9a-f]{64})"', farm.get(f"/refs?page={page}&q=")))
+        assert len(found) == (ROWS if page < 3 else 2)
+        seen |= found
+    assert len(seen) == total
+    assert f"1\u2013{ROWS} of {total} refs next" in farm.words("/refs")
+    assert 'href="/refs?q=one&amp;page=2"' not in farm.get("/refs?q=one-7")
+    assert 'href="/refs?q=example%2Fmany&amp;page=2"' in farm.get("/refs?q=example/many")
+    for page in ("0", "-1", "999", "x", "²", "9" * 5000):
+        assert "of 102 refs" in farm.words(f"/refs?page={page}")
+
+
+async def test_images_flights_registries_and_what_was_avoided(farm):
+    """Each list with its figures."""
+    stores = farm.stores()
+    flying = digest_of(b"flying")
+    owned = await stores.flights.join(f"blob:{flying}", worker="n1/x", token="t", ttl_s=600.0)
+    await stores.flights.join(f"blob:{flying}", worker="n2/y", token="u", ttl_s=600.0)
+    await stores.flights.report(owned.fence, 1 << 20, 4 << 20)
+    await stores.limiter.throttled("registry.example", 0.0)
+    traffic = RedisTraffic(farm.link, farm.keys)
+    traffic.note(Traffic(fetched_bytes=5 << 20, not_pushed_bytes=3 << 20, joined=4))
+    await eventually(lambda: farm.link.execute("EXISTS", farm.keys.traffic), "the figures to be noted")
+
+    assert f"{IMAGE} 100 B 100 B 100 B held" in farm.words("/images")
+    assert f"layer {flying[:19]} n1 1 1.0 MiB of 4.0 MiB" in farm.words("/flights")
+    assert "Nothing is under way" in farm.words("/flights?q=n9")
+    assert "registry.example reduced 0 of 2 (12) 0" in farm.words("/registries")
+    said = farm.words("/avoided?window=6h")
+    assert "3.0 MiB not pushed 4 requests that joined another's 5.0 MiB moved" in said
+    assert 'class="not-pushed"' in farm.get("/avoided")
+
+
+def test_what_has_not_changed_is_not_sent_again(farm):
+    """Who looks on asks again and again: nothing, until there is something new."""
+    page = farm.get("/images")
+    look = html.unescape(re.search(r'hx-get="(/images\?have=[^"]+)"', page)[1])
+    assert farm.get(look, status=204, **PART) == ""
+    part = farm.get("/images?q=nothing&have=0", **PART)
+    assert part.startswith('<div id="live"')
+    assert "no image" in part
+
+
+def test_nothing_is_run_or_taken_from_elsewhere(farm):
+    """Every script, style and picture is a file of ours; none is in a page."""
+    for path in ("/", "/refs", "/jobs", "/avoided"):
+        page = farm.get(path)
+        assert re.findall(r"<script(?![^>]*\bsrc=)|\son\w+=|\sstyle=|javascript:", page) == []
+        for address in re.findall(r'(?:src|href)="([^"]+)"', page):
+            assert address.startswith(("/", "#")), address
+            if address.startswith("/static/"):
+                assert farm.get(address)
+    farm.get("/static/%2e%2e/app.py", status=404)
+
+
+async def test_a_farm_without_redis_says_so(farm):
+    """To who comes, with what to do; a page that is open shows it and goes on looking."""
+    reader = FarmReader(
+        replace(
+            load_running(farm.state_dir, {}),
+            running=replace(load_running(farm.state_dir, {}).running, redis_url="redis://127.0.0.1:1/0"),
+            wanted=Config(redis=replace(Config().redis, timeout_s=0.1)),
+        )
+    )
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    with TestClient(build_app(reader, token=TOKEN, cookie="c"), base_url="http://127.0.0.1", headers=headers) as client:
+        answer = client.get("/flights")
+        assert (answer.status_code, "127.0.0.1:1" in answer.text) == (503, True)
+        part = client.get("/flights?q=x", headers=PART)
+        assert (part.status_code, 'hx-get="/flights?q=x"' in part.text) == (200, True)
+
+
+# -- jobs -----------------------------------------------------------------------------------------------------
+
+
+def told(stream):
+    """Return the changes that a stream of server-sent events brought, and what it ended with."""
+    *changes, end = stream.strip().split("\n\n")
+    assert all(block.startswith("event: change\ndata: ") for block in changes)
+    return "\n".join(line.removeprefix("data: ") for block in changes for line in block.split("\n")[1:]), end
+
+
+def fetching(vertex, phase, current=0, detail=""):
+    item = ProgressItem(
+        item=f"fetch:{layer('top').digest}", phase=phase, current_bytes=current, total_bytes=4 << 20, detail=detail
+    )
+    return VertexLayers(vertex=vertex, item=item)
+
+
+@pytest.fixture
+async def failed(farm):
+    """A job whose image's layer came wrong; its command had said something before."""
+    graph = image(IMAGE).named("FROM app").run("make").named(f"RUN make {EVIL}")
+    definition = await farm.submit("4f2a00", graph)
+    base, run = definition.order
+    error = encode_error(DigestMismatchError("sha256:1", "sha256:2", f"registry.example/{EVIL}"))
+    await farm.tell(
+        "4f2a00",
+        VertexEvent(vertex=base, name="FROM app", state=VertexState.RUNNING),
+        fetching(base, LayerPhase.FETCHING, 1 << 20),
+        VertexEvent(vertex=run, name=f"RUN make {EVIL}", state=VertexState.RUNNING),
+        VertexLog(vertex=run, stream=LogStream.STDOUT, text=f"one\n{EVIL}\n\x1b[31mred\x1b[0m\n"),
+        fetching(base, LayerPhase.FAILED, 2 << 20, detail="served other bytes"),
+        VertexEvent(vertex=base, name="FROM app", state=VertexState.FAILED, error=error),
+        VertexEvent(vertex=run, name=f"RUN make {EVIL}", state=VertexState.CANCELLED),
+    )
+    await farm.end("4f2a00", JobState.FAILED, error)
+    return definition
+
+
+def test_jobs_are_listed_filtered_and_found_by_their_beginning(farm, failed):
+    """As on the command line."""
+    assert "4f2a00 failed" in farm.words("/jobs?state=failed&q=make")
+    assert "No job" in farm.words("/jobs?state=running")
+    assert "4f2a00" in farm.words("/jobs/4f")
+    assert "nosuch" in farm.words("/jobs/nosuch", status=404)
+    assert farm.words(f"/jobs/4f/{digest_of(b'none')}", status=404)
+
+
+def test_a_late_visitor_sees_the_whole_story(farm, failed):
+    """States, layers, error, hint and graph, without a script; and there is nothing to wait for."""
+    base, run = failed.order
+    page = farm.get("/jobs/4f2a00")
+    said = farm.words("/jobs/4f2a00")
+    for fact in ("0 of 2 vertices done", "2.0 MiB of 4.0 MiB", "served other bytes", "try another mirror"):
+        assert fact in said, said
+    assert f'id="n-{base[7:23]}" class="node failed"' in page
+    assert f'id="n-{run[7:23]}" class="node cancelled"' in page
+    assert "sse-connect" not in page
+    filtered = farm.get("/jobs/4f2a00?state=failed")
+    assert re.findall(r'<li id="v-\w+" class="vertex (\w+)" hidden>', filtered) == ["cancelled"]
+    log = farm.words(f"/jobs/4f2a00/{run}")
+    assert f"one 0.000 {EVIL} 0.000 red" in log
+
+
+@pytest.mark.parametrize(
+    "path", ["/jobs", "/jobs/4f2a00", "/jobs/4f2a00/{run}", "/jobs/4f2a00/events", "/refs?q={evil}"]
+)
+def test_what_others_chose_is_text(farm, failed, path):
+    """Names, logs, errors and what was asked for are shown, never obeyed."""
+    page = farm.get(path.format(run=failed.order[1], evil=EVIL))
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+
+
+def test_events_bring_what_is_new_since_the_page_was_made(farm, failed):
+    """Each vertex and its place in the graph once, in the place of what has its ID; then the end."""
+    base, run = failed.order
+    changes, last = told(farm.get("/jobs/4f2a00/events?since=0"))
+    assert last == "event: end\ndata:"
+    for vertex in (base, run):
+        assert changes.count(f'id="v-{vertex[7:23]}"') == changes.count(f'id="n-{vertex[7:23]}"') == 1
+    assert changes.count("hx-swap-oob") == 5
+    changes, _ = told(farm.get("/jobs/4f2a00/events?since=6"))
+    assert f'id="v-{run[7:23]}"' in changes
+    assert f'id="v-{base[7:23]}"' not in changes
+    changes, _ = told(farm.get("/jobs/4f2a00/events?since=0&state=failed"))
+    assert re.findall(r'<li id="v-(\w+)"[^>]* hidden>', changes) == [run[7:23]]  # what is filtered out comes hidden
+
+
+def test_a_vertex_is_told_its_log(farm, failed):
+    """Whole at first: who comes back after a drop misses nothing and sees nothing twice."""
+    base, run = failed.order
+    changes, _ = told(farm.get(f"/jobs/4f2a00/events?since=5&vertex={run}"))
+    assert 'id="log"' in changes
+    assert changes.count("red") == 1
+    assert f'id="v-{base[7:23]}"' not in changes
+
+
+async def test_a_page_of_a_job_that_runs_listens(farm):
+    """From where it was made."""
+    definition = await farm.submit("77", image(IMAGE).run("make"))
+    await farm.tell("77", VertexEvent(vertex=definition.order[0], name="FROM", state=VertexState.RUNNING))
+    assert 'sse-connect="/jobs/77/events?since=1"' in farm.get("/jobs/77")
+    assert "since=1&amp;vertex=sha256%3A" in farm.get(f"/jobs/77/{definition.order[0]}")
+
+
+# -- its process ----------------------------------------------------------------------------------------------
+
+
+def fetch(address):
+    try:
+        with urllib.request.urlopen(address) as answer:  # noqa: S310 - of our own
+            return answer.status
+    except urllib.error.HTTPError as refused:
+        return refused.code
+
+
+def test_the_process_starts_once_keeps_its_address_and_ends(farm):
+    """Repaired after a kill, at the same address and with the same token; started anew where it is wanted otherwise."""
+    services = LocalServices(farm.state_dir, Config())
+    try:
+        assert services.up_page(Config()) == (["page"], [])
+        assert services.up_page(Config()) == ([], [])
+        url, link = page_url(farm.state_dir), page_link(farm.state_dir)
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with opener.open(link) as answer:
+            assert (answer.status, answer.url) == (200, f"{url}/")
+        assert fetch(url) == 401
+        log = (farm.state_dir / "logs" / "page.log").read_text()
+        assert link.rpartition("=")[2] not in log
+
+        page = PageService(StateDir(farm.state_dir))
+        before = page.process.pid
+        assert page.is_alive()
+        other = replace(Config(), cache=replace(Config().cache, shards=5))
+        assert services.up_page(other) == (["page"], [])
+        assert page.process.pid != before
+        assert (page_url(farm.state_dir), page_link(farm.state_dir)) == (url, link)
+        assert services.up_page(Config(web=WebConfig(enabled=False))) == ([], ["page"])
+        assert (page_url(farm.state_dir), page.is_alive()) == ("", False)
+    finally:
+        PageService(StateDir(farm.state_dir)).stop()
+
+
+def test_a_port_that_is_taken_is_said(farm):
+    """A port that was asked for is not exchanged for another."""
+    port = choose_ports(["http"], {})["http"]
+    with socket.create_server(("127.0.0.1", port)):
+        assert is_listening(port)
+        page = PageService(StateDir(farm.state_dir))
+        try:
+            with pytest.raises(StartError):
+                page.start(WebConfig(port=port), "d")
+        finally:
+            page.stop()
