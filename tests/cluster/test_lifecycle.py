@@ -182,7 +182,7 @@ def test_down_ends_all_of_the_farm_and_nothing_else_and_up_finds_its_data(farm, 
         assert mounts(farm) or os.geteuid() != 0
         told = farm.cli_json("down")
         assert set(told) == {"stopped"}
-        assert {"redis", "s3-proxy", "ray-n0", "ray-n1", "ray-n2", "ray-dashboard"} <= set(told["stopped"])
+        assert {"redis", "s3-proxy", "ray-n0", "ray-n1", "ray-n2", "ray-dashboard", "page"} <= set(told["stopped"])
         until_gone(before)
         assert processes(farm) == {}
         assert mounts(farm) == []
