@@ -28,6 +28,7 @@ from cluster.errors import (
     ClusterError,
     DeadlineExceededError,
     InternalError,
+    NodeDiskError,
     RefNotFoundError,
     SnapshotError,
     SourceDateError,
@@ -357,7 +358,7 @@ class OpPerformer:
         """Undo a mount or a workspace: where the node won't, that is not what became of the op."""
         try:
             await self._in_thread(work)
-        except SnapshotError as exc:
+        except (SnapshotError, NodeDiskError) as exc:
             _log.warning("op.left_behind", error=str(exc))
 
 
