@@ -1,8 +1,11 @@
-"""Small file systems of a test's own, to be filled."""
+"""Disks for tests: small file systems of their own, to be filled, and one that is made up."""
 
+import asyncio
 import os
 import subprocess
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
+
+from cluster.disk_room import BoundlessDisk
 
 MIB = 1024**2
 
@@ -44,3 +47,23 @@ def fill(path, *, leaving_bytes):
     with squatter.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, free_bytes(path) - leaving_bytes)
     return squatter
+
+
+class CrowdedDisk(BoundlessDisk):
+    """A disk that has no room until it is told; counts what waits for it."""
+
+    def __init__(self):
+        self.room = asyncio.Event()
+        self.error = None
+        self.waiting = []
+
+    @asynccontextmanager
+    async def reserved(self, what, parts, on_wait):
+        self.waiting.append(what)
+        if not self.room.is_set():
+            await on_wait(f"no room for {what}")
+        await self.room.wait()
+        if self.error:
+            raise self.error
+        yield
+        self.waiting.remove(what)
