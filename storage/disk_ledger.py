@@ -102,11 +102,17 @@ class _Shortage:
 
 
 class _Patience:
-    """How long somebody waits, and when it does what meanwhile."""
+    """How long somebody waits, and when it does what meanwhile.
 
-    def __init__(self, wait_s: float) -> None:
+    Args:
+        wait_s: Seconds until it gives up.
+        first_s: Seconds that it waits longer if it is first in line by then.
+    """
+
+    def __init__(self, wait_s: float, *, first_s: float = 0.0) -> None:
         self._began_s = time.monotonic()
         self._wait_s = wait_s
+        self._first_s = first_s
         self._made_s = self._told_s = -_MAKE_EVERY_S
 
     @property
@@ -115,6 +121,12 @@ class _Patience:
 
     def is_over(self) -> bool:
         return self.waited_s >= self._wait_s
+
+    def is_prolonged(self) -> bool:
+        """Tell whether it waits longer, being first in line, and prolong it."""
+        more_s, self._first_s = self._first_s, 0.0
+        self._wait_s += more_s
+        return more_s > 0.0
 
     def is_time_to_make_room(self) -> bool:
         """Tell whether to try; the first time at once, and once more at the end."""
@@ -240,7 +252,8 @@ class DiskLedger:
         Raises:
             NodeDiskError: there is no room for it.
         """
-        patience = _Patience(self._wait_s)
+        # Of two that have written much and wait for one another's room, the later gives way, the other goes on.
+        patience = _Patience(self._wait_s, first_s=self._wait_s)
         ask = _Ask(item.what, grown=item, ticket=item.ticket)
         try:
             while True:
@@ -281,7 +294,7 @@ class DiskLedger:
             with suppress(ClusterError):  # then it is waited for, or said to lack
                 self._make_room(shortage.missing_bytes)
             shortage = self._look(ask, is_last=is_last)
-        if shortage is not None and is_last:
+        if shortage is not None and is_last and not (shortage.is_first and patience.is_prolonged()):
             raise NodeDiskError(str(self._disk), f"{shortage.said}; waited {patience.waited_s:.0f} s")
         return shortage
 

@@ -370,6 +370,27 @@ async def test_growing_ends_with_an_error_too(ledger_of, disk):
         assert free_bytes(disk) >= HEADROOM + 40 * MIB
 
 
+async def test_of_two_that_wait_for_one_another_the_later_gives_way(ledger_of, disk):
+    """Both turn out bigger than what is left: one fails, and with what it gives back the other comes to its end."""
+    earlier, later = ledger_of(wait_s=3.0), ledger_of(wait_s=3.0)
+
+    async def pull(ledger, name):
+        try:
+            with ledger.spending("part", go_on) as spend:
+                await asyncio.to_thread(write, disk / name, spend, 40)
+        finally:
+            (disk / name).unlink()
+
+    async with earlier.reserved("the earlier", [part(28)], nobody):
+        async with later.reserved("the later", [part(28)], nobody):
+            first = asyncio.create_task(pull(earlier, "earlier"))
+            # By the time alone it would be this one that gives up, as it has begun to wait before the other does.
+            await eventually(lambda: "1 wait" in repr(earlier))
+            with pytest.raises(NodeDiskError):
+                await asyncio.wait_for(pull(later, "later"), 30)
+        await asyncio.wait_for(first, 30)
+
+
 async def test_allocating_takes_of_what_is_reserved(ledger_of, disk):
     """A blob's file is allocated whole: of a pull's reservation where there is one, else of what is free just now."""
     ledger, other = ledger_of(), ledger_of()
