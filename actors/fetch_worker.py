@@ -71,6 +71,7 @@ from cluster.traffic import fetch_traffic, push_traffic
 from cluster.wire import decode
 from storage.blobs import S3ContentStore
 from storage.containers.caches import Caches
+from storage.disk_ledger import DiskLedger
 from storage.fetching import StoredBlobs, ThreadedTransfers
 from storage.keys import Keys
 from storage.local_blobs import NodeBlobs
@@ -160,13 +161,32 @@ class FetchWorker(SessionServer):
         snapshotter = await loop.run_in_executor(
             threads, choose, root / "snapshots", config.node.snapshotter, LayerLimits.of(config.node)
         )
+        collector = NodeCollector(
+            node=boot.node,
+            root=root,
+            snapshotter=snapshotter,
+            cache=cache,
+            caches=Caches.of_node(root / "containers"),
+            refs=stores.refs,
+            whereabouts=stores.whereabouts,
+            now_wall_s=time.time,
+        )
+        disk = DiskLedger(root, make_room=collector.make_room, wait_s=config.node.disk_wait_s)
         left = [*left, *await loop.run_in_executor(threads, snapshotter.recover)]
         if left:
             log.info("node.recovered", removed=len(left))
         snapshots = await loop.run_in_executor(threads, lambda: list(snapshotter.snapshots()))
         with contextlib.suppress(ClusterError):
             await stores.whereabouts.note_here(boot.node, snapshots)
-        blobs = NodeBlobs(cache, store, stores.refs, loop=loop, threads=threads, downloads=config.fetch.layers_per_node)
+        blobs = NodeBlobs(
+            cache,
+            store,
+            stores.refs,
+            loop=loop,
+            threads=threads,
+            downloads=config.fetch.layers_per_node,
+            disk=disk,
+        )
         renewer = RedisFlightRenewer(config.redis, Keys(config.farm.name))
         transfers = ThreadedTransfers(
             store=store,
@@ -201,6 +221,7 @@ class FetchWorker(SessionServer):
             deadline_s=config.flight.deadline_s,
             max_transfers=config.fetch.layers_per_node,
             clock=time.monotonic,
+            disk=disk,
         )
         stored = StoredBlobs(store)
         keeper = Keeper(
@@ -211,16 +232,6 @@ class FetchWorker(SessionServer):
             small=stored,
             new_token=new_token,
             flight_ttl_s=config.flight.lease_ttl_s,
-        )
-        collector = NodeCollector(
-            node=boot.node,
-            root=root,
-            snapshotter=snapshotter,
-            cache=cache,
-            caches=Caches.of_node(root / "containers"),
-            refs=stores.refs,
-            whereabouts=stores.whereabouts,
-            now_wall_s=time.time,
         )
         self._parts = _Parts(
             config=config,
@@ -241,6 +252,7 @@ class FetchWorker(SessionServer):
                 deadline_s=config.flight.deadline_s,
                 clock=time.monotonic,
                 notes=stores.whereabouts,
+                disk=disk,
             ),
             pusher=Pusher(
                 target=stores.registry,

@@ -27,10 +27,12 @@ from cluster.wire import decode
 from storage.blobs import S3ContentStore
 from storage.cache_keys import RedisKeyStore
 from storage.containers.runc import Runc
+from storage.disk_ledger import DiskLedger
 from storage.job_events import RedisJobEvents
 from storage.keys import Keys
 from storage.layer_upload import LayerStore
 from storage.local_trees import LocalTrees
+from storage.node_cache import NodeCache
 from storage.node_roots import hold_node_root
 from storage.op_performer import OpPerformer
 from storage.presence import Presence
@@ -83,6 +85,7 @@ class OpWorker(SessionServer):
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="blocking"))
         root = node_root(boot)
         await asyncio.to_thread(hold_node_root, root)
+        cache = await asyncio.to_thread(NodeCache, root / "cache", config.node.cache_bytes)
         containers = Runc(root / "containers")
         snapshotter = await asyncio.to_thread(
             choose, root / "snapshots", config.node.snapshotter, LayerLimits.of(config.node)
@@ -109,6 +112,7 @@ class OpWorker(SessionServer):
             refs=stores.refs,
             leases=stores.leases,
             threads=threads,
+            disk=DiskLedger(root, make_room=cache.make_room, wait_s=config.node.disk_wait_s),
             compression=Compression(config.build.compression),
         )
 

@@ -252,6 +252,7 @@ RANGES: dict[str, Range] = {
     "node.max_used_bytes": Range(0, 1024 * _TIB),
     "node.min_free_bytes": Range(0, 1024 * _TIB),
     "node.unused_s": Range(1, 3660 * _DAY_S),
+    "node.disk_wait_s": Range(0, _DAY_S),
     "build.schedulers": Range(1, 64),
     "build.ops_per_node": Range(1, 1024),
     "build.op_timeout_s": Range(1, 7 * _DAY_S),

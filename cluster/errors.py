@@ -1328,7 +1328,13 @@ class UnavailableError(ClusterError):
 class NodeDiskError(UnavailableError):
     """This node's disk is full or fails; another node may well do what this one can't."""
 
-    _hint = "free space on the node, or lower node.cache_bytes; `lazyfarm doctor` shows what is free"
+    _hint = (
+        "`lazyfarm prune --nodes` removes what nobody holds from the nodes' disks; else free space there, give "
+        "node.root a bigger one, lower node.cache_bytes, or wait longer: node.disk_wait_s"
+    )
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason}"
 
 
 class RateLimitedError(UnavailableError):

@@ -19,6 +19,7 @@ from typing import BinaryIO, Protocol, Self
 
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
+from cluster.disk_room import Spend, unbounded
 from cluster.flight.values import (
     Committed,
     Failed,
@@ -159,6 +160,7 @@ class Snapshotter(Protocol):
         layer: Descriptor,
         stream: ByteStream,
         await_parent: Callable[[], None],
+        spend: Spend = unbounded,
     ) -> AppliedLayer:
         """Unpack *stream*, the blob of *layer* as stored, on top of *parent*, and publish it as *chain*.
 
@@ -175,14 +177,16 @@ class Snapshotter(Protocol):
                 the lower layers must be seen (a directory missing from the tar, a link into a lower
                 layer), and in any case before publishing, so that layers unpack in parallel exactly
                 where that is exact.
+            spend: Called before bytes are written to the disk.
 
         Raises:
             LayerError: the layer is truncated or malformed, or (UnsafeEntryError) leaves its root.
             UnprivilegedEntryError: without root, an entry can't be made and its absence would show.
             DiffIdMismatchError: it unpacks to another diff ID; nothing is published.
             SnapshotGoneError: the parent is not here any more.
-            SnapshotError: the disk refused.
-            ClusterError: whatever *stream* or *await_parent* raised, unchanged.
+            NodeDiskError: the disk is full or fails.
+            SnapshotError: the kernel refused.
+            ClusterError: whatever *stream*, *await_parent* or *spend* raised, unchanged.
         """
         ...
 

@@ -28,6 +28,7 @@ from cluster.errors import (
     ExportError,
     InternalError,
     InvalidDescriptorError,
+    NodeDiskError,
     SnapshotError,
 )
 from cluster.ports import ByteStream, ContentStore, RefStore
@@ -85,7 +86,7 @@ class Exporter:
             BlobNotFoundError: a blob isn't in the content store.
             BlobDamagedError: its bytes there are others; it is lazy from now on.
             ExportError: the destination can't be written.
-            LayerError, SnapshotError: a layer can't be unpacked, for its files.
+            LayerError, SnapshotError, NodeDiskError: a layer can't be unpacked, for its files.
         """
         needs_files = output.kind in (OutputKind.LOCAL, OutputKind.TAR)
         blobs = await self._blobs(image, needs_foreign=needs_files)
@@ -310,7 +311,7 @@ class _Work:
                 stream.finish()
             if below is not None:
                 # The next has its own copy of it all. Without root some of it may resist: it goes in the end.
-                with contextlib.suppress(SnapshotError):
+                with contextlib.suppress(SnapshotError, NodeDiskError):
                     snapshotter.remove(below)
             below = chain
         return below or EMPTY_CHAIN

@@ -11,6 +11,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from cluster.digest import Digest
+from cluster.disk_room import BoundlessDisk, NodeDisk, Part
 from cluster.errors import (
     BlobDamagedError,
     BlobNotFoundError,
@@ -163,12 +164,14 @@ class NodeBlobs:
         loop: asyncio.AbstractEventLoop,
         threads: Executor,
         downloads: int,
+        disk: NodeDisk | None = None,
     ) -> None:
         self._cache = cache
         self._store = store
         self._refs = refs
         self._loop = loop
         self._threads = threads
+        self._disk = disk or BoundlessDisk()
         self._slots = FairSlots(downloads)
         self._arriving: dict[Digest, ArrivingBlob] = {}
         self._wanted: dict[Digest, _Wanted] = {}
@@ -192,7 +195,9 @@ class NodeBlobs:
         Raises:
             UnavailableError: the disk has no room for it.
         """
-        arriving = ArrivingBlob(digest, self._cache.staging(digest, size_bytes), self._loop, origins)
+        with self._disk.allocating(f"fetching {digest}", Part.of_blob(digest, size_bytes)):
+            staging = self._cache.staging(digest, size_bytes)
+        arriving = ArrivingBlob(digest, staging, self._loop, origins)
         self._loop.call_soon_threadsafe(self._note_arriving, arriving)
         return arriving
 
@@ -213,6 +218,10 @@ class NodeBlobs:
             self._wake(blob.digest)
 
     # -- what unpacking asks ---------------------------------------------------------------------------
+
+    def has(self, digest: Digest) -> bool:
+        """Tell whether the whole blob is on the disk."""
+        return self._cache.has(digest)
 
     async def get(self, digest: Digest, tenants: Iterable[str] = ()) -> FollowedBlob | WholeBlob:
         """Wait until the blob's bytes are here or arriving; bring them from S3 where they are only there.

@@ -138,6 +138,23 @@ class NodeCache:
                 raise self._too_full(size_bytes) from exc
         return StagingFile(fd, path, self._blobs / hex_of(digest), digest, size_bytes)
 
+    def has(self, digest: Digest) -> bool:
+        """Tell whether a blob is here, without using it."""
+        return (self._blobs / hex_of(digest)).exists()
+
+    def make_room(self, wanted_bytes: int) -> int:
+        """Evict blobs, least recently used first, until so many bytes are freed; return how many are.
+
+        Those that this process reads stay. What another reads may go: its bytes are free when it has read them.
+        """
+        freed = 0
+        with self._exclusively():
+            for entry in self._by_use():
+                if freed >= wanted_bytes:
+                    break
+                freed += self._evict(entry)
+        return freed
+
     def verify(self, digest: Digest, identity: FileIdentity | None = None) -> bool:
         """Read a blob and compare its digest; a damaged one is removed. Tell whether it is here and whole.
 
@@ -207,20 +224,27 @@ class NodeCache:
             )
 
     def _make_room(self, size_bytes: int) -> None:
-        entries = sorted(_entries(self._blobs), key=lambda entry: entry.used_ns)
+        entries = self._by_use()
         held = sum(entry.size_bytes for entry in entries) + sum(entry.size_bytes for entry in _entries(self._staging))
         for entry in entries:
             is_capped = held + size_bytes > self._max_bytes
             if not is_capped and self._free_bytes() >= size_bytes:
                 return
-            if self._is_read(entry.path.name):
-                continue
-            entry.path.unlink(missing_ok=True)
-            held -= entry.size_bytes
-            with self._state_lock:
-                self._evicted += 1
+            held -= self._evict(entry)
         if self._free_bytes() < size_bytes:
             raise self._too_full(size_bytes)
+
+    def _by_use(self) -> list[_Entry]:
+        return sorted(_entries(self._blobs), key=lambda entry: entry.used_ns)
+
+    def _evict(self, entry: _Entry) -> int:
+        """Remove a blob unless it is being read; return the bytes that this frees."""
+        if self._is_read(entry.path.name):
+            return 0
+        entry.path.unlink(missing_ok=True)
+        with self._state_lock:
+            self._evicted += 1
+        return entry.size_bytes
 
     def _free_bytes(self) -> int:
         return shutil.disk_usage(self.root).free - self._headroom_bytes

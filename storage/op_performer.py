@@ -24,21 +24,24 @@ import structlog
 
 from cluster.descriptor import Compression, Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest, digest_of
+from cluster.disk_room import BoundlessDisk, NodeDisk, Part
 from cluster.errors import (
     ClusterError,
     DeadlineExceededError,
     InternalError,
+    NodeDiskError,
     RefNotFoundError,
     SnapshotError,
     SourceDateError,
 )
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.graph import DiffOp, FileOp, ImageOp, LocalOp, MergeOp, Op, RunOp, Vertex, content_inputs
+from cluster.job import LogStream
 from cluster.lease import LeaseId, blob_resource
 from cluster.ports import LeaseStore, RefStore
 from cluster.provider import FARM
 from cluster.ref import RefId, RefRecord
-from storage.containers.logs import LogSink
+from storage.containers.logs import LogLine, LogSink
 from storage.containers.runc import Runc
 from storage.file_ops.actions import describe, perform
 from storage.file_ops.checksum import content_digest, mount_digest
@@ -60,6 +63,8 @@ T = TypeVar("T")
 _EMPTY_DIFF_ID: Final = digest_of(bytes(1024))
 _SOURCE_DATE: Final = re.compile(r"[0-9]{1,12}\Z", re.ASCII)
 _DESCRIPTION_CHARACTERS: Final = 200
+#: Room that the disk must have, beyond what is reserved and what is never used, for an op to begin.
+_BEGINNING_BYTES: Final = 1024**2
 #: What a call calls its workspaces and mounts: whose they are, by process ID and start, then a nonce and an input.
 _NAME: Final = re.compile(r"op-(\d+)-(\d+)-[0-9a-f]+(?:-\d+)?\Z", re.ASCII)
 
@@ -83,6 +88,7 @@ class OpPerformer:
         refs: Where results are recorded.
         leases: Hold results' blobs.
         threads: For what blocks: one a call at a time.
+        disk: Where all of this lies.
         compression: Of the layers.
     """
 
@@ -97,6 +103,7 @@ class OpPerformer:
         leases: LeaseStore,
         threads: Executor,
         compression: Compression,
+        disk: NodeDisk | None = None,
     ) -> None:
         self._snapshotter = snapshotter
         self._containers = containers
@@ -106,6 +113,7 @@ class OpPerformer:
         self._leases = leases
         self._threads = threads
         self._compression = compression
+        self._disk = disk or BoundlessDisk()
 
     def __repr__(self) -> str:
         return f"OpPerformer({self._snapshotter!r}, {self._compression.value})"
@@ -147,6 +155,7 @@ class OpPerformer:
         async with _deadline(_description(vertex.op), timeout_s) as limit:
             call = _Call(name=_new_name(), op=vertex.op, lease_id=lease_id, limit=limit)
             records = await self._records(inputs)
+            await self._await_room(call, log)
             await ahit(FaultPoint.OP_BEGUN)
             match vertex.op:
                 case RunOp() as op:
@@ -293,6 +302,16 @@ class OpPerformer:
             records[ref_id] = state.record
         return [None if ref_id is None else records[ref_id] for ref_id in ref_ids]
 
+    async def _await_room(self, call: _Call, log: LogSink) -> None:
+        """Wait until the disk has some room. What an op will write nobody can know: that is not reserved."""
+
+        async def tell(said: str) -> None:
+            await log([LogLine(LogStream.STDERR, f"waiting for disk: {said}")])
+
+        part = Part(key=call.name, likely_bytes=_BEGINNING_BYTES, least_bytes=_BEGINNING_BYTES)
+        async with self._disk.reserved(_description(call.op), [part], tell):
+            pass
+
     @asynccontextmanager
     async def _workspace(self, parent: RefRecord | None, name: str) -> AsyncIterator[StagedWorkspace]:
         """Lend a workspace; what was not published of it in the end is dropped."""
@@ -357,7 +376,7 @@ class OpPerformer:
         """Undo a mount or a workspace: where the node won't, that is not what became of the op."""
         try:
             await self._in_thread(work)
-        except SnapshotError as exc:
+        except (SnapshotError, NodeDiskError) as exc:
             _log.warning("op.left_behind", error=str(exc))
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from cluster.digest import EMPTY_CHAIN, Digest, hex_of
+from cluster.disk_room import BoundlessDisk, NodeDisk, Part, snapshot_key, snapshot_parts, taken_bytes
 from cluster.errors import (
     ClusterError,
     DeadlineExceededError,
@@ -27,7 +30,7 @@ from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.runner import Caller, Unlazier
 from cluster.flight.runner import FlightContext, FlightOutcome, Flights
 from cluster.messages import LayerFetch
-from cluster.ports import ByteStream, ProgressStore, RefStore, Snapshotter
+from cluster.ports import AppliedLayer, ByteStream, ProgressStore, RefStore, Snapshotter
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.ref import BlobRecord, RefRecord, RefState
 
@@ -38,6 +41,8 @@ _LOOK_EVERY_S = 1.0
 _TELL_EVERY_S = 0.5
 #: Seconds between looks whether a blob that waits to be unpacked has been lost meanwhile.
 _LOST_LOOK_S = 2.0
+#: Layers whose unpacked size is remembered.
+_REMEMBERED = 10_000
 
 T = TypeVar("T")
 
@@ -65,6 +70,10 @@ class LocalBlob(Protocol):
 
 class LocalBlobs(Protocol):
     """This node's blobs: cached, arriving from a registry, or to be had from S3."""
+
+    def has(self, digest: Digest) -> bool:
+        """Tell whether the whole blob is on the disk. Blocks."""
+        ...
 
     async def get(self, digest: Digest, tenants: Iterable[str] = ()) -> LocalBlob:
         """Wait until the blob's bytes are here or arriving, and return it; *tenants* want it."""
@@ -116,6 +125,7 @@ class Extractor:
         deadline_s: float,
         clock: Callable[[], float],
         notes: SnapshotNotes | None = None,
+        disk: NodeDisk | None = None,
     ) -> None:
         self._node = node
         self._unlazier = unlazier
@@ -127,6 +137,9 @@ class Extractor:
         self._deadline_s = deadline_s
         self._clock = clock
         self._notes = notes
+        self._disk = disk or BoundlessDisk()
+        #: What layers have come to, by digest, the latest last.
+        self._unpacked_bytes: OrderedDict[Digest, int] = OrderedDict()
         self._flights: Flights[None, Caller] = Flights("snapshots")
         #: What is being unpacked, by chain ID.
         self._unpacking: dict[Digest, _Stoppable] = {}
@@ -136,10 +149,11 @@ class Extractor:
     async def extract(self, chain: Sequence[RefState], caller: Caller, *, mount: bool = True) -> Extracted:
         """Unpack *chain* (lowest layer first; none: an empty filesystem) here and, if *mount*, mount it read-only.
 
-        Layers are fetched in parallel and unpacked while they arrive; the lowest starts first, because
-        everything above waits for it where it must.
+        Disk for all that is missing is reserved first. Layers are fetched in parallel and unpacked while they arrive;
+        the lowest starts first, because everything above waits for it where it must.
 
         Raises:
+            NodeDiskError: there is no room for it here, and none came.
             ClusterError: a layer can't be had or unpacked; what is complete stays for the next call.
         """
         for _ in range(_MAX_TRIES - 1):
@@ -149,9 +163,14 @@ class Extractor:
 
     async def _extract(self, chain: Sequence[RefState], caller: Caller, *, mount: bool) -> Extracted:
         chains = [state.record.chain for state in chain]
-        await self._note_arriving(chains)
+        lacking = await self._in_thread(lambda: {each for each in chains if not self._snapshotter.has(each)})
+        await self._note_arriving([each for each in chains if each in lacking])
         try:
-            async with asyncio.timeout(self._deadline_s), asyncio.TaskGroup() as group:
+            async with (
+                asyncio.timeout(self._deadline_s),
+                self._reserved(chain, lacking, caller),
+                asyncio.TaskGroup() as group,
+            ):
                 tasks = [group.create_task(self._layer(state, caller)) for state in chain]
         except TimeoutError as exc:
             raise DeadlineExceededError("extract", f"not done after {self._deadline_s:.0f} s") from exc
@@ -167,16 +186,55 @@ class Extractor:
         return Extracted(path=path, layers=layers)
 
     async def _note_arriving(self, chains: Sequence[Digest]) -> None:
-        if self._notes is None:
-            return
-        if lacking := await self._in_thread(lambda: [chain for chain in chains if not self._snapshotter.has(chain)]):
+        if self._notes is not None and chains:
             with contextlib.suppress(ClusterError):  # a hint
-                await self._notes.note_arriving(self._node, lacking)
+                await self._notes.note_arriving(self._node, chains)
 
     async def _note_here(self, chains: Sequence[Digest]) -> None:
         if self._notes is not None and chains:
             with contextlib.suppress(ClusterError):
                 await self._notes.note_here(self._node, chains)
+
+    @contextlib.asynccontextmanager
+    async def _reserved(self, chain: Sequence[RefState], lacking: set[Digest], caller: Caller) -> AsyncIterator[None]:
+        """Reserve disk for the snapshots that are lacking, and for those of their blobs that are not here."""
+        waiting = [state.record for state in chain if state.record.chain in lacking]
+        is_told = False
+
+        async def tell(phase: LayerPhase, detail: str) -> None:
+            nonlocal is_told
+            is_told = True
+            for record in waiting:
+                await self._tell(caller, record, phase, detail)
+
+        async with contextlib.AsyncExitStack() as stack:
+            if waiting:
+                parts = await self._in_thread(lambda: self._parts(chain, lacking))
+                names = waiting[-1].image_refs or (f"snapshot {waiting[-1].chain}",)
+                reserved = self._disk.reserved(f"extracting {names[0]}", parts, partial(tell, LayerPhase.WAITING))
+                try:
+                    await stack.enter_async_context(reserved)
+                except asyncio.CancelledError:
+                    if is_told:
+                        await asyncio.shield(tell(LayerPhase.CANCELLED, ""))
+                    raise
+                except ClusterError as exc:
+                    await tell(LayerPhase.FAILED, str(exc))
+                    raise
+            yield
+
+    def _parts(self, chain: Sequence[RefState], lacking: set[Digest]) -> list[Part]:
+        records = [state.record for state in chain]
+        blobs = [
+            record.blob for record in records if record.chain in lacking and not self._blobs.has(record.blob.digest)
+        ]
+        snapshots = snapshot_parts(
+            [(record.chain, record.blob) for record in records],
+            lacking,
+            self._unpacked_bytes.get,
+            are_whole=self._snapshotter.name == "copying",
+        )
+        return [*(Part.of_blob(blob.digest, blob.size_bytes) for blob in blobs), *snapshots]
 
     async def _layer(self, state: RefState, caller: Caller) -> LayerFetch:
         record = state.record
@@ -268,18 +326,20 @@ class Extractor:
             if record.parent_chain is not None:
                 self._await_published(record.parent_chain, stream)
 
-        applying = loop.run_in_executor(
-            self._threads,
-            lambda: self._snapshotter.apply(
-                chain=record.chain,
-                parent=record.parent_chain,
-                layer=record.blob,
-                stream=stream,
-                await_parent=await_parent,
-            ),
-        )
+        def apply() -> AppliedLayer:
+            with self._disk.spending(snapshot_key(record.chain), stream.raise_if_stopped) as spend:
+                return self._snapshotter.apply(
+                    chain=record.chain,
+                    parent=record.parent_chain,
+                    layer=record.blob,
+                    stream=stream,
+                    await_parent=await_parent,
+                    spend=spend,
+                )
+
+        applying = loop.run_in_executor(self._threads, apply)
         try:
-            await asyncio.shield(applying)
+            self._remember(record.blob.digest, await asyncio.shield(applying))
         except asyncio.CancelledError:
             stream.stop()
             self._notify()
@@ -290,6 +350,12 @@ class Extractor:
             if self._unpacking.get(record.chain) is stream:
                 del self._unpacking[record.chain]
             stream.close()
+
+    def _remember(self, digest: Digest, applied: AppliedLayer) -> None:
+        self._unpacked_bytes[digest] = taken_bytes(applied.tar_bytes, applied.entries)
+        self._unpacked_bytes.move_to_end(digest)
+        while len(self._unpacked_bytes) > _REMEMBERED:
+            self._unpacked_bytes.popitem(last=False)
 
     def _await_published(self, chain: Digest, stream: _Stoppable) -> None:
         """Block this thread until the snapshot is there.

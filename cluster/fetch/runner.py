@@ -16,6 +16,7 @@ from typing import Any, Protocol, assert_never
 
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
+from cluster.disk_room import BoundlessDisk, NodeDisk, Part
 from cluster.errors import (
     AccessDeniedError,
     ClusterError,
@@ -182,6 +183,7 @@ class Unlazier:
         deadline_s: float,
         max_transfers: int,
         clock: Callable[[], float],
+        disk: NodeDisk | None = None,
     ) -> None:
         self._worker = worker
         self._refs = refs
@@ -196,6 +198,7 @@ class Unlazier:
         self._poll_s = poll_s
         self._deadline_s = deadline_s
         self._clock = clock
+        self._disk = disk or BoundlessDisk()
         self._flights: Flights[_Arrival, Caller] = Flights("unlazy")
         self._slots = FairSlots(max_transfers)
         self._background: set[asyncio.Task[Any]] = set()
@@ -292,27 +295,45 @@ class Unlazier:
     async def _fly(self, descriptor: Descriptor, context: FlightContext[Caller]) -> _Arrival:
         """Join or own the cluster's flight until the blob is present, or the flight this waited for failed."""
         key = f"blob:{descriptor.digest}"
-        outcome = await self._join(key)
-        while True:
-            match outcome:
-                case Present(blob=blob):
-                    return _Arrival(blob=blob, bytes_fetched=0, source="present", elsewhere=True)
-                case Owned():
-                    await ahit(FaultPoint.FLIGHT_OWNED)
-                    with contextlib.suppress(_OwnershipLostError):
-                        return await self._own(descriptor, outcome, context)
-                    outcome = await self._join(key)
-                case Joined():
-                    await ahit(FaultPoint.FLIGHT_JOINED)
-                    ended = await self._wait(key, outcome, context)
-                    if isinstance(ended, _Arrival):
-                        return ended
-                    outcome = ended
-                case Aborting(fence_number=number, lease_remaining_s=remaining_s):
-                    await self._wait_end(key, number, remaining_s)
-                    outcome = await self._join(key)
-                case _:
-                    assert_never(outcome)
+        async with contextlib.AsyncExitStack() as room:
+            has_waited = False
+            outcome = await self._join(key)
+            while True:
+                match outcome:
+                    case Present(blob=blob):
+                        return _Arrival(blob=blob, bytes_fetched=0, source="present", elsewhere=True)
+                    case Owned():
+                        await ahit(FaultPoint.FLIGHT_OWNED)
+                        try:
+                            with contextlib.suppress(_OwnershipLostError):
+                                return await self._own(descriptor, outcome, context)
+                        except NodeDiskError:
+                            if has_waited:
+                                raise
+                            # Not as its owner: another node, which has room, may fetch it meanwhile.
+                            has_waited = True
+                            await room.enter_async_context(self._reserved(descriptor))
+                        outcome = await self._join(key)
+                    case Joined():
+                        await ahit(FaultPoint.FLIGHT_JOINED)
+                        ended = await self._wait(key, outcome, context)
+                        if isinstance(ended, _Arrival):
+                            return ended
+                        outcome = ended
+                    case Aborting(fence_number=number, lease_remaining_s=remaining_s):
+                        await self._wait_end(key, number, remaining_s)
+                        outcome = await self._join(key)
+                    case _:
+                        assert_never(outcome)
+
+    def _reserved(self, blob: Descriptor) -> contextlib.AbstractAsyncContextManager[None]:
+        """Wait for room on this node's disk, and hold it for the body."""
+
+        async def on_wait(_said: str) -> None:
+            """Say nothing: the item has been waiting from the start."""
+
+        part = Part.of_blob(blob.digest, blob.size_bytes)
+        return self._disk.reserved(f"fetching {blob.digest}", [part], on_wait)
 
     async def _join(self, key: str) -> JoinOutcome:
         return await self._store.join(key, worker=self._worker, token=self._new_token(), ttl_s=self._ttl_s)

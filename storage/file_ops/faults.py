@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
 
 from cluster.errors import FileActionError, InvalidPatternError, NodeDiskError
+from storage.snapshots.faults import DISK_FAULTS
 from storage.snapshots.names import shown
-
-#: What another node's disk may well do.
-_DISK_FAULTS: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS))
 
 
 class BadArchiveError(Exception):
@@ -40,7 +36,7 @@ def naming(action: str, path: str, *, root: str = "") -> Iterator[None]:
         raise FileActionError(action, path, str(exc)) from exc
     except OSError as exc:
         reason = exc.strerror or str(exc)
-        if exc.errno in _DISK_FAULTS:
+        if exc.errno in DISK_FAULTS:
             raise NodeDiskError(f"{action} {path}", reason) from exc
         name = shown(os.fsencode(exc.filename)) if isinstance(exc.filename, str | bytes) else ""
         # Descriptors' numbers say nothing to anyone.

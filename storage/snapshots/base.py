@@ -12,11 +12,13 @@ from typing import BinaryIO, ClassVar
 from cluster.collect.node_stock import MountState, SnapshotState
 from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
-from cluster.errors import DiffIdMismatchError, LayerError, SnapshotError, SnapshotGoneError
+from cluster.disk_room import Spend, unbounded
+from cluster.errors import DiffIdMismatchError, LayerError, SnapshotGoneError
 from cluster.faultpoints import FaultPoint, hit
 from cluster.ports import AppliedLayer, ByteStream
 from storage.snapshots.attributes import AttributeWriter, Ledger
 from storage.snapshots.diff import Changes, compare, write_layer
+from storage.snapshots.faults import snapshot_error
 from storage.snapshots.inflate import DamagedStreamError, LayerStream
 from storage.snapshots.limits import LayerLimits, LayerMeter
 from storage.snapshots.names import shown
@@ -47,7 +49,7 @@ class LayeredSnapshotter(ABC):
             self._empty.mkdir(exist_ok=True, mode=0o755)
             AttributeWriter(_implied_owner()).write(bytes(self._empty), b"", DEFAULT_DIRECTORY)
         except OSError as exc:
-            raise SnapshotError(str(root), "opening", str(exc)) from exc
+            raise snapshot_error(str(root), "opening", exc) from exc
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self._store.root.parent)!r})"
@@ -140,7 +142,7 @@ class LayeredSnapshotter(ABC):
                 try:
                     held.enter_context(self._store.hold(chain, doing))
                 except OSError as exc:
-                    raise SnapshotError(chain, doing, str(exc)) from exc
+                    raise snapshot_error(chain, doing, exc) from exc
             yield
 
     def apply(
@@ -151,6 +153,7 @@ class LayeredSnapshotter(ABC):
         layer: Descriptor,
         stream: ByteStream,
         await_parent: Callable[[], None],
+        spend: Spend = unbounded,
     ) -> AppliedLayer:
         """Unpack a layer and publish it; see the port."""
         below = None if parent == EMPTY_CHAIN else parent
@@ -171,7 +174,7 @@ class LayeredSnapshotter(ABC):
                 files = staged / "fs"
                 files.mkdir(mode=0o700)
                 writer = AttributeWriter(self._new_ledger())
-                meter = LayerMeter(layer.digest, self._limits)
+                meter = LayerMeter(layer.digest, self._limits, spend)
                 with Unpacker(
                     layer=layer.digest, root=bytes(files), writer=writer, lower=lower, meter=meter
                 ) as unpacker:
@@ -189,7 +192,7 @@ class LayeredSnapshotter(ABC):
                     was_published=self._store.publish(staged, chain=chain, parent=below, diff_id=diff_id),
                 )
         except OSError as exc:
-            raise SnapshotError(chain, "unpacking", str(exc)) from exc
+            raise snapshot_error(chain, "unpacking", exc) from exc
 
     def tree(self, chain: Digest) -> Tree:
         """Return the tree of a published snapshot, or of the empty chain, to be read without mounting it.
@@ -204,7 +207,7 @@ class LayeredSnapshotter(ABC):
         try:
             return self._tree(chain, "reading")
         except OSError as exc:
-            raise SnapshotError(chain, "reading", str(exc)) from exc
+            raise snapshot_error(chain, "reading", exc) from exc
 
     def snapshots(self) -> Iterable[Digest]:
         """List the published snapshots."""
@@ -219,14 +222,14 @@ class LayeredSnapshotter(ABC):
         try:
             return self._store.states()
         except OSError as exc:
-            raise SnapshotError(str(self._store.root), "looking at", str(exc)) from exc
+            raise snapshot_error(str(self._store.root), "looking at", exc) from exc
 
     def remove(self, chain: Digest, *, last_used_ns: int | None = None) -> str:
         """Remove the snapshot unless it is used; see the port."""
         try:
             return self._store.remove(chain, last_used_ns=last_used_ns)
         except OSError as exc:
-            raise SnapshotError(chain, "removing", str(exc)) from exc
+            raise snapshot_error(chain, "removing", exc) from exc
 
     def diff(self, chain: Digest, parent: Digest | None, out: BinaryIO) -> Digest:
         """Write the layer tar that makes *chain* out of *parent*; see the port."""
@@ -235,7 +238,7 @@ class LayeredSnapshotter(ABC):
             with self.hold(chain, "comparing"), self.hold(below or EMPTY_CHAIN, "comparing"):
                 return self._diff(chain, below, out)
         except OSError as exc:
-            raise SnapshotError(chain, "comparing", str(exc)) from exc
+            raise snapshot_error(chain, "comparing", exc) from exc
 
     def _diff(self, chain: Digest, below: Digest | None, out: BinaryIO) -> Digest:
         changes = self._own_changes(chain, below)
@@ -254,7 +257,7 @@ class LayeredSnapshotter(ABC):
         try:
             return self._store.settle()
         except OSError as exc:
-            raise SnapshotError(str(self._store.root), "settling", str(exc)) from exc
+            raise snapshot_error(str(self._store.root), "settling", exc) from exc
 
 
 def _implied_owner() -> Ledger | None:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import stat
 
+from cluster.disk_room import ENTRY_BYTES, Spend, unbounded
 from storage.snapshots.attributes import Attributes, AttributeWriter, is_device
 from storage.snapshots.tree import Node, Tree
 
@@ -19,8 +20,14 @@ _CHUNK_BYTES = 1 << 30
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def copy_content(source: int, target: int) -> None:
-    """Copy a regular file's content to an empty one: shared where the file system can, holes kept."""
+def copy_content(source: int, target: int, spend: Spend = unbounded) -> None:
+    """Copy a regular file's content to an empty one: shared where the file system can, holes kept.
+
+    Args:
+        source: What is copied.
+        target: Where to.
+        spend: Is told of the bytes of disk that it takes, unless it is shared.
+    """
     try:
         fcntl.ioctl(target, _FICLONE, source)
     except OSError as exc:
@@ -30,6 +37,7 @@ def copy_content(source: int, target: int) -> None:
         return
     status = os.fstat(source)
     size = status.st_size
+    spend(min(size, status.st_blocks * 512))
     if status.st_blocks * 512 >= size:
         _copy_range(source, target, 0, size)
         return
@@ -60,7 +68,7 @@ def _copy_range(source: int, target: int, start: int, end: int) -> None:
         at += count
 
 
-def make_file(node: Node, path: bytes, relative: bytes, writer: AttributeWriter) -> None:
+def make_file(node: Node, path: bytes, relative: bytes, writer: AttributeWriter, spend: Spend = unbounded) -> None:
     """Make a copy of *node*, which is no directory, at *path*; hard links are the caller's affair.
 
     Args:
@@ -68,14 +76,16 @@ def make_file(node: Node, path: bytes, relative: bytes, writer: AttributeWriter)
         path: Where to, on disk: nothing may be there.
         relative: Where to, in the new tree.
         writer: Sets the attributes.
+        spend: Is told of the bytes of disk that it takes.
     """
+    spend(ENTRY_BYTES)
     attributes = node.attributes()
     if stat.S_ISREG(attributes.mode):
         source = os.open(node.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             target = os.open(path, _NEW_FILE, 0o600)
             try:
-                copy_content(source, target)
+                copy_content(source, target, spend)
                 writer.write(target, relative, attributes)
             finally:
                 os.close(target)
@@ -100,14 +110,22 @@ def make_special(path: bytes, relative: bytes, attributes: Attributes, writer: A
         writer.write(path, relative, attributes)
 
 
-def copy_tree(tree: Tree, target: bytes, writer: AttributeWriter) -> None:
-    """Copy *tree* into the empty directory *target*: content, attributes, hard links, holes."""
+def copy_tree(tree: Tree, target: bytes, writer: AttributeWriter, spend: Spend = unbounded) -> None:
+    """Copy *tree* into the empty directory *target*: content, attributes, hard links, holes.
+
+    Args:
+        tree: What is copied.
+        target: Where to.
+        writer: Sets the attributes.
+        spend: Is told of the bytes of disk that it takes.
+    """
     links: dict[tuple[int, int], tuple[bytes, bytes]] = {}
     directories: list[Node] = []
     for node in tree.walk():
         path = target + b"/" + node.relative
         if node.is_dir:
             if node.relative:
+                spend(ENTRY_BYTES)
                 os.mkdir(path, 0o700)
             directories.append(node)
             continue
@@ -118,7 +136,7 @@ def copy_tree(tree: Tree, target: bytes, writer: AttributeWriter) -> None:
             if writer.ledger is not None and (recorded := writer.ledger.get(relative)) is not None:
                 writer.ledger.put(node.relative, recorded)
             continue
-        make_file(node, path, node.relative, writer)
+        make_file(node, path, node.relative, writer, spend)
         if inode is not None:
             links[inode] = (path, node.relative)
     # Last, and the deepest first: making files in a directory changes its time, and may need its mode.

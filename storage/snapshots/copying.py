@@ -19,6 +19,7 @@ from storage.snapshots.attributes import AttributeWriter, Ledger
 from storage.snapshots.base import LayeredSnapshotter
 from storage.snapshots.copy import copy_tree
 from storage.snapshots.diff import Changes
+from storage.snapshots.faults import snapshot_error
 from storage.snapshots.limits import LayerLimits
 from storage.snapshots.locks import locked, mark_used
 from storage.snapshots.mounts import check_name
@@ -46,7 +47,7 @@ class CopyingSnapshotter(LayeredSnapshotter):
         try:
             self._links.mkdir(exist_ok=True, mode=0o755)
         except OSError as exc:
-            raise SnapshotError(str(root), "opening", str(exc)) from exc
+            raise snapshot_error(str(root), "opening", exc) from exc
 
     def mount(self, chain: Digest, name: str) -> Path:
         """Return the snapshot's tree, and note that it is in use under *name*."""
@@ -60,7 +61,7 @@ class CopyingSnapshotter(LayeredSnapshotter):
                     raise SnapshotError(chain, "mounting", f"{name} is mounted already, of another snapshot") from None
                 mark_used(link)
             except OSError as exc:
-                raise SnapshotError(chain, "mounting", str(exc)) from exc
+                raise snapshot_error(chain, "mounting", exc) from exc
         return target
 
     def workspace(self, parent: Digest | None, name: str) -> CopyingWorkspace:
@@ -106,7 +107,7 @@ class CopyingSnapshotter(LayeredSnapshotter):
                     link.unlink(missing_ok=True)
                     removed.append(f"mnt/{link.name}")
         except OSError as exc:
-            raise SnapshotError(str(self._store.root), "recovering", str(exc)) from exc
+            raise snapshot_error(str(self._store.root), "recovering", exc) from exc
         return removed
 
     def _shown(self) -> Mapping[str, Path]:
@@ -130,7 +131,7 @@ class CopyingSnapshotter(LayeredSnapshotter):
             (staged / "fs").mkdir(mode=0o700)
             whole = self._new_ledger()
             writer = AttributeWriter(whole)
-            copy_tree(self._tree(parent, "unpacking onto"), bytes(staged / "fs"), writer)
+            copy_tree(self._tree(parent, "unpacking onto"), bytes(staged / "fs"), writer, unpacker.meter.spend)
             _Carrier(bytes(staged / "upper"), bytes(staged / "fs"), ledger, whole).carry_out(unpacker)
             ledger = whole
         for path in unpacker.directories:

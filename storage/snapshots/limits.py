@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cluster.config import NodeConfig
+from cluster.disk_room import ENTRY_BYTES, Spend
 from cluster.errors import LayerLimitError
 
 #: Bytes of paths that are remembered of one layer: names are kept in memory until it is published. Layers of a
@@ -38,12 +39,14 @@ class LayerMeter:
     Args:
         layer: Digest of the layer, for errors.
         limits: What it may come to.
+        spend: Is told of the bytes of disk that it takes.
     """
 
-    __slots__ = ("_layer", "_limits", "_made", "_names_bytes", "_tar_bytes")
+    __slots__ = ("_layer", "_limits", "_made", "_names_bytes", "_tar_bytes", "spend")
 
-    def __init__(self, layer: str, limits: LayerLimits) -> None:
+    def __init__(self, layer: str, limits: LayerLimits, spend: Spend) -> None:
         self._layer = layer
+        self.spend = spend
         self._limits = limits
         self._tar_bytes = 0
         self._made = 0
@@ -54,12 +57,14 @@ class LayerMeter:
         self._tar_bytes += count
         if self._tar_bytes > self._limits.tar_bytes:
             raise LayerLimitError(self._layer, "bytes", self._limits.tar_bytes)
+        self.spend(count)
 
     def make(self) -> None:
         """Count something that is about to be made; raises LayerLimitError past the limit."""
         self._made += 1
         if self._made > self._limits.entries:
             raise LayerLimitError(self._layer, "entries", self._limits.entries)
+        self.spend(ENTRY_BYTES)
 
     def remember(self, name: bytes) -> None:
         """Count a name that is about to be kept in memory; raises LayerLimitError past the limit."""

@@ -14,6 +14,7 @@ from cluster.errors import SnapshotError
 from storage.snapshots.attributes import AttributeWriter
 from storage.snapshots.base import LayeredSnapshotter
 from storage.snapshots.diff import Changes, read_upper
+from storage.snapshots.faults import snapshot_error
 from storage.snapshots.kernel import mounts_below, unmount
 from storage.snapshots.limits import LayerLimits
 from storage.snapshots.mounts import Mounts
@@ -40,7 +41,10 @@ class OverlaySnapshotter(LayeredSnapshotter):
         """Mount the snapshot read-only under *name*; see the port."""
         with self.hold(chain, "mounting"):
             layers = [f"{short_name(each)}/fs" for each in self._layers(chain, "mounting")]
-            return self._mounts.mount(name, chain, self._store.published, layers)
+            try:
+                return self._mounts.mount(name, chain, self._store.published, layers)
+            except OSError as exc:
+                raise snapshot_error(chain, "mounting", exc) from exc
 
     def workspace(self, parent: Digest | None, name: str) -> OverlayWorkspace:
         """Open a writable tree on top of the snapshot *parent*; see the port."""
@@ -79,7 +83,7 @@ class OverlaySnapshotter(LayeredSnapshotter):
                     removed.append(f"mnt/{name}")
             return removed + self._mounts.recover()
         except OSError as exc:
-            raise SnapshotError(str(self._store.root), "recovering", str(exc)) from exc
+            raise snapshot_error(str(self._store.root), "recovering", exc) from exc
 
     def _is_whole(self, chain: Digest) -> bool:
         try:

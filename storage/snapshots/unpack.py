@@ -127,7 +127,7 @@ class Unpacker:
         self._writer = writer
         self._ledger = writer.ledger
         self._get_lower = lower
-        self._meter = meter
+        self.meter = meter
         #: Every directory of the upper by its path, a parent before its children.
         self.directories: dict[bytes, UpperDirectory] = {b"": UpperDirectory(None, is_new=False)}
         self.entries = 0
@@ -160,7 +160,7 @@ class Unpacker:
             tar.TarError: its data is truncated.
             OSError: the disk refused.
         """
-        self._meter.make()
+        self.meter.make()
         self.entries += 1
         parts = split(entry.name)
         if parts is None:
@@ -256,7 +256,7 @@ class Unpacker:
         if base in whiteouts:
             whiteouts.discard(base)
             is_new = True
-        self._meter.remember(path)
+        self.meter.remember(path)
         self.directories[path] = UpperDirectory(attributes, is_new=is_new)
         if self._lower_cache:
             self._lower_cache.clear()
@@ -362,7 +362,7 @@ class Unpacker:
             known.is_opaque = known.is_new = True
             self._lower_cache.clear()
         elif not self._is_in_upper(path, target, fd):
-            self._meter.remember(target)
+            self.meter.remember(target)
             self.directories[parent].whiteouts.add(target)
             self._lower_cache.clear()
         if path in self._followed:
@@ -498,7 +498,7 @@ class Unpacker:
             raise self._malformed(child, "a whiteout's name on the way to it")
         if len(child) > MAX_PATH_BYTES:
             raise self._malformed(child, f"its path is longer than {MAX_PATH_BYTES} bytes")
-        self._meter.make()
+        self.meter.make()
         os.mkdir(base, 0o700, dir_fd=self._fd(parent))
         self._register(parent, child, base, None, is_new=False)
 
@@ -522,7 +522,7 @@ class Unpacker:
             raise self._malformed(entry.name, missing)
         if below.is_dir:
             raise self._malformed(entry.name, "a hard link to a directory")
-        make_file(below, self._on_disk(path), path, self._writer)
+        make_file(below, self._on_disk(path), path, self._writer, self.meter.spend)
         return path
 
     def _exists(self, parts: list[bytes]) -> bool:

@@ -24,6 +24,7 @@ from cluster.errors import InternalError, SnapshotError
 from storage.snapshots.attributes import AttributeWriter, Ledger, is_device
 from storage.snapshots.copy import copy_tree
 from storage.snapshots.diff import Changes, clamp_times, compare, read_upper, write_layer
+from storage.snapshots.faults import snapshot_error
 from storage.snapshots.kernel import freeze, mount_overlay, unmount_below
 from storage.snapshots.mounts import check_name
 from storage.snapshots.store import LEDGER, Store
@@ -146,7 +147,7 @@ class StagedWorkspace(ABC):
         try:
             yield
         except OSError as exc:
-            raise SnapshotError(self._name, doing, str(exc)) from exc
+            raise snapshot_error(self._name, doing, exc) from exc
 
 
 class OverlayWorkspace(StagedWorkspace):

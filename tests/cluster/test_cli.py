@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,24 @@ def test_refs_are_listed_and_shown_by_any_of_their_names(farm, pulled, program):
     leases = farm.cli_json("leases", "ls")["leases"]
     assert set(shown[0]["leases"]) <= {lease["id"] for lease in leases}
     assert shown[0]["leases"]
+
+
+def test_an_image_that_no_disk_can_hold_says_so(farm, registry_server):
+    """What its layers will come to is known before a byte is fetched: one clear line, and nothing was asked for."""
+    image = fresh_image(layers=2)
+    told = json.loads(image.manifest)
+    told["layers"][0]["size"] = 1 << 50
+    image = replace(image, manifest=json.dumps(told).encode())
+    registry_server.push("cli/huge", "1", image)
+    name = f"{registry_server.host}/cli/huge:1"
+    farm.cli("pull", name)
+    registry_server.forget()
+    done = farm.cli("extract", "--node", "n1", name, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.search(rf"/n1: extracting {name} can never fit: it takes [0-9,]+ bytes or more, and the whole disk", line)
+    assert "(hint: `lazyfarm prune --nodes`" in line
+    assert layer_gets(registry_server, image) == 0
 
 
 def test_a_retag_and_a_push_to_another_repository_read_no_layer(farm, registry_server, pulled, program):

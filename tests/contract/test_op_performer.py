@@ -25,6 +25,7 @@ from cluster.errors import (
     InternalError,
     LeaseLostError,
     MissingSecretError,
+    NodeDiskError,
     ProcessFailedError,
     RefNotFoundError,
     SourceDateError,
@@ -56,6 +57,7 @@ from storage.local_trees import LocalTrees
 from storage.op_performer import OpPerformer
 from storage.snapshots import CopyingSnapshotter, OverlaySnapshotter
 from tests.doubles.commands import make_root
+from tests.doubles.disks import CrowdedDisk
 from tests.doubles.layers import (
     MTIME,
     Bytes,
@@ -147,6 +149,7 @@ class Node:
             leases=farm.stores.leases,
             threads=self.threads,
             compression=Compression.ZSTD,
+            disk=farm.disk,
         )
 
     async def do(self, op, *inputs, vault=None, log=None, lease_id=LEASE, timeout_s=LONG_S):
@@ -231,6 +234,8 @@ class Farm:
         self.objects = Gate(objects)
         self.threads = ThreadPoolExecutor(8)
         self.trees = LocalTrees(self.stores.refs._link, redis_farm.keys, self.objects, threads=self.threads)
+        self.disk = CrowdedDisk()
+        self.disk.room.set()
         self.nodes: list[Node] = []
 
     def node(self, kind="overlay") -> Node:
@@ -559,6 +564,22 @@ async def test_a_file_op_comes_to_one_layer_on_every_node(farm, kind):
     third = farm.node("copying")
     await third.fetch(made)
     assert await third.facts(made) == found
+
+
+async def test_an_op_waits_for_the_disk_and_says_so(farm, kind):
+    """Nothing is made while the node's disk has no room; if none comes, another node may have it."""
+    node, log = farm.node(kind), Log()
+    farm.disk.room.clear()
+    running = asyncio.create_task(node.do(FileOp(actions=(MakeFile(path="/made", data=b""),)), None, log=log))
+    await log.until("waiting for disk: no room for make file /made")
+    node.assert_nothing_is_left()
+    farm.disk.room.set()
+    made = await asyncio.wait_for(running, LONG_S)
+    assert "made" in await node.sketch(made)
+    farm.disk.error = NodeDiskError("/n1", "no room for it")
+    with pytest.raises(NodeDiskError):
+        await node.do(FileOp(actions=(MakeFile(path="/more", data=b""),)), None)
+    node.assert_nothing_is_left()
 
 
 async def test_a_file_op_that_can_not_be_done_leaves_nothing(farm, kind):

@@ -16,7 +16,7 @@ from cluster.errors import AccessDeniedError, ClusterError, LayerError, StaleFen
 from cluster.fetch.runner import Caller, Fetched
 from cluster.flight.values import Fence, UploadState
 from cluster.lease import LeaseId
-from cluster.ports import Authorization, Authorizer, AuthRequest
+from cluster.ports import AppliedLayer, Authorization, Authorizer, AuthRequest
 from cluster.provider import ProviderHandle
 from cluster.ref import BlobRecord
 from storage.memory import MemoryFlightStore
@@ -405,6 +405,9 @@ class FakeLocalBlobs:
         self.gets: list[Digest] = []
         self._changed = asyncio.Event()
 
+    def has(self, digest: Digest) -> bool:
+        return False
+
     def put(self, digest: Digest, *blobs: FakeLocalBlob) -> None:
         self.coming[digest] = list(blobs)
         self._wake()
@@ -443,7 +446,7 @@ class FakeSnapshotter:
     def use(self, chain: Digest) -> bool:
         return self.has(chain)
 
-    def apply(self, *, chain, parent, layer, stream, await_parent) -> None:
+    def apply(self, *, chain, parent, layer, stream, await_parent, spend) -> AppliedLayer:
         self.begun.append(chain)
         buffer = memoryview(bytearray(4))
         while not (gate := self.gates.get(chain, _OPEN)).is_set():
@@ -454,8 +457,12 @@ class FakeSnapshotter:
             raise LayerError(layer.digest, "", "its bytes are bad")
         await_parent()
         assert parent is None or parent in self.published, "published before its parent"
-        if chain not in self.published:
+        was_published = chain not in self.published
+        if was_published:
             self.published.append(chain)
+        return AppliedLayer(
+            diff_id=layer.diff_id, tar_bytes=count, content_bytes=count, entries=1, was_published=was_published
+        )
 
     def mount(self, chain: Digest, name: str) -> Path:
         self.mounted.append((chain, name))

@@ -15,6 +15,7 @@ from cluster.errors import (
     InternalError,
     LeaseLostError,
     NeedsRemoteProvidersError,
+    NodeDiskError,
     SessionGoneError,
     UnavailableError,
 )
@@ -32,6 +33,7 @@ from storage.memory import (
     MemoryProofStore,
     MemoryRefStore,
 )
+from tests.doubles.disks import CrowdedDisk
 from tests.doubles.fetch import (
     HANDLE,
     FakeAuthorizer,
@@ -63,7 +65,7 @@ class DeafFlights(MemoryFlightStore):
 class Process:
     """One process of the cluster."""
 
-    def __init__(self, cluster, name, *, deadline_s=30.0, poll_s=0.5, max_transfers=4, access=None):
+    def __init__(self, cluster, name, *, deadline_s=30.0, poll_s=0.5, max_transfers=4, access=None, disk=None):
         self.name = name
         self.cluster = cluster
         self.flights = DeafFlights(cluster.memory)
@@ -85,6 +87,7 @@ class Process:
             deadline_s=deadline_s,
             max_transfers=max_transfers,
             clock=cluster.clock,
+            disk=disk,
         )
 
     async def call(self, lease="l1", **more):
@@ -732,6 +735,54 @@ async def test_a_renewal_that_meets_the_commit_is_no_loss(cluster, monkeypatch):
     fetch = await (await process.call("l1"))
     assert not fetch.joined
     assert process.transfers.settled == [True]
+
+
+FULL = NodeDiskError("/n1", "no room for it")
+
+
+async def test_a_full_disk_is_waited_for_without_the_flight(cluster):
+    """A node that lacks room lets another have the flight, and joins that; with room of its own it may fetch again."""
+    disk = CrowdedDisk()
+    full, roomy = cluster.process("full", disk=disk), cluster.process("roomy")
+    full.transfers.plan = [FULL]
+    full.transfers.holds = False
+    first = await full.call("l1")
+    await eventually(lambda: disk.waiting == [f"fetching {LAYER.digest}"])
+    second = await roomy.call("l2")
+    fetch = await roomy.transfers.arrival()
+    disk.room.set()
+    await full.is_waiting()
+    fetch.proceed.set()
+    await asyncio.wait_for(asyncio.gather(first, second), 5.0)
+    assert (len(full.transfers.fetches), len(roomy.transfers.fetches)) == (1, 1)
+    assert disk.waiting == []
+
+
+async def test_who_has_waited_for_room_fetches(cluster):
+    """Nobody else wanted it: the fetch begins anew, once there is room."""
+    disk = CrowdedDisk()
+    process = cluster.process("p", disk=disk)
+    process.transfers.plan, process.transfers.holds = [FULL], False
+    call = await process.call()
+    await eventually(lambda: disk.waiting)
+    disk.room.set()
+    await asyncio.wait_for(call, 5.0)
+    assert len(process.transfers.fetches) == 2
+    assert cluster.end_of("l1") is LayerPhase.DONE
+
+
+@pytest.mark.parametrize("when", ["no room comes", "it is full again"])
+async def test_a_disk_that_stays_full_fails_the_call(cluster, when):
+    """The wait for room has its end, and so have the tries."""
+    disk = CrowdedDisk()
+    disk.error = FULL if when == "no room comes" else None
+    disk.room.set()
+    process = cluster.process("p", disk=disk)
+    process.transfers.plan, process.transfers.holds = [FULL, FULL], False
+    await failure(await process.call(), NodeDiskError)
+    assert len(process.transfers.fetches) == (1 if when == "no room comes" else 2)
+    assert cluster.end_of("l1") is LayerPhase.FAILED
+    assert isinstance(await process.flights.join(KEY, worker="next", token="t", ttl_s=TTL_S), Owned)
 
 
 async def test_the_next_owner_after_a_cancel_gets_the_upload(cluster):
