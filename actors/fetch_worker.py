@@ -17,12 +17,14 @@ from actors.boot import Boot, Starter, Stores, build_stores, new_token, node_roo
 from actors.handles import CacheShardHandle
 from actors.metrics import count_pulled, count_pushed, count_unlazied
 from actors.node_collection import collect_node_forever
+from actors.scrubbing import scrub_copies_forever, scrub_forever
 from actors.session_host import SessionAuthorizer, SessionServer
 from actors.shell import answers
 from actors.version import VERSION
 from cluster.cache.ring import ShardRing
 from cluster.cache.runner import usable_providers
 from cluster.cache_options import CacheKind, CacheTarget
+from cluster.collect.verify import Verified
 from cluster.config import Config
 from cluster.descriptor import Descriptor
 from cluster.digest import EMPTY_CHAIN, Digest
@@ -61,6 +63,7 @@ from cluster.messages import (
     SessionInfo,
     UnlazyRequest,
     UnlazyResult,
+    VerifyRequest,
 )
 from cluster.metrics import DISK_FREE_BYTES, DISK_SIZE_BYTES, NODE_CACHE_BYTES
 from cluster.ports import Authorizer, Snapshotter
@@ -83,6 +86,7 @@ from storage.registry.blob import BlobSource
 from storage.renewer import RedisFlightRenewer
 from storage.snapshots import LayerLimits, choose
 from storage.transfer import TransferLimits
+from storage.verifier import Verifier, verify_copies
 
 log = structlog.get_logger()
 
@@ -93,6 +97,8 @@ _BYTE_THREADS = 32
 _UNPACK_THREADS = 512
 #: Parts in memory at most, of all transfers together: 96 MiB of 8 MiB parts.
 _PART_BUFFERS = 12
+#: Threads of their own for verifying, which sleep to keep to a rate: two rounds in the background, and commands.
+_VERIFY_THREADS = 4
 _SHARD_TIMEOUT_S = 60.0
 _SETTLE_EVERY_S = 60.0
 #: For which a node's directory must be seen without a worker: far longer than bringing a node up takes.
@@ -117,6 +123,9 @@ class _Parts:
     keeper: Keeper
     assembler: Assembler
     collector: NodeCollector
+    cache: NodeCache
+    verifier: Verifier
+    verifiers: ThreadPoolExecutor
 
 
 class FetchWorker(SessionServer):
@@ -233,6 +242,8 @@ class FetchWorker(SessionServer):
             new_token=new_token,
             flight_ttl_s=config.flight.lease_ttl_s,
         )
+        verifiers = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="verify")
+        verifier = Verifier(stores.refs, store, threads=verifiers, grace_s=config.collect.grace_s)
         self._parts = _Parts(
             config=config,
             stores=stores,
@@ -274,9 +285,14 @@ class FetchWorker(SessionServer):
                 platform=default_platform(platform.machine()),
             ),
             collector=collector,
+            cache=cache,
+            verifier=verifier,
+            verifiers=verifiers,
         )
         dead = DeadNodes(root, grace_s=_DEAD_NODE_S, clock=time.monotonic)
         self._starter.background.spawn(collect_node_forever(collector, dead, config.node))
+        self._starter.background.spawn(scrub_forever(stores, config, verifier))
+        self._starter.background.spawn(scrub_copies_forever(stores, config, cache, node=boot.node, threads=verifiers))
         self._starter.background.spawn(self._settle_forever(snapshotter, threads))
         self._starter.background.spawn(_show_disk_forever(cache, threads))
         return stores.presence
@@ -478,6 +494,20 @@ class FetchWorker(SessionServer):
                 }
             )
             return pushed
+
+    @answers("verify", VerifyRequest)
+    async def verify(self, request: VerifyRequest) -> Verified:
+        """Verify present blobs, or this node's copies; see :mod:`storage.verifier`."""
+        parts = await self._started()
+        if not request.copies:
+            return await parts.verifier.verify(request.digests, repair=request.repair, bytes_per_s=request.bytes_per_s)
+        return await verify_copies(
+            parts.cache,
+            request.digests,
+            node=self._starter.boot.node,
+            threads=parts.verifiers,
+            bytes_per_s=request.bytes_per_s,
+        )
 
     @answers("export-cache", ExportCacheRequest)
     async def export_cache(self, request: ExportCacheRequest) -> ExportCacheResult:

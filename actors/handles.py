@@ -19,6 +19,7 @@ import ray.exceptions
 
 from actors.options import namespace
 from actors.replies import unwrap
+from cluster.collect.verify import Verified
 from cluster.errors import ActorLostError, DeadlineExceededError, UnavailableError, WorkerBusyError
 from cluster.fetch.retry import RetryPolicy
 from cluster.messages import (
@@ -46,6 +47,7 @@ from cluster.messages import (
     SessionQuestion,
     UnlazyRequest,
     UnlazyResult,
+    VerifyRequest,
 )
 from cluster.op_messages import ContentKeyRequest, ContentKeyResult, RunOpRequest, RunOpResult, WatchOpRequest
 from cluster.ref import ImageRecord
@@ -220,6 +222,11 @@ class FetchWorkerHandle(SessionServerHandle):
     async def push(self, request: PushRequest, *, timeout_s: float) -> PushResult:
         """Push an image."""
         result: PushResult = await self.call("push", "push", request, PushResult, timeout_s)
+        return result
+
+    async def verify(self, request: VerifyRequest, *, timeout_s: float) -> Verified:
+        """Verify present blobs, or that node's copies."""
+        result: Verified = await self.call("verify", "verify", request, Verified, timeout_s)
         return result
 
     async def export_cache(self, request: ExportCacheRequest, *, timeout_s: float) -> ExportCacheResult:

@@ -111,6 +111,10 @@ class CollectConfig:
     grace_s: float = 60.0
     #: Seconds after which what no record names is swept from the bucket; 0: never.
     stray_s: float = 3600.0
+    #: Bytes a second that the whole farm reads of present blobs, and each node of its copies, to verify them; 0: none.
+    scrub_bytes_per_s: int = 4 * 1024**2
+    #: Seconds between the beginnings of two rounds in which all of them are verified.
+    scrub_every_s: float = 7 * 24 * 3600.0
     #: Bytes below which no limit makes collection go.
     reserved_bytes: int = 0
     #: Bytes that all blobs together may take; 0: any number.

@@ -251,6 +251,19 @@ class PushRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyRequest:
+    """Read present blobs in the content store, or the called node's copies, and compare their digests."""
+
+    digests: tuple[Digest, ...]
+    #: The node's copies, which are dropped where they are damaged.
+    copies: bool = False
+    #: Turn lazy what is missing or damaged.
+    repair: bool = False
+    #: 0: as fast as it goes.
+    bytes_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPush:
     """How one layer got to the target."""
 

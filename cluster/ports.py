@@ -348,8 +348,17 @@ class ContentStore(Protocol):
         """Delete an object; does nothing where there is none."""
         ...
 
-    def objects(self, prefix: str) -> Iterable[ObjectInfo]:
-        """List the objects under *prefix*."""
+    def copy(self, source: ObjectInfo, key: str) -> None:
+        """Copy an object within the bucket: no byte of it comes to this process.
+
+        Raises:
+            BlobNotFoundError: it is gone, or no longer the one that *source* is.
+            UnavailableError: no answer after retries; the copy may or may not be there.
+        """
+        ...
+
+    def objects(self, prefix: str, after: str = "") -> Iterable[ObjectInfo]:
+        """List the objects under *prefix*, sorted by key; only those that come after the key *after*."""
         ...
 
 
@@ -461,8 +470,13 @@ class RefStore(Protocol):
         """Add providers for a digest (after a push, say)."""
         ...
 
-    async def mark_absent(self, blob: BlobRecord, reason: str) -> bool:
+    async def mark_absent(self, blob: BlobRecord, reason: str, *, delete_after_s: float | None = None) -> bool:
         """Turn a blob that was found gone or damaged lazy again, if it is still that very upload.
+
+        Args:
+            blob: As it was when it was looked at.
+            reason: For people; kept for a week.
+            delete_after_s: Seconds after which collection may delete its object; None: the sweeper finds it.
 
         Returns:
             True if this call changed it.

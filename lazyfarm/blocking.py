@@ -364,6 +364,7 @@ class Farm(_Twin[asynchronous.Farm]):
     prune = _blocking(asynchronous.Farm.prune)
     node_usage = _blocking(asynchronous.Farm.node_usage)
     prune_nodes = _blocking(asynchronous.Farm.prune_nodes)
+    verify = _blocking(asynchronous.Farm.verify)
     kept = _blocking(asynchronous.Farm.kept)
     unpin = _blocking(asynchronous.Farm.unpin)
     leases = _blocking(asynchronous.Farm.leases)

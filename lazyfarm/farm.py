@@ -23,6 +23,7 @@ from cluster.cache_options import CacheSource, CacheTarget, parse_cache_source, 
 from cluster.collect.runner import Pruned
 from cluster.collect.stock import Kept, Usage
 from cluster.collect.values import Item
+from cluster.collect.verify import Verified
 from cluster.config import Config
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
@@ -70,6 +71,8 @@ from lazyfarm.outputs import Output
 from lazyfarm.ref import Ref
 from lazyfarm.session import Session
 from lazyfarm.settings import load_settings
+from lazyfarm.verify import FarmVerify
+from storage.collect import RedisCollectStore
 from storage.connect import connect
 from storage.keys import Keys
 from storage.leases import RedisLeaseStore
@@ -85,6 +88,8 @@ _RETRY_S = 30.0
 _RETRY_PAUSE_S = 0.5
 #: That a look at a node's disk may take: cache mounts are measured after each use.
 _NODE_USAGE_S = 600.0
+#: Bytes a second that verifying reads, if nobody says otherwise: a farm's builds go on beside it.
+VERIFY_BYTES_PER_S = 100 * 1024.0**2
 
 
 class Farm:
@@ -108,6 +113,13 @@ class Farm:
         self._pins = FarmLeases.over(self._link, keys, config.cache)
         self._collection = FarmCollection.over(self._link, keys, config.collect)
         self._presence = Presence(self._link, keys)
+        self._verify = FarmVerify(
+            refs=self._refs,
+            store=RedisCollectStore(self._link, keys),
+            nodes=self._presence.nodes,
+            on_node=self._on_worker,
+            deadline_s=config.flight.deadline_s,
+        )
         self._progress = RedisProgressStore(self._link, keys)
         self._ring = ShardRing(config.cache.shards)
         self._handles: dict[str, FetchWorkerHandle] = {}
@@ -598,6 +610,31 @@ class Farm:
         request = NodePruneRequest(policy=policy, is_dry_run=dry_run)
         timeout_s = self._config.flight.deadline_s
         return await self._on_nodes(node, lambda worker: worker.prune_node(request, timeout_s=timeout_s))
+
+    async def verify(
+        self,
+        *refs: str,
+        repair: bool = False,
+        bytes_per_s: float = VERIFY_BYTES_PER_S,
+        on_verified: Callable[[Verified], object] = lambda _: None,
+    ) -> Verified:
+        """Read blobs that are present, in the content store and in the nodes' caches, and compare their digests.
+
+        All fetch workers share the work. A node's copy that is damaged is dropped in any case.
+
+        Args:
+            refs: Whose blobs: refs' IDs, the first digits of these, or images; none: all that are present.
+            repair: Turn lazy what is missing or damaged, so that it is fetched anew when somebody needs it. Damaged
+                objects are kept under ``quarantine/`` for a week.
+            bytes_per_s: What all nodes together read of the content store in a second; 0: as fast as it goes.
+            on_verified: Told what has come of it so far, now and then.
+
+        Raises:
+            RefNotFoundError, AmbiguousRefError: a ref names none, or several.
+            InvalidArgumentError: the rate is below 0.
+        """
+        self._raise_if_closed()
+        return await self._verify.verify(refs, repair=repair, bytes_per_s=bytes_per_s, on_verified=on_verified)
 
     async def kept(self, ref: str) -> Kept:
         """Return why a ref is kept: leases on it and on what stands on it, and which refs do.

@@ -158,10 +158,16 @@ class S3ContentStore:
                 self.abort_upload(key, upload_id)
             raise
 
-    def objects(self, prefix: str) -> Iterator[ObjectInfo]:
+    def copy(self, source: ObjectInfo, key: str) -> None:
+        """Copy an object within the bucket; see the port."""
+        self.copy_from(self._config.bucket, source, key)
+
+    def objects(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         """List the objects under *prefix*, page by page."""
         with translated(self._where, "list", prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._config.bucket, Prefix=prefix)
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._config.bucket, Prefix=prefix, StartAfter=after
+            )
             for page in pages:
                 for found in page.get("Contents", ()):
                     yield ObjectInfo(key=found["Key"], size_bytes=found["Size"], etag=_bare(found["ETag"]))

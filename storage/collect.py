@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from cluster.collect.ports import Doomed, Outcome, Removal
+from cluster.collect.rounds import Round
 from cluster.collect.sweep import Suspect
 from cluster.digest import Digest
 from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefUsage
+from storage.codec import Codec
 from storage.keys import Keys
 from storage.link import RedisLink
 from storage.refs import BLOB, IMAGE
@@ -18,6 +20,10 @@ from storage.turns import turn
 _REPLICATED_S = 5.0
 #: Keys looked at by one SCAN, and records by one call.
 _BATCH = 500
+#: Seconds for which it is remembered where a round stopped: longer than any round's interval.
+_ROUND_KEPT_S = 400 * 24 * 3600
+
+_ROUND: Codec[Round] = Codec("round", Round)
 
 
 class RedisCollectStore:
@@ -129,6 +135,16 @@ class RedisCollectStore:
         """Return how many objects are to be deleted."""
         count: int = await self._link.execute("ZCARD", self._keys.deleting, may_repeat=True)
         return count
+
+    async def round(self, work: str) -> Round | None:
+        """Return how far the last round of *work* has come."""
+        value = await self._link.execute("GET", self._keys.round(work), may_repeat=True)
+        return None if value is None else _ROUND.decode(value)
+
+    async def keep_round(self, work: str, round_: Round) -> None:
+        """Remember how far a round has come."""
+        command = ("SET", self._keys.round(work), _ROUND.encode(round_), "EX", _ROUND_KEPT_S)
+        await self._link.execute(*command, may_repeat=True)
 
     def turn(self, work: str) -> AbstractAsyncContextManager[bool]:
         """Take the turn for *work*."""

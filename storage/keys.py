@@ -17,6 +17,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``deleting`` | zset | ``DIGEST KEY`` of an object that nothing names any more → when it may be deleted, milliseconds |
 | ``strays`` | zset | ``KEY UPLOAD_ID`` (or ``KEY ``: an object) that nothing names → first seen, milliseconds |
 | ``turn:WORK`` | string, seconds | token of who does it: what one process at a time is enough for |
+| ``round:WORK`` | string, 400 days | payload ``round`` (:class:`cluster.collect.rounds.Round`) |
 | ``blob:DIGEST`` | string | payload ``blob`` (:class:`cluster.ref.BlobRecord`): the blob is present |
 | ``absent:DIGEST`` | string, a week | why a blob that was present was found gone or damaged |
 | ``providers:DIGEST`` | set | payloads ``provider`` |
@@ -121,6 +122,10 @@ class Keys:
     def mark(self) -> str:
         """Name the ID of this farm's records."""
         return f"{self.prefix}:mark"
+
+    def round(self, work: str) -> str:
+        """Name how far a round of some work has come."""
+        return f"{self.prefix}:round:{work}"
 
     @property
     def deleting(self) -> str:

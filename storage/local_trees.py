@@ -35,6 +35,7 @@ from cluster.tree import Tree, decode_tree, encode_tree
 from storage.codec import Codec
 from storage.keys import Keys
 from storage.link import RedisLink
+from storage.stoppable import StoppedError, in_thread
 from storage.tree_writer import TreeWriter
 
 T = TypeVar("T")
@@ -207,17 +208,7 @@ class LocalTrees:
     # -- in threads ---------------------------------------------------------------------------------------
 
     async def _in_thread(self, call: Callable[[threading.Event], T]) -> T:
-        """Run *call* in a thread; where this is cancelled, tell it so by its event, and return when it has ended."""
-        stop = threading.Event()
-        running = asyncio.get_running_loop().run_in_executor(self._threads, call, stop)
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            stop.set()
-            # It notices within a chunk, or the store's own deadline.
-            with suppress(ClusterError, _StoppedError):
-                await running
-            raise
+        return await in_thread(self._threads, call)  # it notices within a chunk, or the store's own deadline
 
     def _put_pack(self, files: Sequence[_File], stop: threading.Event) -> dict[Digest, Packed]:
         """Store some files as one object and return where each content lies."""
@@ -273,10 +264,6 @@ class LocalTrees:
             raise TreeLostError(exc.expected, str(exc)) from exc
 
 
-class _StoppedError(Exception):
-    """Nobody waits any more."""
-
-
 @dataclass(frozen=True, slots=True)
 class _File:
     """A file of the driver that is to be sent."""
@@ -297,7 +284,7 @@ class _File:
         with _reading(self.path), self.path.open("rb") as file:
             while chunk := file.read(min(chunk_bytes, left + 1)):
                 if stop.is_set():
-                    raise _StoppedError
+                    raise StoppedError
                 hashed.update(chunk)
                 left -= len(chunk)
                 if left < 0:
@@ -347,7 +334,7 @@ def _chunks(stream: ByteStream, size_bytes: int, buffer: memoryview, stop: threa
     left = size_bytes
     while left:
         if stop.is_set():
-            raise _StoppedError
+            raise StoppedError
         count = stream.readinto(buffer[: min(left, len(buffer))])
         if count == 0:
             return  # the object is too short: the digest won't be right

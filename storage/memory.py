@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from cluster.collect.ports import Doomed
+from cluster.collect.rounds import Round
 from cluster.collect.sweep import Suspect
 from cluster.digest import Digest, is_digest
 from cluster.errors import (
@@ -90,6 +91,7 @@ class Memory:
         self.deleting: dict[Doomed, float] = {}
         self.strays: dict[Suspect, float] = {}
         self.turns: set[str] = set()
+        self.rounds: dict[str, Round] = {}
         self.leases: dict[LeaseId, Lease] = {}
         self.epoch = "memory"
         self.last_fence = 0
@@ -302,12 +304,20 @@ class MemoryRefStore:
         """Add providers for a digest."""
         self._memory.providers.setdefault(digest, set()).update(providers)
 
-    async def mark_absent(self, blob: BlobRecord, reason: str) -> bool:  # noqa: ARG002 - the fake keeps no reasons
+    async def mark_absent(
+        self,
+        blob: BlobRecord,
+        reason: str,  # noqa: ARG002 - the fake keeps no reasons
+        *,
+        delete_after_s: float | None = None,
+    ) -> bool:
         """Turn a blob lazy again, if it is still that very upload."""
         present = self._memory.blobs.get(blob.digest)
         if present is None or present.key != blob.key:
             return False
         del self._memory.blobs[blob.digest]
+        if delete_after_s is not None:
+            self._memory.deleting[Doomed(blob.digest, blob.key)] = self._memory.now_s() + delete_after_s
         return True
 
     def _state(self, ref_id: RefId) -> RefState:

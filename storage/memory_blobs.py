@@ -99,12 +99,20 @@ class MemoryContentStore:
         with self._lock:
             self._objects.pop(key, None)
 
-    def objects(self, prefix: str) -> Iterator[ObjectInfo]:
+    def copy(self, source: ObjectInfo, key: str) -> None:
+        """Copy an object."""
+        with self._lock:
+            there = self._objects.get(source.key)
+            if there is None or there[1] != source.etag:
+                raise BlobNotFoundError(source.key, "memory")
+            self._objects[key] = there
+
+    def objects(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         """List the objects under *prefix*."""
         with self._lock:
             found = sorted((key, len(data), etag) for key, (data, etag) in self._objects.items())
         for key, size_bytes, etag in found:
-            if key.startswith(prefix):
+            if key.startswith(prefix) and key > after:
                 yield ObjectInfo(key=key, size_bytes=size_bytes, etag=etag)
 
     def _upload(self, key: str, upload_id: str) -> dict[int, tuple[bytes, str]]:

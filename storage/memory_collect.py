@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from cluster.collect.ports import Doomed, Outcome, Removal
+from cluster.collect.rounds import Round
 from cluster.collect.sweep import Suspect
 from cluster.digest import Digest
 from cluster.lease import LeaseId, blob_resource, image_resource, ref_resource
@@ -145,6 +146,14 @@ class MemoryCollectStore:
     async def doomed(self) -> int:
         """Return how many objects are to be deleted."""
         return len(self._memory.deleting)
+
+    async def round(self, work: str) -> Round | None:
+        """Return how far the last round of *work* has come."""
+        return self._memory.rounds.get(work)
+
+    async def keep_round(self, work: str, round_: Round) -> None:
+        """Remember how far a round has come."""
+        self._memory.rounds[work] = round_
 
     @asynccontextmanager
     async def turn(self, work: str) -> AsyncIterator[bool]:

@@ -174,6 +174,17 @@ class NodeCache:
         path.unlink(missing_ok=True)
         return False
 
+    def digests(self) -> list[Digest]:
+        """Return the blobs that are here, sorted."""
+        return sorted(Digest(f"sha256:{entry.path.name}") for entry in _entries(self._blobs))
+
+    def size_of(self, digest: Digest) -> int | None:
+        """Return the length of a blob that is here, without marking it used; None where it is not."""
+        try:
+            return (self._blobs / hex_of(digest)).stat().st_size
+        except FileNotFoundError:
+            return None
+
     def remove(self, digest: Digest) -> None:
         """Remove a blob; who reads it reads on. Does nothing where there is none."""
         (self._blobs / hex_of(digest)).unlink(missing_ok=True)

@@ -196,9 +196,12 @@ class RedisRefStore:
             packed = [PROVIDER.encode(handle) for handle in providers]
             await self._link.execute("SADD", self._keys.providers(digest), *packed, may_repeat=True)
 
-    async def mark_absent(self, blob: BlobRecord, reason: str) -> bool:
+    async def mark_absent(self, blob: BlobRecord, reason: str, *, delete_after_s: float | None = None) -> bool:
         """Turn a blob lazy again, if it is still that very upload."""
-        return bool(await self._link.run("blob_absent", self._prefix, blob.digest, blob.key, reason))
+        told: list[str | int] = [blob.digest, blob.key, reason]
+        if delete_after_s is not None:
+            told.append(round(delete_after_s * 1000))
+        return bool(await self._link.run("blob_absent", self._prefix, *told))
 
 
 def _split(kind: str, value: RefRecord | ImageRecord, merged: tuple[str, ...]) -> tuple[bytes, bytes]:

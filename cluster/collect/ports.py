@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from cluster.collect.rounds import Round
 from cluster.collect.sweep import Suspect
 from cluster.digest import Digest
 from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefUsage
@@ -118,6 +119,14 @@ class CollectStore(Protocol):
 
     async def doomed(self) -> int:
         """Return how many objects are to be deleted, due or not."""
+        ...
+
+    async def round(self, work: str) -> Round | None:
+        """Return how far the last round of *work* has come; None where there was none, or none for long."""
+        ...
+
+    async def keep_round(self, work: str, round_: Round) -> None:
+        """Remember how far a round has come. Nothing may rest on it: a round may look at some things twice."""
         ...
 
     def turn(self, work: str) -> AbstractAsyncContextManager[bool]:

@@ -9,6 +9,8 @@ from cluster.digest import Digest
 
 #: Where blobs lie; only keys of uploads' own are judged (``blobs/sha256/HEX/NONCE``).
 SWEPT_PREFIX = "blobs/sha256/"
+#: Where damaged objects are moved to, under their own key.
+QUARANTINE_PREFIX = "quarantine/"
 _KEY = re.compile(r"blobs/sha256/([0-9a-f]{64})/[0-9a-f]{16}")
 
 

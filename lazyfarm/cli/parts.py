@@ -16,6 +16,7 @@ from lazyfarm.cli.reach import accepts, url_address
 from lazyfarm.settings import FarmSettings, load_settings
 
 if TYPE_CHECKING:
+    from cluster.ports import ObjectInfo
     from lazyfarm.collection import FarmCollection
     from lazyfarm.explain import FarmExplain
     from lazyfarm.farm import Farm
@@ -116,6 +117,13 @@ def open_collection(settings: FarmSettings) -> contextlib.AbstractAsyncContextMa
     from lazyfarm.collection import open_collection  # noqa: PLC0415 - see the module
 
     return open_collection(settings)
+
+
+def quarantined(settings: FarmSettings) -> list[ObjectInfo]:
+    """Return the damaged objects that were put aside: S3 alone is asked."""
+    from lazyfarm.verify import quarantined  # noqa: PLC0415 - see the module
+
+    return quarantined(settings)
 
 
 def _over_redis(

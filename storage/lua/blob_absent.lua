@@ -4,7 +4,9 @@
 -- ARGV[1] digest
 -- ARGV[2] object key of the upload that was found gone or damaged
 -- ARGV[3] why, for people; kept a week
+-- ARGV[4] milliseconds until its object may be deleted; without it the object is left to the sweeper
 -- return  1 if this changed it, else 0
+-- include: time
 local blob = KEYS[1] .. ':blob:' .. ARGV[1]
 local value = redis.call('GET', blob)
 if not value or cmsgpack.unpack(value)[3].key ~= ARGV[2] then
@@ -12,4 +14,7 @@ if not value or cmsgpack.unpack(value)[3].key ~= ARGV[2] then
 end
 redis.call('DEL', blob)
 redis.call('SET', KEYS[1] .. ':absent:' .. ARGV[1], ARGV[3], 'EX', 604800)
+if ARGV[4] then
+  redis.call('ZADD', KEYS[1] .. ':deleting', now_ms() + tonumber(ARGV[4]), ARGV[1] .. ' ' .. ARGV[2])
+end
 return 1

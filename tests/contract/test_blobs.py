@@ -74,6 +74,25 @@ def upload(store: ContentStore, key: str, parts: list[bytes]) -> None:
 # -- whole objects ---------------------------------------------------------------------------------
 
 
+def test_a_copy_is_of_the_object_that_was_meant(store, key):
+    """Within the bucket; not of one that has taken its place."""
+    info = store.put(key, b"bytes")
+    store.copy(info, f"quarantine/{key}")
+    assert read(store, f"quarantine/{key}") == b"bytes"
+    store.put(key, b"others")
+    for gone in (info, replace(info, key=f"{key}x")):
+        with pytest.raises(BlobNotFoundError):
+            store.copy(gone, f"quarantine/{key}")
+
+
+def test_a_list_goes_on_after_a_key(store, key):
+    """Sorted; what comes before and the key itself are left out."""
+    for name in ("c", "a", "b"):
+        store.put(f"{key}/{name}", b"")
+    assert [info.key for info in store.objects(key)] == [f"{key}/{name}" for name in "abc"]
+    assert [info.key for info in store.objects(key, f"{key}/a")] == [f"{key}/b", f"{key}/c"]
+
+
 @pytest.mark.parametrize("size", [0, 1, 65_537, MIB])
 def test_what_was_put_is_read_back(store, key, size):
     """An object is read as it was written, also an empty one, and head tells its size."""

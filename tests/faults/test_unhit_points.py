@@ -11,7 +11,7 @@ from tests.doubles.faults import BrokenFarm
 pytestmark = [pytest.mark.cluster, pytest.mark.registry, pytest.mark.s3]
 
 #: Where somebody is killed at each.
-_MODULES = {"test_killed_owner.py", "test_killed_builder.py", "test_killed_collector.py"}
+_MODULES = {"test_killed_owner.py", "test_killed_builder.py", "test_killed_collector.py", "test_killed_verifier.py"}
 
 
 def test_every_fault_point_was_passed(lab: BrokenFarm, request: pytest.FixtureRequest):

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from actors.launch import DownReport, UpReport
 from cluster.collect.values import Item, ItemKind
+from cluster.collect.verify import BlobFault, FaultKind, Verified
 from cluster.descriptor import Descriptor
 from cluster.digest import digest_of
 from cluster.errors import DigestMismatchError, FarmNotRunningError, NodeNotFoundError, RefNotFoundError
@@ -173,6 +174,21 @@ class FakeFarm:
         await self.step(progress)
         pushed = LayerPush(digest=TOP.record.blob.digest, how="mounted", bytes=0)
         return PushResult(target=target, digest=MANIFEST, layers=(pushed,))
+
+    async def verify(self, *refs, repair, bytes_per_s, on_verified):
+        self.verified = (refs, bytes_per_s)
+        fault = BlobFault(
+            digest=BOTTOM.record.blob.digest,
+            key="blobs/x",
+            size_bytes=20 * MIB,
+            kind=FaultKind.DAMAGED,
+            reason="other bytes",
+            is_repaired=repair,
+            quarantine="quarantine/blobs/x" if repair else "",
+        )
+        found = Verified(blobs=2, size_bytes=40 * MIB, faults=(fault,))
+        on_verified(found)
+        return found
 
 
 class FakeRecords:
@@ -334,6 +350,35 @@ def test_push_tells_how_each_layer_got_there(farm):
         "digest": MANIFEST,
         "layers": [{"digest": TOP.record.blob.digest, "how": "mounted", "bytes": 0}],
     }
+
+
+def test_verify_tells_faults_and_fails_while_they_are_there(farm):
+    """Exit 1 where something is left as it was, 0 where all is repaired; the rate is in MiB."""
+    told, code = document("verify", "debian:12", "--rate", "20")
+    assert code == 1
+    assert farm.verified == (("debian:12",), 20.0 * MIB)
+    assert told == {
+        "blobs": 2,
+        "size": 40 * MIB,
+        "faults": [
+            {
+                "digest": BOTTOM.record.blob.digest,
+                "key": "blobs/x",
+                "size": 20 * MIB,
+                "kind": "damaged",
+                "reason": "other bytes",
+                "repaired": False,
+                "quarantine": "",
+                "node": "",
+            }
+        ],
+        "unrepaired": 1,
+    }
+    assert document("verify", "--repair")[1] == 0
+    said = CliRunner().invoke(app, ["verify", "--repair"]).stdout
+    assert "damaged  bucket  lazy, quarantine/blobs/x" in said
+    assert said.splitlines()[-1] == "2 blobs, 40.0 MiB read; 1 fault, 0 left"
+    assert CliRunner().invoke(app, ["verify", "--quarantine", "--repair"]).exit_code == 2
 
 
 def test_status_tells_nodes_services_and_actors(records, running):

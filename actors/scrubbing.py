@@ -1,0 +1,92 @@
+"""Scrubbing in the background: everything that is present is read now and then, slowly, before somebody needs it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+
+import structlog
+
+from actors.boot import Stores
+from cluster.collect.verify import Verified
+from cluster.config import Config
+from cluster.digest import Digest
+from cluster.errors import ClusterError
+from storage.collect import RedisCollectStore
+from storage.keys import Keys
+from storage.node_cache import NodeCache
+from storage.rounds import go_round
+from storage.verifier import Verifier, verify_copies
+
+log = structlog.get_logger()
+
+#: Seconds between looks whether a round is due, or whoever was at it is gone.
+_LOOK_S = 60.0
+#: Blobs between two notes of how far a round has come.
+_BATCH = 10
+
+
+async def scrub_forever(stores: Stores, config: Config, verifier: Verifier) -> None:
+    """Verify and repair every present blob at ``collect.scrub_bytes_per_s``; one worker of the farm at a time does."""
+    store = RedisCollectStore(stores.link, Keys(config.farm.name))
+    rate = config.collect.scrub_bytes_per_s
+
+    async def names() -> Sequence[str]:
+        return [blob.digest for blob in await store.blobs()]
+
+    async def look(digests: Sequence[str]) -> None:
+        _tell(await verifier.verify([Digest(digest) for digest in digests], repair=True, bytes_per_s=rate))
+
+    async def turn_round() -> None:
+        async with store.turn("scrub") as is_mine:
+            if is_mine:
+                await go_round(
+                    store, "scrub", every_s=config.collect.scrub_every_s, names=names, look=look, most=_BATCH
+                )
+
+    if rate:
+        await _again_and_again(turn_round)
+
+
+async def scrub_copies_forever(
+    stores: Stores, config: Config, cache: NodeCache, *, node: str, threads: Executor
+) -> None:
+    """Verify this node's copies, at the same rate."""
+    store = RedisCollectStore(stores.link, Keys(config.farm.name))
+    rate = config.collect.scrub_bytes_per_s
+
+    async def names() -> Sequence[str]:
+        return await asyncio.to_thread(cache.digests)
+
+    async def look(digests: Sequence[str]) -> None:
+        found = [Digest(digest) for digest in digests]
+        _tell(await verify_copies(cache, found, node=node, threads=threads, bytes_per_s=rate))
+
+    async def turn_round() -> None:
+        every_s = config.collect.scrub_every_s
+        await go_round(store, f"scrub:{node}", every_s=every_s, names=names, look=look, most=_BATCH)
+
+    if rate:
+        await _again_and_again(turn_round)
+
+
+async def _again_and_again(turn_round: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        try:
+            await turn_round()
+        except ClusterError as exc:  # Redis is away: the round goes on from where it was
+            log.warning("scrub.failed", error=str(exc), error_type=type(exc).__name__)
+
+
+def _tell(verified: Verified) -> None:
+    for fault in verified.faults:
+        log.warning(
+            "scrub.fault",
+            digest=fault.digest,
+            kind=fault.kind.value,
+            reason=fault.reason,
+            repaired=fault.is_repaired,
+            quarantine=fault.quarantine,
+        )

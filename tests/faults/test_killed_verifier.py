@@ -1,0 +1,39 @@
+"""A fetch worker is killed in the midst of a repair: the blob is as it was, or lazy, and the next one repairs it."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.collect.sweep import QUARANTINE_PREFIX
+from cluster.collect.verify import FaultKind
+from cluster.faultpoints import FaultPoint
+from lazyfarm.verify import quarantined
+from tests.doubles.faults import MIB, BrokenFarm, assert_extracted, eventually
+
+pytestmark = [pytest.mark.cluster, pytest.mark.registry, pytest.mark.s3]
+
+POINTS = [FaultPoint.VERIFY_FOUND, FaultPoint.VERIFY_QUARANTINED]
+
+
+@pytest.mark.parametrize("point", POINTS, ids=str)
+async def test_what_a_killed_verifier_left_is_repaired(lab: BrokenFarm, point: FaultPoint):
+    """The call is made again by itself; the damaged object ends in quarantine, and the layer is fetched anew."""
+    name, image = lab.image(MIB)
+    layer = image.layers[0]
+    async with lab.driver() as one:
+        ref = await one.pull(name, plain_http=True)
+        await ref.unlazy()
+        damaged = await lab.blob(layer.digest)
+        assert damaged is not None
+        lab.store.put(damaged.key, bytes(byte ^ 0xFF for byte in layer.data))
+        killed = lab.faults.kill(point)
+        verified = await one.verify(name, repair=True, bytes_per_s=0)
+        assert killed()
+        (fault,) = verified.faults
+        assert (fault.digest, fault.kind, verified.unrepaired) == (layer.digest, FaultKind.DAMAGED, ())
+        assert await lab.blob(layer.digest) is None
+        assert QUARANTINE_PREFIX + damaged.key in {kept.key for kept in quarantined(lab.running.settings)}
+        await eventually(lambda: lab.store.head(damaged.key) is None, "the damaged object to be deleted", within_s=45)
+        assert_extracted((await ref.extract("n1")).path, image)
+        assert (await one.verify(name)).faults == ()
+    await lab.assert_whole(image)
