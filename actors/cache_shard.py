@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 
 from actors.boot import Boot, Starter, Stores, build_stores
-from actors.collection import collect_forever
+from actors.collection import collecting
 from actors.session_host import SessionServer
 from actors.shell import answers
 from cluster.errors import NeedsRemoteProvidersError
@@ -33,7 +33,8 @@ class CacheShard(SessionServer):
     async def _build(self) -> Presence:
         config = self._starter.boot.config
         self._stores = build_stores(config)
-        self._starter.background.spawn(collect_forever(self._stores, config))
+        for work in collecting(self._stores, config):
+            self._starter.background.spawn(work)
         return self._stores.presence
 
     async def ready(self) -> bool:

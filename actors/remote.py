@@ -126,6 +126,10 @@ class RemoteFetchWorker(_RemoteSessionServer):
         """Forward."""
         return await self._actor.push(payload)
 
+    async def verify(self, payload: bytes) -> bytes:
+        """Forward."""
+        return await self._actor.verify(payload)
+
     async def export_cache(self, payload: bytes) -> bytes:
         """Forward."""
         return await self._actor.export_cache(payload)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 
 import structlog
 
 from actors.boot import Stores
+from actors.rounds import again_and_again
 from cluster.collect.verify import Verified
 from cluster.config import Config
 from cluster.digest import Digest
-from cluster.errors import ClusterError
 from storage.collect import RedisCollectStore
 from storage.keys import Keys
 from storage.node_cache import NodeCache
@@ -46,7 +46,7 @@ async def scrub_forever(stores: Stores, config: Config, verifier: Verifier) -> N
                 )
 
     if rate:
-        await _again_and_again(turn_round)
+        await again_and_again("scrub", turn_round, every_s=_LOOK_S)
 
 
 async def scrub_copies_forever(
@@ -68,16 +68,7 @@ async def scrub_copies_forever(
         await go_round(store, f"scrub:{node}", every_s=every_s, names=names, look=look, most=_BATCH)
 
     if rate:
-        await _again_and_again(turn_round)
-
-
-async def _again_and_again(turn_round: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        await asyncio.sleep(_LOOK_S)
-        try:
-            await turn_round()
-        except ClusterError as exc:  # Redis is away: the round goes on from where it was
-            log.warning("scrub.failed", error=str(exc), error_type=type(exc).__name__)
+        await again_and_again("scrub", turn_round, every_s=_LOOK_S)
 
 
 def _tell(verified: Verified) -> None:

@@ -111,6 +111,10 @@ class CollectConfig:
     grace_s: float = 60.0
     #: Seconds after which what no record names is swept from the bucket; 0: never.
     stray_s: float = 3600.0
+    #: Seconds between the beginnings of two rounds that look whether every present blob's object is there; 0: never.
+    missing_every_s: float = 24 * 3600.0
+    #: Requests a second to the bucket that each of these rounds, and the sweeper, makes at most.
+    requests_per_s: float = 20.0
     #: Bytes a second that the whole farm reads of present blobs, and each node of its copies, to verify them; 0: none.
     scrub_bytes_per_s: int = 4 * 1024**2
     #: Seconds between the beginnings of two rounds in which all of them are verified.

@@ -227,6 +227,8 @@ RANGES: dict[str, Range] = {
     "collect.every_s": Range(0, 30 * _DAY_S),
     "collect.grace_s": Range(0, _DAY_S),
     "collect.stray_s": Range(0, 30 * _DAY_S),
+    "collect.missing_every_s": Range(0, 366 * _DAY_S),
+    "collect.requests_per_s": Range(0.1, 10_000),
     "collect.scrub_bytes_per_s": Range(0, 64 * _GIB),
     "collect.scrub_every_s": Range(_MINUTE_S, 366 * _DAY_S),
     "collect.reserved_bytes": Range(0, 1024 * _TIB),

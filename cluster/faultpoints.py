@@ -80,6 +80,7 @@ class FaultPoint(StrEnum):
     COLLECT_PLANNED = "collect.planned", "what may go is known, nothing has gone"
     COLLECT_REMOVED = "collect.removed", "some refs are gone, and others that are to go are not"
     COLLECT_OBJECT_DELETED = "collect.object-deleted", "objects are deleted that are still on record as to be deleted"
+    SWEEP_JUDGED = "sweep.judged", "strays are to be deleted, none of these is, nor is noted how far the sweep has come"
     VERIFY_FOUND = "verify.found", "a blob is known to be damaged, nothing of it has changed"
     VERIFY_QUARANTINED = "verify.quarantined", "a damaged object is copied to the quarantine, its blob is still present"
     LEASE_RENEW_BEFORE = "lease.renew.before", "a lease or fence is about to be renewed"

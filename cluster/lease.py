@@ -34,6 +34,11 @@ def blob_resource(digest: str) -> str:
     return f"blob:{digest}"
 
 
+def object_resource(key: str) -> str:
+    """Name an object of the content store, which no record may name yet, as a lease's resource."""
+    return f"object:{key}"
+
+
 def image_resource(name: str) -> str:
     """Name an image as a lease's resource."""
     return f"image:{name}"

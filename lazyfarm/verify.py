@@ -11,7 +11,7 @@ from cluster.cache.names import find_ref
 from cluster.collect.sweep import QUARANTINE_PREFIX
 from cluster.collect.verify import Verified, batches
 from cluster.digest import Digest
-from cluster.errors import ActorLostError, ClusterError, InvalidArgumentError, NodeNotFoundError
+from cluster.errors import ActorLostError, ClusterError, InvalidArgumentError, NodeNotFoundError, first_error
 from cluster.messages import NodeRecord, VerifyRequest
 from cluster.ports import ObjectInfo, RefStore
 from cluster.ref import BlobRecord
@@ -122,8 +122,11 @@ async def _shared(
         return None
 
     while nodes:
-        async with asyncio.TaskGroup() as group:
-            tasks = {node: group.create_task(at(node)) for node in nodes}
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {node: group.create_task(at(node)) for node in nodes}
+        except BaseExceptionGroup as found:
+            raise first_error(found) from None
         errors = [error for task in tasks.values() if (error := task.result()) is not None]
         if not left:
             return

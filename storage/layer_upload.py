@@ -16,7 +16,7 @@ import hashlib
 import io
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -37,7 +37,7 @@ from cluster.errors import (
 )
 from cluster.faultpoints import FaultPoint, ahit, hit
 from cluster.flight.values import Owned, Present
-from cluster.lease import blob_resource
+from cluster.lease import blob_resource, object_resource
 from cluster.ports import ContentStore, FlightRenewer, FlightStore, ObjectInfo, Part
 from cluster.provider import FARM
 from cluster.ref import BlobRecord
@@ -352,16 +352,28 @@ class LayerStore:
         self._part_bytes = part_bytes
 
     async def put_layer(
-        self, write_tar: Callable[[BinaryIO], Digest], *, compression: Compression, deadline_s: float
+        self,
+        write_tar: Callable[[BinaryIO], Digest],
+        *,
+        compression: Compression,
+        deadline_s: float,
+        hold: Callable[[str], Awaitable[None]],
     ) -> StoredLayer:
         """Upload the layer that *write_tar* writes and commit it; cancelled, it stops the upload and waits for that.
+
+        Args:
+            write_tar: See :class:`LayerUpload`.
+            compression: Of the blob.
+            deadline_s: Seconds that :meth:`commit_layer` may take.
+            hold: Called first, with the resource by which a live lease keeps the sweeper from the object: nothing else
+                names it until it is committed.
 
         Raises:
             ClusterError: as :meth:`LayerUpload.run` and :meth:`commit_layer`.
         """
-        upload = LayerUpload(
-            self._store, write_tar, compression=compression, part_bytes=self._part_bytes, key=new_key()
-        )
+        key = new_key()
+        await hold(object_resource(key))
+        upload = LayerUpload(self._store, write_tar, compression=compression, part_bytes=self._part_bytes, key=key)
         running = asyncio.ensure_future(asyncio.to_thread(upload.run))
         try:
             uploaded = await asyncio.shield(running)

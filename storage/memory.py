@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from cluster.collect.ports import Doomed
 from cluster.collect.rounds import Round
-from cluster.collect.sweep import Suspect
+from cluster.collect.sweep import NAMELESS, Suspect
 from cluster.digest import Digest, is_digest
 from cluster.errors import (
     DeadlineExceededError,
@@ -411,6 +411,7 @@ class MemoryFlightStore:
             return
         self._owned(fence)
         memory.blobs[blob.digest] = blob
+        memory.deleting.pop(Doomed(NAMELESS, blob.key), None)
         now_s = memory.now_s()
         lease_id = LeaseId(f"flight:{blob.digest}")
         if not memory.is_live(lease_id):

@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 
 from cluster.collect.ports import Doomed, Outcome, Removal
 from cluster.collect.rounds import Round
-from cluster.collect.sweep import Suspect
+from cluster.collect.sweep import NAMELESS, Suspect
 from cluster.digest import Digest
-from cluster.lease import LeaseId, blob_resource, image_resource, ref_resource
+from cluster.lease import LeaseId, blob_resource, image_resource, object_resource, ref_resource
 from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefUsage
 from storage.memory import Memory
 
@@ -123,6 +123,8 @@ class MemoryCollectStore:
         return over
 
     def _is_named(self, one: Suspect) -> bool:
+        if one.digest == NAMELESS:
+            return self._is_held(object_resource(one.key))
         memory, work = self._memory, f"blob:{one.digest}"
         flight, blob = memory.flights.get(work), memory.blobs.get(one.digest)
         upload, until_s = memory.uploads.get(work, (None, 0.0))

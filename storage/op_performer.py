@@ -281,7 +281,13 @@ class OpPerformer:
 
     async def _put(self, call: _Call, write_tar: Callable[[BinaryIO], Digest]) -> Descriptor:
         """Make the layer present, and hold it; return its descriptor."""
-        stored = await self._layers.put_layer(write_tar, compression=self._compression, deadline_s=call.left_s)
+
+        async def hold(resource: str) -> None:
+            await self._leases.attach(call.lease_id, [resource])
+
+        stored = await self._layers.put_layer(
+            write_tar, compression=self._compression, deadline_s=call.left_s, hold=hold
+        )
         await ahit(FaultPoint.LAYER_COMMITTED)
         await self._leases.attach(call.lease_id, [blob_resource(stored.descriptor.digest)])
         return stored.descriptor

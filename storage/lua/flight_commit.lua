@@ -23,6 +23,8 @@ if not flight_is_owner(prefix, key, ARGV[2], ARGV[3], ARGV[4], now) then
   return present and cmsgpack.unpack(present)[3].key == ARGV[5] and 1 or 0
 end
 redis.call('SET', blob, ARGV[6])
+-- Its uploader was paused for so long that the sweeper took the object for a stray: there still, it may stay.
+redis.call('ZREM', prefix .. ':deleting', '- ' .. ARGV[5])
 local lease = ARGV[8]
 if not lease_is_live(prefix, lease, now) then
   lease_drop(prefix, lease)

@@ -2,18 +2,23 @@
 --
 -- KEYS[1]  prefix of the farm's keys
 -- ARGV[1]  milliseconds that one must have been a stray
--- ARGV[2…] digest, object key, upload ID ('' for an object), digest, …
+-- ARGV[2…] digest ('-' where none is known), object key, upload ID ('' for an object), digest, …
 -- return   places in the list, from 1, of the strays whose grace is over. Objects among them are in `deleting` then
--- Named is what the blob's record or its recorded upload names; a live flight of the digest spares all its keys.
--- Without a live flight nobody can record a key that isn't recorded: commit and upload need the owner's fence.
+-- Named is what the blob's record or its recorded upload names, and what a live lease holds; a live flight of the digest
+-- spares all its keys. Without a live flight nobody can record a key that isn't recorded: commit and upload need the
+-- owner's fence. A key without a digest is held from before its upload until its record is there.
 -- include: time
-local WEEK_MS = 604800000
+-- include: collect
+local MONTH_MS = 2592000000
 local prefix, now, grace = KEYS[1], now_ms(), tonumber(ARGV[1])
 local strays = prefix .. ':strays'
 -- What ended by itself is not noted again, and would stay.
-redis.call('ZREMRANGEBYSCORE', strays, '-inf', now - grace - WEEK_MS)
+redis.call('ZREMRANGEBYSCORE', strays, '-inf', now - grace - MONTH_MS)
 
 local function is_named(digest, key, upload_id)
+  if digest == '-' then
+    return is_held(prefix, 'object:' .. key, now)
+  end
   local flight = prefix .. ':flight:blob:' .. digest
   if (tonumber(redis.call('HGET', flight, 'expires') or 0) or 0) > now then
     return true

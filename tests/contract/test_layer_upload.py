@@ -28,6 +28,7 @@ from storage.snapshots import CopyingSnapshotter, OverlaySnapshotter
 from storage.transfer import TransferStoppedError
 from tests.doubles.layers import Layer, apply, facts, file, layer
 from tests.doubles.s3_faults import Answer
+from tests.doubles.stores import hold_nothing
 
 MIB = 1024**2
 PART_BYTES = 5 * MIB  # the least S3 takes for any part but the last
@@ -342,7 +343,7 @@ def layers_of(stores, objects, worker="n0"):
 
 
 def put(layers, tar: bytes, compression=Compression.GZIP, deadline_s: float = DEADLINE_S):
-    return layers.put_layer(writer_of(tar), compression=compression, deadline_s=deadline_s)
+    return layers.put_layer(writer_of(tar), compression=compression, deadline_s=deadline_s, hold=hold_nothing)
 
 
 async def test_a_new_layer_becomes_present(stores):
@@ -452,7 +453,9 @@ async def test_a_cancelled_put_stops_the_upload_and_leaves_nothing(stores):
         return digest_of(b"")
 
     with layers_of(stores, objects) as layers:
-        putting = asyncio.create_task(layers.put_layer(write, compression=Compression.NONE, deadline_s=DEADLINE_S))
+        putting = asyncio.create_task(
+            layers.put_layer(write, compression=Compression.NONE, deadline_s=DEADLINE_S, hold=hold_nothing)
+        )
         async with asyncio.timeout(DEADLINE_S):
             await writing.wait()
         putting.cancel()

@@ -69,6 +69,7 @@ from tests.doubles.layers import (
     sketch,
     symlink,
 )
+from tests.doubles.stores import hold_nothing
 
 MIB = 1024**2
 NS = 10**9
@@ -252,7 +253,9 @@ class Farm:
             out.write(tar)
             return digest_of(tar)
 
-        stored = await self.nodes[0].layers.put_layer(write, compression=Compression.GZIP, deadline_s=LONG_S)
+        stored = await self.nodes[0].layers.put_layer(
+            write, compression=Compression.GZIP, deadline_s=LONG_S, hold=hold_nothing
+        )
         below = None if parent is None else (await self.stores.refs.get([parent]))[0].record
         record = RefRecord.over(stored.descriptor, below)
         await self.stores.refs.get_or_create([record], {}, lease_id=LEASE)

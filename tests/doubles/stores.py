@@ -81,6 +81,10 @@ end
 """
 
 
+async def hold_nothing(_resource: str) -> None:
+    """Hold nothing: no sweeper is at work."""
+
+
 class FakeClock:
     """A clock that stands still but for :meth:`advance`."""
 

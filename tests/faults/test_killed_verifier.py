@@ -1,4 +1,4 @@
-"""A fetch worker is killed in the midst of a repair: the blob is as it was, or lazy, and the next one repairs it."""
+"""Who repairs a blob, or sweeps the bucket, is killed in the midst: nothing is half done, and the next one goes on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import pytest
 
 from cluster.collect.sweep import QUARANTINE_PREFIX
 from cluster.collect.verify import FaultKind
+from cluster.digest import digest_of
 from cluster.faultpoints import FaultPoint
 from lazyfarm.verify import quarantined
+from storage.fetching import new_key
 from tests.doubles.faults import MIB, BrokenFarm, assert_extracted, eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.registry, pytest.mark.s3]
@@ -36,4 +38,24 @@ async def test_what_a_killed_verifier_left_is_repaired(lab: BrokenFarm, point: F
         await eventually(lambda: lab.store.head(damaged.key) is None, "the damaged object to be deleted", within_s=45)
         assert_extracted((await ref.extract("n1")).path, image)
         assert (await one.verify(name)).faults == ()
+    await lab.assert_whole(image)
+
+
+async def test_what_a_killed_sweeper_judged_goes_with_the_next_one(lab: BrokenFarm):
+    """A shard is killed when it has judged: the stray goes, what a record names stays."""
+    name, image = lab.image(MIB)
+    stray = new_key(digest_of(name.encode()))
+    lab.store.put(stray, b"a commit that was lost")
+    async with lab.driver() as one:
+        ref = await one.pull(name, plain_http=True)
+        await ref.unlazy()
+        for is_killed in (False, True):
+            # An hour later, as the farm's records have it; and a round is due.
+            await lab.redis("ZADD", f"{lab.prefix}:strays", "XX", "INCR", -4_000_000, f"{stray} ")
+            killed = lab.faults.kill(FaultPoint.SWEEP_JUDGED) if is_killed else lambda: True
+            await lab.redis("DEL", f"{lab.prefix}:round:sweep")
+            await eventually(killed, "a shard to be killed", within_s=45)
+            await eventually(lambda: lab.redis("EXISTS", f"{lab.prefix}:round:sweep"), "a round", within_s=45)
+        await eventually(lambda: lab.store.head(stray) is None, "the stray to be deleted", within_s=45)
+        assert_extracted((await ref.extract("n1")).path, image)
     await lab.assert_whole(image)

@@ -8,7 +8,7 @@ from cluster.collect.pace import Pace
 from cluster.collect.rounds import Round, due_round
 from cluster.collect.verify import batches
 from cluster.digest import digest_of
-from cluster.errors import ActorLostError
+from cluster.errors import ActorLostError, UnavailableError
 from cluster.ref import BlobRecord
 from lazyfarm.verify import _shared
 
@@ -63,3 +63,13 @@ async def test_what_a_lost_node_had_the_others_do():
     assert all(sum(where == node for where, _ in done) == 5 for node in ("n0", "n1", "n2"))
     with pytest.raises(ActorLostError):
         await _shared(["n1"], work, call)
+
+
+async def test_an_error_that_is_no_nodes_own_ends_it():
+    """As itself, not as a group."""
+
+    async def away(_node, _batch, *, copies):
+        raise UnavailableError("redis", f"away, {copies}")
+
+    with pytest.raises(UnavailableError):
+        await _shared(["n0", "n1"], [[blob("a")]], away)
