@@ -39,6 +39,11 @@ def object_resource(key: str) -> str:
     return f"object:{key}"
 
 
+def tree_resource(tree: str) -> str:
+    """Name a driver's directory as a lease's resource."""
+    return f"tree:{tree}"
+
+
 def image_resource(name: str) -> str:
     """Name an image as a lease's resource."""
     return f"image:{name}"

@@ -103,6 +103,10 @@ class BuildingFarm(RefFarm, Protocol):
         """Return a ref and all below it, lowest first."""
         ...
 
+    async def hold_resources(self, resources: Sequence[str]) -> None:
+        """Attach what is no ref to this driver's lease."""
+        ...
+
     async def hold(self, ref_ids: Sequence[RefId]) -> None:
         """Attach refs to this driver's lease."""
         ...
@@ -241,7 +245,8 @@ class Builds:
             return
         store = S3ContentStore(self._config.s3)
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="local") as threads:
-            sender = LocalTrees(self._link, self._keys, store, threads=threads)
+            # Held as long as this driver is there: a job of it, once submitted, keeps them by itself.
+            sender = LocalTrees(self._link, self._keys, store, threads=threads, hold=self._farm.hold_resources)
             try:
                 for tree in found:
                     await sender.send(tree.tree, tree.paths)

@@ -713,6 +713,10 @@ class Farm:
         """Attach refs to this driver's lease."""
         await self._refs.use(ref_ids, lease_id=self._lease())
 
+    async def hold_resources(self, resources: Sequence[str]) -> None:
+        """Attach what is no ref to this driver's lease."""
+        await self._leases.attach(self._lease(), resources)
+
     def follow(self, stream: str) -> AsyncIterator[ProgressItem]:
         """Yield a progress stream's items from its start to its end."""
         return self._progress.follow(stream)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
-from cluster.collect.ports import Doomed, Outcome, Removal
+from cluster.collect.ports import Doomed, Locals, LocalTree, Outcome, Removal
 from cluster.collect.rounds import Round
 from cluster.collect.sweep import Suspect
 from cluster.digest import Digest
+from cluster.graph import LocalOp, decode_definition
+from cluster.job import JobId
 from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefUsage
 from storage.codec import Codec
 from storage.keys import Keys
@@ -72,6 +74,63 @@ class RedisCollectStore:
             if keys:
                 yield keys
             if int(cursor) == 0:
+                return
+
+    async def locals(self) -> Locals:
+        """Return drivers' directories."""
+        commands = [("ZRANGE", self._keys.local_used, 0, -1, "WITHSCORES"), ("HGETALL", self._keys.local_objects)]
+        used, sizes = await self._link.execute_many(commands, may_repeat=True)
+        if not used and not sizes:
+            return Locals()
+        digests = [Digest(digest.decode()) for digest in used[::2]]
+        stands = [
+            keys
+            for start in range(0, len(digests), _BATCH)
+            for keys in await self._link.execute_many(
+                [("SMEMBERS", self._keys.local_stands(digest)) for digest in digests[start : start + _BATCH]],
+                may_repeat=True,
+            )
+        ]
+        in_jobs = await self._trees_in_jobs()
+        return Locals(
+            trees=tuple(
+                LocalTree(
+                    digest=digest,
+                    last_used_wall_s=int(at) / 1000,
+                    objects=frozenset(key.decode() for key in keys),
+                    is_in_job=digest in in_jobs,
+                )
+                for digest, at, keys in zip(digests, used[1::2], stands, strict=True)
+            ),
+            objects={key.decode(): int(size) for key, size in zip(sizes[::2], sizes[1::2], strict=True)},
+        )
+
+    async def _trees_in_jobs(self) -> set[Digest]:
+        found: set[Digest] = set()
+        for job in await self._link.execute("ZRANGE", self._keys.jobs_held, 0, -1, may_repeat=True):
+            key = self._keys.job(JobId(job.decode()))
+            payload = await self._link.execute("HGET", key, "definition", may_repeat=True)
+            if payload is not None:
+                vertices = decode_definition(payload).vertices.values()
+                found |= {vertex.op.tree for vertex in vertices if isinstance(vertex.op, LocalOp)}
+        return found
+
+    async def remove_tree(self, tree: LocalTree, *, grace_s: float) -> Removal:
+        """Remove a driver's directory."""
+        used_ms = _ms(tree.last_used_wall_s)
+        reply = await self._link.run("local_remove", self._prefix, tree.digest, used_ms, _ms(grace_s), may_repeat=True)
+        return _removal(reply)
+
+    async def remove_local_object(self, key: str, *, grace_s: float) -> Removal:
+        """Remove an object of drivers' files."""
+        return _removal(await self._link.run("local_remove", self._prefix, "", 0, _ms(grace_s), key, may_repeat=True))
+
+    async def tidy_locals(self) -> None:
+        """Forget contents of drivers' files whose objects are gone."""
+        cursor = b"0"
+        while True:
+            cursor = await self._link.run("local_tidy", self._prefix, cursor, _BATCH, may_repeat=True)
+            if cursor == b"0":
                 return
 
     async def index(self, records: Sequence[RefRecord]) -> None:

@@ -47,6 +47,10 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``progress:STREAM`` | stream, a day | payloads ``progress`` |
 | ``local:files`` | hash | digest of a driver's file → payload ``packed``: in which object it lies, and where |
 | ``local:trees`` | hash | digest of a driver's directory → key of the object that is its manifest |
+| ``local:objects`` | hash | key of an object of these that is there → its length in bytes |
+| ``local:used`` | zset | digest of a driver's directory → last use, milliseconds |
+| ``local:stands:TREE`` | set | keys of the objects that a driver's directory stands on |
+| ``local:users:KEY`` | set | directories that stand on an object |
 | ``key:KEY`` | zset, 30 days unused | cache key: record → when it was last published under it, microseconds |
 | ``record:RECORD`` | hash, 30 days unused | ``result`` (payload ``result``), ``published`` (microseconds) |
 | ``jobs`` | zset | job → when it was submitted, microseconds |
@@ -168,6 +172,25 @@ class Keys:
     def local_trees(self) -> str:
         """Name the index of drivers' directories."""
         return f"{self.prefix}:local:trees"
+
+    @property
+    def local_objects(self) -> str:
+        """Name the objects that drivers' directories lie in."""
+        return f"{self.prefix}:local:objects"
+
+    @property
+    def local_used(self) -> str:
+        """Name the index of drivers' directories by last use."""
+        return f"{self.prefix}:local:used"
+
+    def local_stands(self, tree: Digest) -> str:
+        """Name the set of objects that a driver's directory stands on."""
+        return f"{self.prefix}:local:stands:{tree}"
+
+    @property
+    def jobs_held(self) -> str:
+        """Name the index of jobs that go on."""
+        return f"{self.prefix}:jobs:held"
 
     def job(self, job: JobId) -> str:
         """Name a job's record."""

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from cluster.errors import (
     TreeLostError,
     first_error,
 )
+from cluster.lease import object_resource, tree_resource
 from cluster.ports import ByteStream, ContentStore, Part
 from cluster.tree import Tree, decode_tree, encode_tree
 from storage.codec import Codec
@@ -49,6 +50,8 @@ _TRANSFERS = 4
 #: Bytes between two files that are read and dropped rather than asked for separately.
 _GAP_BYTES = 256 * 1024
 _CHUNK_BYTES = 1024**2
+#: Times that a tree is sent whose contents are gone when it is to stand on them.
+_TRIES = 5
 #: Records that one command reads or writes at most.
 _BATCH = 1000
 
@@ -77,14 +80,38 @@ class Sent:
 _PACKED: Codec[Packed] = Codec("packed", Packed)
 
 
+async def _hold_nothing(_resources: Sequence[str]) -> None:
+    """Hold nothing."""
+
+
 class LocalTrees:
     """The trees of drivers' directories, and the contents of their files.
+
+    A tree stands on the objects that its files lie in; collection ends it when nobody holds or uses it, and with it
+    those that no other tree stands on.
+
+    Args:
+        link: To Redis.
+        keys: The farm's.
+        store: Where objects lie.
+        threads: For reading and writing them.
+        hold: Holds resources by a live lease of who sends: what is sent, before anything names it. Who only reads, on
+            a node, needs none.
 
     Every method may raise UnavailableError: no answer of Redis or S3. What was written before stays, and is found by
     the next try.
     """
 
-    def __init__(self, link: RedisLink, keys: Keys, store: ContentStore, *, threads: Executor) -> None:
+    def __init__(
+        self,
+        link: RedisLink,
+        keys: Keys,
+        store: ContentStore,
+        *,
+        threads: Executor,
+        hold: Callable[[Sequence[str]], Awaitable[None]] = _hold_nothing,
+    ) -> None:
+        self._hold = hold
         self._link = link
         self._keys = keys
         self._store = store
@@ -98,18 +125,36 @@ class LocalTrees:
         Raises:
             FileChangedError: a file is not what the tree says any more; nothing is recorded of it.
             ScanError: a file can't be read.
+            TreeLostError: what was sent is gone, again and again.
         """
         sizes = tree.files
-        missing = await self.missing(sizes)
-        await self.put_files({digest: paths[digest] for digest in missing})
-        digest = await self.put_tree(tree)
-        return Sent(tree=digest, files=len(missing), size_bytes=sum(sizes[one] for one in missing))
+        payload = encode_tree(tree)
+        digest = digest_of(payload)
+        await self._hold([tree_resource(digest)])
+        sent: set[Digest] = set()
+        for _ in range(_TRIES):
+            missing = await self._stand(digest, sizes)
+            if not missing:
+                break
+            # Also what another driver had sent, if it was collected just before this tree was to stand on it.
+            await self.put_files({one: paths[one] for one in missing})
+            sent.update(missing)
+        else:
+            raise TreeLostError(missing[0], "it was sent, and is gone again")
+        await self._put_manifest(digest, payload)
+        return Sent(tree=digest, files=len(sent), size_bytes=sum(sizes[one] for one in sent))
 
     async def missing(self, digests: Iterable[Digest]) -> list[Digest]:
         """Return which of *digests* the farm lacks, in their order."""
-        wanted = list(dict.fromkeys(digests))
-        records = await self._records(wanted)
-        return [digest for digest in wanted if digest not in records]
+        return await self._stand("", digests)
+
+    async def _stand(self, tree: str, digests: Iterable[Digest]) -> list[Digest]:
+        """Let a tree stand on the objects of its contents; return which the farm lacks."""
+        missing: list[Digest] = []
+        for batch in _batches(list(dict.fromkeys(digests))) or [[]]:
+            places = await self._link.run("local_stand", self._keys.prefix, tree, *batch, may_repeat=True)
+            missing += [batch[place - 1] for place in places]
+        return missing
 
     async def put_files(self, paths: Mapping[Digest, Path]) -> None:
         """Store the content of each digest from the file at its path; raises as :meth:`send`."""
@@ -117,12 +162,13 @@ class LocalTrees:
 
         async def put(files: Sequence[_File]) -> None:
             async with slots:
-                records = await self._in_thread(lambda stop: self._put_pack(files, stop))
-            commands = [
-                ("HSET", self._keys.local_files, *(part for pair in batch for part in pair))
-                for batch in _batches([(digest, _PACKED.encode(packed)) for digest, packed in records.items()])
-            ]
-            await self._link.execute_many(commands, may_repeat=True)
+                key = f"local/packs/{uuid4().hex}"
+                await self._hold([object_resource(key)])
+                records = await self._in_thread(lambda stop: self._put_pack(key, files, stop))
+            size_bytes = sum(packed.size_bytes for packed in records.values())
+            for batch in _batches(list(records.items())):
+                told = [part for digest, packed in batch for part in (digest, _PACKED.encode(packed))]
+                await self._link.run("local_put", self._keys.prefix, key, size_bytes, *told, may_repeat=True)
 
         planned = await self._in_thread(lambda _: list(_packs(paths)))
         async with _together() as group:
@@ -133,11 +179,16 @@ class LocalTrees:
         """Store a tree's manifest and return its digest. Its files should be there already."""
         payload = encode_tree(tree)
         digest = digest_of(payload)
-        if not await self._link.execute("HEXISTS", self._keys.local_trees, digest, may_repeat=True):
-            key = f"local/trees/{hex_of(digest)}/{uuid4().hex}"
-            await self._in_thread(lambda _: self._store.put(key, payload))
-            await self._link.execute("HSET", self._keys.local_trees, digest, key, may_repeat=True)
+        await self._stand(digest, tree.files)
+        await self._put_manifest(digest, payload)
         return digest
+
+    async def _put_manifest(self, digest: Digest, payload: bytes) -> None:
+        if await self._link.run("local_tree", self._keys.prefix, digest, may_repeat=True) is None:
+            key = f"local/trees/{hex_of(digest)}/{uuid4().hex}"
+            await self._hold([object_resource(key)])
+            await self._in_thread(lambda _: self._store.put(key, payload))
+            await self._link.run("local_tree", self._keys.prefix, digest, key, len(payload), may_repeat=True)
 
     # -- on a node ----------------------------------------------------------------------------------------
 
@@ -147,13 +198,14 @@ class LocalTrees:
         Raises:
             TreeLostError: the farm doesn't hold it, or not any more.
         """
-        key = await self._link.execute("HGET", self._keys.local_trees, digest, may_repeat=True)
+        key = await self._link.run("local_tree", self._keys.prefix, digest, may_repeat=True)
         if key is None:
             raise TreeLostError(digest, "the farm doesn't hold its manifest")
         try:
             payload = await self._in_thread(lambda _: self._read(key.decode()))
         except BlobNotFoundError as exc:
-            raise await self._lost(self._keys.local_trees, digest, str(exc)) from exc
+            await self._forget_object(key.decode())
+            raise TreeLostError(digest, str(exc)) from exc
         if (actual := digest_of(payload)) != digest:
             raise await self._lost(self._keys.local_trees, digest, f"{key.decode()} holds {actual}")
         return decode_tree(payload)
@@ -186,7 +238,10 @@ class LocalTrees:
                 for run in _runs(records):
                     group.create_task(fetch(run))
         except TreeLostError as exc:
-            raise await self._lost(self._keys.local_files, Digest(exc.digest), exc.reason) from exc
+            digest = Digest(exc.digest)
+            if isinstance(exc.__cause__, BlobNotFoundError):
+                await self._forget_object(records[digest].key)
+            raise await self._lost(self._keys.local_files, digest, exc.reason) from exc
         await self._in_thread(lambda _: writer.end())
 
     # -- records ------------------------------------------------------------------------------------------
@@ -205,14 +260,17 @@ class LocalTrees:
         await self._link.execute("HDEL", index, digest, may_repeat=True)
         return TreeLostError(digest, reason)
 
+    async def _forget_object(self, key: str) -> None:
+        """Forget an object that is gone, and with it all contents in it."""
+        await self._link.execute("HDEL", self._keys.local_objects, key, may_repeat=True)
+
     # -- in threads ---------------------------------------------------------------------------------------
 
     async def _in_thread(self, call: Callable[[threading.Event], T]) -> T:
         return await in_thread(self._threads, call)  # it notices within a chunk, or the store's own deadline
 
-    def _put_pack(self, files: Sequence[_File], stop: threading.Event) -> dict[Digest, Packed]:
+    def _put_pack(self, key: str, files: Sequence[_File], stop: threading.Event) -> dict[Digest, Packed]:
         """Store some files as one object and return where each content lies."""
-        key = f"local/packs/{uuid4().hex}"
         if sum(file.size_bytes for file in files) > _PACK_BYTES:
             (file,) = files
             self._put_parts(key, file, stop)

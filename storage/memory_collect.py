@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from cluster.collect.ports import Doomed, Outcome, Removal
+from cluster.collect.ports import Doomed, Locals, LocalTree, Outcome, Removal
 from cluster.collect.rounds import Round
 from cluster.collect.sweep import NAMELESS, Suspect
 from cluster.digest import Digest
@@ -38,6 +38,21 @@ class MemoryCollectStore:
     async def blobs(self) -> list[BlobRecord]:
         """Return every blob that is present."""
         return list(self._memory.blobs.values())
+
+    async def locals(self) -> Locals:
+        """Return nothing: drivers' directories are kept in Redis alone."""
+        return Locals()
+
+    async def remove_tree(self, tree: LocalTree, *, grace_s: float) -> Removal:  # noqa: ARG002 - as above
+        """Find none."""
+        return Removal(Outcome.MISSING)
+
+    async def remove_local_object(self, key: str, *, grace_s: float) -> Removal:  # noqa: ARG002 - as above
+        """Find none."""
+        return Removal(Outcome.MISSING)
+
+    async def tidy_locals(self) -> None:
+        """Do nothing: there are none."""
 
     async def index(self, records: Sequence[RefRecord]) -> None:
         """Do nothing: there is no index."""

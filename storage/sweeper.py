@@ -63,6 +63,7 @@ async def sweep(store: CollectStore, objects: ContentStore, current: Round, *, s
         current = replace(current, after=keys[-1])
         await store.keep_round(WORK, current)
         await asyncio.sleep(pace.wait_s(len(keys) / _LISTED, asyncio.get_running_loop().time()))
+    await store.tidy_locals()
     await store.keep_round(WORK, replace(current, is_done=True))
     return count
 

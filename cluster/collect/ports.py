@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -43,6 +43,27 @@ class Doomed:
     key: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalTree:
+    """A directory that a driver sent."""
+
+    digest: Digest
+    last_used_wall_s: float
+    #: Keys of what it stands on: the objects of its files, and of its manifest.
+    objects: frozenset[str]
+    #: A job that goes on has it.
+    is_in_job: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Locals:
+    """Drivers' directories, and the objects that they lie in."""
+
+    trees: tuple[LocalTree, ...] = ()
+    #: Lengths in bytes, by key.
+    objects: Mapping[str, int] = field(default_factory=dict)
+
+
 class CollectStore(Protocol):
     """Ends refs, images and blobs, each by one atomic step that looks for holders; see DESIGN §6.
 
@@ -65,6 +86,28 @@ class CollectStore(Protocol):
 
     async def blobs(self) -> list[BlobRecord]:
         """Return every blob that is present; one that comes or goes meanwhile may be missing or there."""
+        ...
+
+    async def locals(self) -> Locals:
+        """Return drivers' directories.
+
+        Which jobs go on is read last: who submits one holds its directories until then.
+        """
+        ...
+
+    async def remove_tree(self, tree: LocalTree, *, grace_s: float) -> Removal:
+        """Remove a driver's directory, and the objects that no other one stands on.
+
+        Held is one that a live lease holds, or that was used later than *tree* says.
+        """
+        ...
+
+    async def remove_local_object(self, key: str, *, grace_s: float) -> Removal:
+        """Remove an object of drivers' files that no directory stands on."""
+        ...
+
+    async def tidy_locals(self) -> None:
+        """Forget contents of drivers' files whose objects are gone."""
         ...
 
     async def index(self, records: Sequence[RefRecord]) -> None:

@@ -10,7 +10,7 @@ from cluster.collect.plan import freed_bytes, plan
 from cluster.collect.policy import KeepPolicy
 from cluster.collect.ports import CollectStore, Outcome, Removal
 from cluster.collect.stock import Kept, Stock, Usage
-from cluster.collect.values import Item
+from cluster.collect.values import Item, ItemKind
 from cluster.errors import ClusterError, RefNotFoundError
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.ports import LeaseStore, RefStore
@@ -52,18 +52,23 @@ class Collector:
         self._grace_s = grace_s
 
     async def stock(self) -> Stock:
-        """Read everything. Leases last: what is recorded under one after the refs were read is not judged."""
+        """Read everything. Leases after refs: what is recorded under one after the refs were read is not judged.
+
+        Drivers' directories after leases: see :meth:`cluster.collect.ports.CollectStore.locals`.
+        """
         states = [state for state in await self._refs.get(await self._refs.list_refs()) if state is not None]
         usages, images, resolved, blobs = await asyncio.gather(
             self._store.usages(), self._refs.images(), self._store.resolved(), self._store.blobs()
         )
+        leases = await self._leases.leases()
         return Stock(
             states={state.record.id: state for state in states},
             usages=usages,
             images=images,
             resolved=resolved,
-            leases=await self._leases.leases(),
+            leases=leases,
             blobs=blobs,
+            local=await self._store.locals(),
         )
 
     async def usage(self) -> Usage:
@@ -160,6 +165,11 @@ class Collector:
         images = stock.images_of_item(item)
         if images:
             return await self._store.remove_image(images, grace_s=self._grace_s)
+        if item.kind is ItemKind.LOCAL:
+            tree = stock.tree_of_item(item)
+            if tree is None:
+                return await self._store.remove_local_object(item.id, grace_s=self._grace_s)
+            return await self._store.remove_tree(tree, grace_s=self._grace_s)
         ref_id = RefId(item.id)
         return await self._store.remove_ref(ref_id, stock.images_of(ref_id), grace_s=self._grace_s)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from cluster.collect.values import Item
+from cluster.collect.ports import Locals, LocalTree
+from cluster.collect.values import Item, ItemKind
 from cluster.digest import Digest
-from cluster.lease import Lease, image_resource, ref_resource
+from cluster.lease import Lease, image_resource, object_resource, ref_resource, tree_resource
 from cluster.ref import BlobRecord, ImageRecord, RefId, RefState, RefUsage
 
 _IMAGE = "image "
+_TREE = "local "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,8 @@ class Usage:
     reclaimable_bytes: int
     #: Bytes of lazy blobs, each once.
     avoided_bytes: int
+    #: Bytes of the directories that drivers sent, beside the total.
+    local_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +98,7 @@ class Stock:
     resolved: Sequence[ImageRecord]
     leases: Sequence[Lease]
     blobs: Sequence[BlobRecord]
+    local: Locals = field(default_factory=Locals)
 
     def images_of(self, ref_id: RefId) -> list[ImageRecord]:
         """Return the images whose top a ref is, also under manifests that no name stands for any more."""
@@ -117,17 +122,61 @@ class Stock:
             )
             for ref_id, state in self.states.items()
         ]
-        return refs + [
+        return (
+            refs
+            + [
+                Item(
+                    id=_IMAGE + manifest,
+                    size_bytes=0,
+                    created_wall_s=min(image.created_wall_s for image in images),
+                    last_used_wall_s=max(image.created_wall_s for image in images),
+                    is_held=any(self._holders.get(image_resource(image.name)) for image in images),
+                    description=", ".join(sorted({image.name for image in images})),
+                )
+                for manifest, images in self._without_ref.items()
+            ]
+            + self._local_items()
+        )
+
+    def _local_items(self) -> list[Item]:
+        """Return drivers' directories, which take nothing themselves, and the objects that they stand on."""
+        used: dict[str, float] = {}
+        for tree in self.local.trees:
+            for key in tree.objects:
+                used[key] = max(tree.last_used_wall_s, used.get(key, 0.0))
+        trees = [
             Item(
-                id=_IMAGE + manifest,
+                id=_TREE + tree.digest,
+                kind=ItemKind.LOCAL,
+                parents=tuple(sorted(tree.objects)),
                 size_bytes=0,
-                created_wall_s=min(image.created_wall_s for image in images),
-                last_used_wall_s=max(image.created_wall_s for image in images),
-                is_held=any(self._holders.get(image_resource(image.name)) for image in images),
-                description=", ".join(sorted({image.name for image in images})),
+                created_wall_s=tree.last_used_wall_s,
+                last_used_wall_s=tree.last_used_wall_s,
+                is_held=tree.is_in_job or bool(self._holders.get(tree_resource(tree.digest))),
+                description="a directory that a driver sent",
             )
-            for manifest, images in self._without_ref.items()
+            for tree in self.local.trees
         ]
+        return trees + [
+            Item(
+                id=key,
+                kind=ItemKind.LOCAL,
+                size_bytes=size_bytes,
+                created_wall_s=used.get(key, 0.0),
+                last_used_wall_s=used.get(key, 0.0),
+                is_held=bool(self._holders.get(object_resource(key))),
+                description="files of directories that drivers sent",
+            )
+            for key, size_bytes in self.local.objects.items()
+        ]
+
+    def tree_of_item(self, item: Item) -> LocalTree | None:
+        """Return the driver's directory that an item is; None where it is something else."""
+        return self._trees.get(item.id)
+
+    @cached_property
+    def _trees(self) -> Mapping[str, LocalTree]:
+        return {_TREE + tree.digest: tree for tree in self.local.trees}
 
     def images_of_item(self, item: Item) -> list[ImageRecord]:
         """Return the images, of one manifest, that an item is; none where it is a ref."""
@@ -194,6 +243,7 @@ class Stock:
             total_bytes=total,
             reclaimable_bytes=total - sum(size for digest, size in sizes.items() if digest in needed),
             avoided_bytes=sum({use.digest: use.avoided_bytes for use in refs}.values()),
+            local_bytes=sum(self.local.objects.values()),
         )
 
     def kept(self, ref_id: RefId) -> Kept:

@@ -12,7 +12,7 @@ from cluster.digest import Digest
 #: Where damaged objects are moved to, under their own key.
 QUARANTINE_PREFIX = "quarantine/"
 #: Where all lies that the farm makes and the sweeper judges, sorted.
-SWEPT_PREFIXES = ("blobs/", "doctor/", QUARANTINE_PREFIX)
+SWEPT_PREFIXES = ("blobs/", "doctor/", "local/", QUARANTINE_PREFIX)
 #: Seconds for which a damaged object is kept.
 QUARANTINE_S = 7 * 24 * 3600.0
 
@@ -21,7 +21,7 @@ NAMELESS = Digest("-")
 
 _FETCHED = re.compile(r"blobs/sha256/([0-9a-f]{64})/[0-9a-f]{16}")
 _BUILT = re.compile(r"blobs/built/[0-9a-f]{32}")
-_PROBE = re.compile(r"doctor/probe-[0-9a-f]{32}")
+_OTHER = re.compile(r"local/packs/[0-9a-f]{32}|local/trees/[0-9a-f]{64}/[0-9a-f]{32}|doctor/probe-[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def suspect(key: str, upload_id: str = "", *, built: Mapping[str, Digest] = Mapp
         return Suspect(Digest(f"sha256:{found[1]}"), key, upload_id)
     if _BUILT.fullmatch(key):
         return Suspect(built.get(key, NAMELESS), key, upload_id)
-    if _PROBE.fullmatch(key) or (
+    if _OTHER.fullmatch(key) or (
         key.startswith(QUARANTINE_PREFIX) and suspect(key.removeprefix(QUARANTINE_PREFIX)) is not None
     ):
         return Suspect(NAMELESS, key, upload_id)

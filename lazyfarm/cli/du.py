@@ -31,8 +31,8 @@ def du(
 ) -> None:
     """Show what takes how much in the bucket, or on the nodes' disks: what is in use, shared, and reclaimable.
 
-    A lazy layer takes nothing; what it would take is told as avoided. Of the bucket it reads records only: Ray is not
-    joined. Of disks it asks their nodes.
+    A lazy layer takes nothing; what it would take is told as avoided. Local is what drivers sent of directories. Of the
+    bucket it reads records only: Ray is not joined. Of disks it asks their nodes.
     """
     of_nodes = nodes or node is not None
     if of_nodes and refs:
@@ -54,6 +54,7 @@ def du(
                 ("total", size(usage.total_bytes)),
                 ("reclaimable", size(usage.reclaimable_bytes)),
                 ("avoided", size(usage.avoided_bytes)),
+                ("local", size(usage.local_bytes)),
             ]
         )
 
@@ -132,4 +133,5 @@ def document(usage: Usage) -> dict[str, object]:
         "total": usage.total_bytes,
         "reclaimable": usage.reclaimable_bytes,
         "avoided": usage.avoided_bytes,
+        "local": usage.local_bytes,
     }

@@ -6,7 +6,8 @@
 -- return   places in the list, from 1, of the strays whose grace is over. Objects among them are in `deleting` then
 -- Named is what the blob's record or its recorded upload names, and what a live lease holds; a live flight of the digest
 -- spares all its keys. Without a live flight nobody can record a key that isn't recorded: commit and upload need the
--- owner's fence. A key without a digest is held from before its upload until its record is there.
+-- owner's fence. A key without a digest is
+-- held from before its upload until its record is there; those of drivers' files are in `local:objects` from then on.
 -- include: time
 -- include: collect
 local MONTH_MS = 2592000000
@@ -17,7 +18,7 @@ redis.call('ZREMRANGEBYSCORE', strays, '-inf', now - grace - MONTH_MS)
 
 local function is_named(digest, key, upload_id)
   if digest == '-' then
-    return is_held(prefix, 'object:' .. key, now)
+    return redis.call('HEXISTS', prefix .. ':local:objects', key) == 1 or is_held(prefix, 'object:' .. key, now)
   end
   local flight = prefix .. ':flight:blob:' .. digest
   if (tonumber(redis.call('HGET', flight, 'expires') or 0) or 0) > now then
