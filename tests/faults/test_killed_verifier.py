@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from cluster.collect.sweep import QUARANTINE_PREFIX
@@ -28,6 +30,8 @@ async def test_what_a_killed_verifier_left_is_repaired(lab: BrokenFarm, point: F
         damaged = await lab.blob(layer.digest)
         assert damaged is not None
         lab.store.put(damaged.key, bytes(byte ^ 0xFF for byte in layer.data))
+        told = lab.running.cli("verify", name, "--json", check=False)
+        assert (told.returncode, json.loads(told.stdout)["unrepaired"]) == (1, 1)
         killed = lab.faults.kill(point)
         verified = await one.verify(name, repair=True, bytes_per_s=0)
         assert killed()
