@@ -89,13 +89,15 @@ class Drivers:
 
     async def records(self):
         """Return the keys in Redis that tell of directories."""
-        found = await self.farm.links[0].execute("KEYS", f"{self.farm.keys.prefix}:local:*")
+        pattern = f"{self.farm.keys.prefix}:local:*"
+        _, found = await self.farm.links[0].execute("SCAN", 0, "MATCH", pattern, "COUNT", 100_000)
         return sorted(key.decode().partition(":local:")[2].partition(":")[0] for key in found)
 
 
 @pytest.fixture
 async def drivers(redis_any, tmp_path):
-    farm = RedisFarm(redis_any.config)
+    # As a user with no right too many.
+    farm = RedisFarm(redis_any.farm_config, redis_any.config)
     with ThreadPoolExecutor(4) as threads:
         yield Drivers(farm, threads, tmp_path)
     await farm.close()
