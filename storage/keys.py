@@ -14,7 +14,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``chain:CHAIN`` | set | ref IDs with that chain ID |
 | ``children:REF`` | set | refs on top of it; one that is no record any more counts for nothing |
 | ``users:DIGEST`` | set | refs whose blob it is; likewise |
-| ``deleting`` | zset | ``DIGEST KEY`` of an object that nothing names any more → when it may be deleted, milliseconds |
+| ``deleting`` | zset | ``DIGEST KEY`` (``- KEY``) of an object that nothing names → when it may go, milliseconds |
 | ``strays`` | zset | ``KEY UPLOAD_ID`` (or ``KEY ``: an object) that nothing names → first seen, milliseconds |
 | ``turn:WORK`` | string, seconds | token of who does it: what one process at a time is enough for |
 | ``round:WORK`` | string, 400 days | payload ``round`` (:class:`cluster.collect.rounds.Round`) |

@@ -151,7 +151,7 @@ class LocalTrees:
     async def _stand(self, tree: str, digests: Iterable[Digest]) -> list[Digest]:
         """Let a tree stand on the objects of its contents; return which the farm lacks."""
         missing: list[Digest] = []
-        for batch in _batches(list(dict.fromkeys(digests))) or [[]]:
+        for batch in _batches(list(dict.fromkeys(digests))):
             places = await self._link.run("local_stand", self._keys.prefix, tree, *batch, may_repeat=True)
             missing += [batch[place - 1] for place in places]
         return missing

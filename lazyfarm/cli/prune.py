@@ -88,7 +88,9 @@ def prune(
         )
         out.document(document(pruned))
         for item in pruned.items:
-            out.line(f"{short(item.id)}  {size(item.size_bytes)}  {item.description}".rstrip())
+            # A driver's files have the key of their object for an ID: cut short, one is like another.
+            name = short(item.id) if ":" in item.id else item.id
+            out.line(f"{name}  {size(item.size_bytes)}  {item.description}".rstrip())
         doing = "would free" if pruned.is_dry_run else "freed"
         taken_up = f"; {count(pruned.kept, 'item')} taken up meanwhile" if pruned.kept else ""
         out.line(f"{count(len(pruned.items), 'item')}, {doing} {size(pruned.freed_bytes)}{taken_up}")

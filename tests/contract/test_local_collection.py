@@ -9,6 +9,7 @@ import pytest
 
 from cluster.collect.pace import Pace
 from cluster.collect.policy import KeepPolicy, default_policies
+from cluster.collect.sweep import NAMELESS, Suspect
 from cluster.digest import digest_of
 from cluster.errors import TreeLostError
 from cluster.graph import Definition, LocalOp, Vertex, encode_definition
@@ -201,6 +202,18 @@ async def test_what_is_collected_while_it_is_sent_is_sent_again(drivers, monkeyp
     sent = await drivers.trees.send(scanned.tree, scanned.paths)
     assert (puts, sent.files) == ([["c"], ["b"]], 2)
     assert await drivers.is_whole(scanned)
+
+
+async def test_a_record_that_comes_late_keeps_its_object(drivers):
+    """Its driver was paused, its lease lapsed, and the sweeper had the object for a stray."""
+    await drivers.trees.put_files(drivers.scan("a").paths)
+    (key,) = drivers.objects()
+    stray = Suspect(NAMELESS, key)
+    await drivers.farm.links[0].execute("HDEL", drivers.farm.keys.local_objects, key)
+    await drivers.leave()
+    assert await drivers.stores.collect.strays([stray], stray_s=0.0) == [stray]
+    await drivers.farm.links[0].run("local_put", drivers.farm.keys.prefix, key, 100)
+    assert await drivers.bench.delete_due() == 0
 
 
 async def test_what_a_killed_driver_left_of_a_directory_goes(drivers):
