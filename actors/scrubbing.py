@@ -57,7 +57,7 @@ async def scrub_copies_forever(
     rate = config.collect.scrub_bytes_per_s
 
     async def names() -> Sequence[str]:
-        return await asyncio.to_thread(cache.digests)
+        return [state.digest for state in await asyncio.to_thread(cache.states)]
 
     async def look(digests: Sequence[str]) -> None:
         found = [Digest(digest) for digest in digests]

@@ -174,10 +174,6 @@ class NodeCache:
         path.unlink(missing_ok=True)
         return False
 
-    def digests(self) -> list[Digest]:
-        """Return the blobs that are here, sorted."""
-        return sorted(Digest(f"sha256:{entry.path.name}") for entry in _entries(self._blobs))
-
     def size_of(self, digest: Digest) -> int | None:
         """Return the length of a blob that is here, without marking it used; None where it is not."""
         try:

@@ -80,7 +80,7 @@ async def test_workers_scrub_the_bucket_by_turns_and_each_its_own_disk(
     assert all(task.cancelled() for task in tasks)
     assert await present(stores) == [False, True, True]
     assert [info.key for info in bucket.objects(QUARANTINE_PREFIX)] == [QUARANTINE_PREFIX + damaged.key]
-    assert cache.digests() == DIGESTS[2:]
+    assert [state.digest for state in cache.states()] == DIGESTS[2:]
     # Off: they end at once.
     off = config_of(redis_farm, scrub_bytes_per_s=0)
     await scrubbing.scrub_forever(stores, off, verifier)
