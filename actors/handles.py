@@ -226,7 +226,8 @@ class FetchWorkerHandle(SessionServerHandle):
 
     async def verify(self, request: VerifyRequest, *, timeout_s: float) -> Verified:
         """Verify present blobs, or that node's copies."""
-        result: Verified = await self.call("verify", "verify", request, Verified, timeout_s)
+        # Of no session: the farm's own work, of which there is one call a node at a time.
+        result: Verified = await super().call("verify", "verify", request, Verified, timeout_s)
         return result
 
     async def export_cache(self, request: ExportCacheRequest, *, timeout_s: float) -> ExportCacheResult:
