@@ -211,12 +211,13 @@ class FetchWorkerHandle(SessionServerHandle):
 
     async def node_usage(self, request: NodeUsageRequest, *, timeout_s: float) -> NodeUsageResult:
         """Tell what lies on that node's disk."""
-        result: NodeUsageResult = await self.call("node_usage", "node-du", request, NodeUsageResult, timeout_s)
+        # Like all that has no session: no tenant waits for its turn with it.
+        result: NodeUsageResult = await super().call("node_usage", "node-du", request, NodeUsageResult, timeout_s)
         return result
 
     async def prune_node(self, request: NodePruneRequest, *, timeout_s: float) -> NodePruneResult:
         """Remove from that node's disk what nothing needs."""
-        result: NodePruneResult = await self.call("prune_node", "node-prune", request, NodePruneResult, timeout_s)
+        result: NodePruneResult = await super().call("prune_node", "node-prune", request, NodePruneResult, timeout_s)
         return result
 
     async def push(self, request: PushRequest, *, timeout_s: float) -> PushResult:
@@ -226,7 +227,6 @@ class FetchWorkerHandle(SessionServerHandle):
 
     async def verify(self, request: VerifyRequest, *, timeout_s: float) -> Verified:
         """Verify present blobs, or that node's copies."""
-        # Of no session: the farm's own work, of which there is one call a node at a time.
         result: Verified = await super().call("verify", "verify", request, Verified, timeout_s)
         return result
 
