@@ -215,6 +215,10 @@ class RegistryConfig:
     max_concurrency: int = 12
     #: Requests a second of the whole cluster at most; 0 for as many as come.
     max_requests_per_s: float = 0.0
+    #: Failures in a row (no connection, no answer, 5xx) after which nobody in the cluster asks it; 0 for never.
+    breaker_failures: int = 5
+    #: Seconds until one request tries it again.
+    breaker_open_s: float = 5.0
     #: Seconds until a connection or an answer is given up.
     timeout_s: float = 30.0
     #: Tries of one control request, the first included.

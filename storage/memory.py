@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+from cluster.circuit import BURST_S, BreakerLimits, Circuit, HostCircuit
 from cluster.collect.ports import Doomed
 from cluster.collect.sweep import Suspect
 from cluster.digest import Digest, is_digest
 from cluster.errors import (
+    CircuitOpenError,
     DeadlineExceededError,
     InternalError,
     LeaseLostError,
@@ -41,6 +44,7 @@ from cluster.flight.values import (
     Vacated,
 )
 from cluster.lease import Lease, LeaseId, blob_resource, image_resource, ref_resource
+from cluster.ports import Slot
 from cluster.progress import ProgressItem
 from cluster.provider import ProviderHandle
 from cluster.ref import BlobRecord, ChainUse, ImageRecord, RefId, RefRecord, RefState, RefUsage
@@ -100,6 +104,7 @@ class Memory:
         self.listeners: dict[str, set[asyncio.Queue[FlightEvent]]] = {}
         self.proofs: dict[tuple[str, str, Digest], float] = {}
         self.streams: dict[str, list[ProgressItem]] = {}
+        self.hosts: dict[str, _Host] = {}
 
     def is_live(self, lease_id: LeaseId) -> bool:
         """Tell whether a lease is live."""
@@ -585,11 +590,12 @@ class MemoryProofStore:
 class _Host:
     """What is known of one host."""
 
+    circuit: HostCircuit
     slots: int = 0
     limit: float | None = None
     not_before_s: float = 0.0
     halved_s: float = -10.0
-    queue: deque[object] = field(default_factory=deque)
+    queue: deque[str] = field(default_factory=deque)
     #: What 429s have brought the rate down to, and where that ends if none is configured.
     rate: float | None = None
     lift_at: float = math.inf
@@ -616,61 +622,80 @@ class MemoryHostLimiter:
         memory: Memory,
         limit: Callable[[str], int] = lambda _host: 12,
         rate: Callable[[str], float] = lambda _host: 0.0,
+        breaker: BreakerLimits | None = None,
     ) -> None:
         self._memory = memory
         self._configured = limit
         self._configured_rate = rate
-        self._hosts: dict[str, _Host] = {}
+        self._breaker = breaker or BreakerLimits(failures=5, open_s=5.0)
+        self._hosts = memory.hosts
 
     @asynccontextmanager
-    async def slot(self, host: str, *, deadline_s: float) -> AsyncIterator[None]:
+    async def slot(self, host: str, *, deadline_s: float) -> AsyncIterator[Slot]:
         """Hold one of the host's slots."""
-        state = self._hosts.setdefault(host, _Host())
-        place = object()
-        state.queue.append(place)
+        state, name = self._host(host), secrets.token_hex(8)
+        state.queue.append(name)
         try:
             async with asyncio.timeout(deadline_s):
-                while not self._is_free(host, state, place):  # noqa: ASYNC110 - the test's clock wakes nobody
+                while not self._is_free(host, state, name):  # noqa: ASYNC110 - the test's clock wakes nobody
                     await asyncio.sleep(_ASK_S)
         except TimeoutError as exc:
             raise DeadlineExceededError(f"a request slot for {host}", f"none came free in {deadline_s:g} s") from exc
         finally:
-            state.queue.remove(place)
+            state.queue.remove(name)
         self._ask(host, state)
         state.slots += 1
         try:
-            yield
+            yield Slot(host, name, state.circuit.begun(name, self._memory.now_s()))
         finally:
             state.slots -= 1
+            state.circuit.left(name, self._memory.now_s())
 
-    async def throttled(self, host: str, retry_after_s: float) -> None:
+    async def throttled(self, slot: Slot, retry_after_s: float) -> None:
         """Record a 429."""
-        state = self._hosts.setdefault(host, _Host())
+        host, state = slot.host, self._host(slot.host)
         now_s = self._memory.now_s()
         state.not_before_s = max(state.not_before_s, now_s + retry_after_s)
-        if now_s - state.halved_s > 1.0:
+        if now_s - state.halved_s > BURST_S:
             state.limit = max(1.0, self._limit(host) / 2)
             state.halved_s = now_s
             self._slow_down(host, state)
+        state.circuit.answered(slot.name)
 
-    async def succeeded(self, host: str) -> None:
-        """Record a success."""
-        limit, state = self._limit(host), self._hosts.setdefault(host, _Host())
+    async def succeeded(self, slot: Slot) -> None:
+        """Record an answer."""
+        host = slot.host
+        limit, state = self._limit(host), self._host(host)
         state.limit = limit + 1 / limit
         if state.rate is not None:
             state.rate += 1 / state.rate
             if state.rate >= (self._configured_rate(host) or state.lift_at):
                 state.rate = None
+        state.circuit.answered(slot.name)
+
+    async def failed(self, slot: Slot, failure: str) -> None:
+        """Record a failure."""
+        self._host(slot.host).circuit.failed(slot.name, failure, self._memory.now_s())
+
+    def _host(self, host: str) -> _Host:
+        if host not in self._hosts:
+            self._hosts[host] = _Host(HostCircuit(self._breaker))
+        return self._hosts[host]
 
     def _limit(self, host: str) -> float:
-        limit = self._hosts.setdefault(host, _Host()).limit
+        limit = self._host(host).limit
         return self._configured(host) if limit is None else min(limit, self._configured(host))
 
     def _rate(self, host: str, state: _Host) -> float:
         return self._configured_rate(host) if state.rate is None else state.rate
 
-    def _is_free(self, host: str, state: _Host, place: object) -> bool:
-        now_s, rate, before = self._memory.now_s(), self._rate(host, state), state.queue.index(place)
+    def _is_free(self, host: str, state: _Host, place: str) -> bool:
+        """Tell whether it is *place*'s turn; raises CircuitOpenError where the host was given up."""
+        circuit, now_s = state.circuit, self._memory.now_s()
+        if not circuit.admits(place, now_s):
+            retry_in_s = circuit.retry_s - now_s if circuit.state is Circuit.OPEN else 0.0
+            raise CircuitOpenError(host, now_s - circuit.opened_s, circuit.last_failure, retry_in_s)
+        rate, before = self._rate(host, state), state.queue.index(place)
         tokens = state.pass_time(now_s, rate)
         has_token = not rate or tokens >= before + 1
         return now_s >= state.not_before_s and has_token and before < int(self._limit(host)) - state.slots

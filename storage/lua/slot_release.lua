@@ -3,7 +3,11 @@
 -- KEYS[1] prefix of the farm's keys
 -- ARGV[1] host
 -- ARGV[2] name of the slot
+-- include: time
+-- include: host
+-- include: circuit
 local prefix, host, slot = KEYS[1], ARGV[1], ARGV[2]
 redis.call('ZREM', prefix .. ':slots:' .. host, slot)
 redis.call('ZREM', prefix .. ':queue:' .. host, slot)
 redis.call('ZREM', prefix .. ':queue-seen:' .. host, slot)
+circuit_left(prefix, host, slot, now_ms())

@@ -12,6 +12,7 @@ from cluster.errors import (
     DeadlineExceededError,
     InsecureRegistryError,
     RateLimitedError,
+    RedirectTargetError,
     UnavailableError,
     UntrustedCertificateError,
 )
@@ -91,6 +92,11 @@ def translate_network_error(exc: BaseException, *, host: str, what: str) -> Clus
         return DeadlineExceededError(what, f"{host} did not answer in time")
     system = exc.strerror if isinstance(exc, OSError) else None
     return UnavailableError(what, f"{host}: {system or type(exc).__name__}")
+
+
+def of_redirect_target(error: UnavailableError) -> UnavailableError:
+    """Return what a failure is where a redirect led to another host: it says nothing of the registry."""
+    return error if isinstance(error, RateLimitedError) else RedirectTargetError(error.what, error.reason)
 
 
 def _ssl_cause(exc: BaseException) -> ssl.SSLError | None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import aiohttp
 
+from cluster.circuit import is_failure
 from cluster.config import Config
-from cluster.errors import AccessDeniedError, ClusterError, RateLimitedError, RegistryProtocolError
+from cluster.errors import AccessDeniedError, ClusterError, RateLimitedError, RegistryProtocolError, UnavailableError
 from cluster.fetch.retry import RetryPolicy
-from cluster.ports import Authorizer, HostLimiter
+from cluster.ports import Authorizer, HostLimiter, Slot
 from storage.registry.answers import FORBIDDEN, UNAUTHORIZED, error_detail
 from storage.registry.endpoint import Endpoint, registry_config
 from storage.registry.pool import AuthorizationPool
@@ -89,20 +90,17 @@ class RegistryCalls:
         """Return how often and how long a call to *endpoint* is tried."""
         return control_policy(registry_config(self._config, endpoint.registry))
 
-    def slot(self, endpoint: Endpoint) -> AbstractAsyncContextManager[None]:
+    def slot(self, endpoint: Endpoint) -> AbstractAsyncContextManager[Slot]:
         """Hold one of the cluster's slots for the endpoint's host."""
         budget_s = registry_config(self._config, endpoint.registry).retry_budget_s
         return self._limiter.slot(endpoint.registry, deadline_s=budget_s)
 
-    async def tell_limiter(self, endpoint: Endpoint, outcome: ClusterError | None) -> None:
-        """Tell the cluster how the host bears up: a success, or being told to slow down."""
-        if isinstance(outcome, RateLimitedError):
-            await self._limiter.throttled(endpoint.registry, outcome.retry_after_s)
-        elif outcome is None:
-            await self._limiter.succeeded(endpoint.registry)
+    async def tell(self, slot: Slot, outcome: ClusterError | None) -> None:
+        """Tell the cluster how the host bears up: it answered, wants to be asked more slowly, or failed."""
+        await tell(self._limiter, slot, outcome)
 
     async def _exchange(self, call: Call, authorization: str | None) -> Answer:
-        async with self.slot(call.endpoint):
+        async with self.slot(call.endpoint) as slot:
             try:
                 answer = await self._transport.exchange(
                     call.method,
@@ -117,10 +115,21 @@ class RegistryCalls:
                     limits=call.limits,
                 )
             except ClusterError as exc:
-                await self.tell_limiter(call.endpoint, exc)
+                await self.tell(slot, exc)
                 raise
-            await self.tell_limiter(call.endpoint, None)
+            await self.tell(slot, None)
             return answer
+
+
+async def tell(limiter: HostLimiter, slot: Slot, outcome: ClusterError | None) -> None:
+    """Tell a limiter what came of a request; nothing where that says nothing of the host."""
+    if isinstance(outcome, RateLimitedError):
+        await limiter.throttled(slot, outcome.retry_after_s)
+    elif isinstance(outcome, UnavailableError):
+        if is_failure(outcome):
+            await limiter.failed(slot, outcome.reason)
+    else:
+        await limiter.succeeded(slot)
 
 
 async def _each(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:

@@ -206,13 +206,15 @@ class Uploader:
         sent = None
         if own:
             sent = await self._authorizations.header(upload.authorizer, upload.endpoint, upload.scopes)
-        try:
-            async with StreamPump(upload.open_stream) as pump, self._calls.slot(upload.endpoint):
+        async with StreamPump(upload.open_stream) as pump, self._calls.slot(upload.endpoint) as slot:
+            try:
                 answer = await self._send(upload, url, sent, pump)
-        except ClusterError as exc:
-            await self._calls.tell_limiter(upload.endpoint, exc)
-            raise
-        await self._calls.tell_limiter(upload.endpoint, None)
+            except ClusterError as exc:
+                # What is wrong with the stream to upload is no fault of the registry's.
+                if pump.error is not exc:
+                    await self._calls.tell(slot, exc)
+                raise
+            await self._calls.tell(slot, None)
         if answer.status == UNAUTHORIZED and own:
             # The token expired between POST and PUT; the next try, from the start, has another.
             await self._authorizations.renew(

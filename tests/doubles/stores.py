@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.circuit import BreakerLimits
 from cluster.collect.ports import CollectStore
 from cluster.config import Config, RedisConfig, RegistryConfig
 from cluster.ports import FlightRenewer, FlightStore, HostLimiter, LeaseStore, ProgressStore, ProofStore, RefStore
@@ -47,8 +48,12 @@ RATE = 3.0
 SLOW_HOST = "slow.example"
 SLOW_RATE = 0.5
 
+#: When each host is given up, and for how long.
+BREAKER = BreakerLimits(failures=3, open_s=31.0)
+
+_BREAKER = {"breaker_failures": BREAKER.failures, "breaker_open_s": BREAKER.open_s}
 _REGISTRIES = {
-    "default": RegistryConfig(max_concurrency=LIMIT),
+    "default": RegistryConfig(max_concurrency=LIMIT, **_BREAKER),
     RATED_HOST: RegistryConfig(max_concurrency=LIMIT, max_requests_per_s=RATE),
     SLOW_HOST: RegistryConfig(max_concurrency=LIMIT, max_requests_per_s=SLOW_RATE),
 }
@@ -67,7 +72,9 @@ for _, key in ipairs(redis.call('KEYS', prefix .. ':*')) do
       end
     end
   elseif kind == 'hash' then
-    for _, field in ipairs({'expires', 'not_before', 'halved', 'asked_at'}) do
+    for _, field in ipairs({
+      'expires', 'not_before', 'halved', 'asked_at', 'failed_at', 'opened_at', 'retry_at',
+    }) do
       if redis.call('HEXISTS', key, field) == 1 then
         redis.call('HINCRBY', key, field, -ms)
       end
@@ -120,7 +127,9 @@ def memory_stores(memory: Memory, clock: FakeClock) -> Stores:
         leases=MemoryLeaseStore(memory),
         flights=flights,
         proofs=MemoryProofStore(memory),
-        limiter=MemoryHostLimiter(memory, lambda _host: LIMIT, lambda host: config.registry(host).max_requests_per_s),
+        limiter=MemoryHostLimiter(
+            memory, lambda _host: LIMIT, lambda host: config.registry(host).max_requests_per_s, BREAKER
+        ),
         progress=MemoryProgressStore(memory),
         collect=MemoryCollectStore(memory),
         pass_time=clock.advance,
