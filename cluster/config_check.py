@@ -260,6 +260,7 @@ RANGES: dict[str, Range] = {
     "web.port": Range(0, _MAX_PORT),
     "registries.*.max_concurrency": Range(1, 10_000),
     "registries.*.max_requests_per_s": Range(0, 10_000),
+    "registries.*.quota_pace_s": Range(0, _HOUR_S),
     "registries.*.breaker_failures": Range(0, 1000),
     "registries.*.breaker_open_s": Range(0.1, _HOUR_S),
     "registries.*.timeout_s": Range(0.1, _HOUR_S),

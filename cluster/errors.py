@@ -24,7 +24,10 @@ says what to do next.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from cluster.quota import Quota
 
 
 class ClusterError(Exception):
@@ -1370,6 +1373,9 @@ class RedirectTargetError(UnavailableError):
 
 class RateLimitedError(UnavailableError):
     """A registry answers 429; *retry_after_s* is what it asks for (0: it did not say)."""
+
+    #: What its answer says is left; for who made the request, and told no further.
+    quotas: tuple[Quota, ...] = ()
 
     def __init__(self, what: str, reason: str, retry_after_s: float = 0.0) -> None:
         super().__init__(what, reason)

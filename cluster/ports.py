@@ -32,6 +32,7 @@ from cluster.flight.values import (
 from cluster.lease import Lease, LeaseId
 from cluster.progress import ProgressItem
 from cluster.provider import ProviderHandle
+from cluster.quota import ANYBODYS, Budget, Quota
 from cluster.ref import BlobRecord, ChainUse, ImageRecord, RefId, RefRecord, RefState, RefUsage
 
 # -- bytes ------------------------------------------------------------------------------------------
@@ -641,23 +642,34 @@ class Slot:
     name: str = ""
     #: True where the host was given up, and this request tries for all whether it is back.
     is_probe: bool = False
+    #: Of what it takes.
+    budget: Budget = ANYBODYS
 
 
 class HostLimiter(Protocol):
     """What all requests of a cluster to one registry host have in common.
 
-    A limit on those under way, a limit on their rate, and a circuit breaker (:mod:`cluster.circuit`): a host that
-    fails again and again is given up for a while. Who holds a slot tells how its request went before it lets go
+    A limit on those under way, a limit on their rate, what the host says is left of what it allows
+    (:mod:`cluster.quota`), and a circuit breaker (:mod:`cluster.circuit`): a host that fails again and again is given
+    up for a while. Who holds a slot tells how its request went before it lets go
     of it; one that nothing is told of counts for nothing.
     """
 
-    def slot(self, host: str, *, deadline_s: float) -> AbstractAsyncContextManager[Slot]:
+    def slot(self, host: str, *, deadline_s: float, budget: Budget = ANYBODYS) -> AbstractAsyncContextManager[Slot]:
         """Hold one of the host's slots for one request; waits its turn, for the rate, and for a Retry-After's end.
+
+        Where little is left of *budget*, its requests are spread over the time until there is more; others go past
+        them meanwhile.
 
         Raises:
             DeadlineExceededError: none came free in *deadline_s* seconds.
+            RateLimitedError: the host wants no request of this kind sooner; without waiting.
             CircuitOpenError: the host is given up for now; without waiting.
         """
+        ...
+
+    async def quoted(self, slot: Slot, quotas: Sequence[Quota]) -> None:
+        """Record what the host's answer says is left of the slot's budget."""
         ...
 
     async def throttled(self, slot: Slot, retry_after_s: float) -> None:

@@ -38,10 +38,11 @@ from cluster.ports import (
     Slot,
 )
 from cluster.provider import S3_KIND, ProviderHandle
+from cluster.quota import Budget, Quota, RequestKind
 from cluster.ref import BlobRecord
 from storage.bucket_caches import BucketCaches
 from storage.local_blobs import ArrivingBlob, NodeBlobs
-from storage.registry.blob import BlobSource
+from storage.registry.blob import BlobResponse, BlobSource
 from storage.registry.calls import tell
 from storage.registry.endpoint import Endpoint
 from storage.transfer import (
@@ -111,7 +112,9 @@ class _RegistrySource:
 
     @contextlib.contextmanager
     def open(self, offset: int, length: int | None) -> Iterator[SourceResponse]:
-        holding = self._limiter.slot(self._endpoint.registry, deadline_s=_SLOT_DEADLINE_S)
+        registry = self._endpoint.registry
+        budget = Budget(kind=RequestKind.BLOB, account=self._caller.authorizer.identity(registry))
+        holding = self._limiter.slot(registry, deadline_s=_SLOT_DEADLINE_S, budget=budget)
         slot = self._bridge.ask(holding.__aenter__(), _SLOT_DEADLINE_S + 10)
         try:
             with self._open_authorized(slot, offset, length) as response:
@@ -120,11 +123,11 @@ class _RegistrySource:
                 except UnavailableError as exc:
                     self._tell(slot, exc)
                     raise
-            self._tell(slot, None)
+            self._tell(slot, None, response.quotas)
         finally:
             self._bridge.ask(holding.__aexit__(None, None, None))
 
-    def _open_authorized(self, slot: Slot, offset: int, length: int | None) -> AbstractContextManager[SourceResponse]:
+    def _open_authorized(self, slot: Slot, offset: int, length: int | None) -> BlobResponse:
         """Open with what is known, and once more with what the challenge asks for, refreshed if it was refused."""
         authorization = self._authorize(challenge=None, was_refused=False)
         for last in (False, False, True):
@@ -138,9 +141,7 @@ class _RegistrySource:
             f"{self._endpoint.repository}@{self._descriptor.digest}", self._endpoint.registry, "401 after a refresh"
         )
 
-    def _opened(
-        self, slot: Slot, offset: int, length: int | None, authorization: Authorization | None
-    ) -> AbstractContextManager[SourceResponse]:
+    def _opened(self, slot: Slot, offset: int, length: int | None, authorization: Authorization | None) -> BlobResponse:
         try:
             response = self._blobs.open(
                 self._endpoint,
@@ -158,8 +159,8 @@ class _RegistrySource:
             self._tell(slot, None)
         return response
 
-    def _tell(self, slot: Slot, outcome: ClusterError | None) -> None:
-        self._bridge.ask(tell(self._limiter, slot, outcome))
+    def _tell(self, slot: Slot, outcome: ClusterError | None, left: Sequence[Quota] = ()) -> None:
+        self._bridge.ask(tell(self._limiter, slot, outcome, left))
 
     def _authorize(self, *, challenge: str | None, was_refused: bool) -> Authorization | None:
         return self._bridge.ask(

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
 
 from cluster.circuit import BURST_S, BreakerLimits
 from cluster.config import Config
-from cluster.errors import CircuitOpenError, DeadlineExceededError, UnavailableError
+from cluster.errors import CircuitOpenError, DeadlineExceededError, RateLimitedError, UnavailableError
 from cluster.metrics import REGISTRY_WAIT_SECONDS
 from cluster.ports import Slot
+from cluster.quota import ANYBODYS, Budget, Quota, pace_of
 from storage.keys import Keys
 from storage.link import RedisLink
 from storage.registry.endpoint import registry_config
@@ -33,7 +36,7 @@ _ASK_FIRST_S = 0.02
 _ASK_EACH_S = 0.01
 _ASK_MOST_S = 1.0
 #: What the script that takes slots answers first, where it isn't 0.
-_GIVEN_UP, _IS_PROBE = -1, 2
+_TOO_LATE, _GIVEN_UP, _IS_PROBE = -2, -1, 2
 #: Of what a host did, this much is kept.
 _FAILURE_CHARS = 200
 
@@ -84,30 +87,43 @@ class RedisHostLimiter:
         #: Hosts whose limit or rate 429s had brought down, or that had failed, when last seen: only these need be
         #: told of success.
         self._reduced: set[str] = set()
+        #: Budgets of hosts of which little was left when last seen: only of these need be told that it is more.
+        self._low: set[tuple[str, Budget]] = set()
         self._renewing: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def slot(self, host: str, *, deadline_s: float) -> AsyncIterator[Slot]:
+    async def slot(self, host: str, *, deadline_s: float, budget: Budget = ANYBODYS) -> AsyncIterator[Slot]:
         """Hold one of the host's slots."""
-        slot = secrets.token_hex(8)
+        slot = Slot(host, secrets.token_hex(8), budget=budget)
         began_s = time.monotonic()
         try:
             try:
                 async with asyncio.timeout(deadline_s):
-                    is_probe = await self._take(host, slot)
+                    is_probe = await self._take(slot, began_s + deadline_s)
             except TimeoutError as exc:
                 raise DeadlineExceededError(
                     f"a request slot for {host}", f"none came free in {deadline_s:g} s"
                 ) from exc
             REGISTRY_WAIT_SECONDS.observe(time.monotonic() - began_s, registry=host)
-            self._held[slot] = host
+            self._held[slot.name] = host
             self._renew_while_held()
-            yield Slot(host, slot, is_probe)
+            yield replace(slot, is_probe=is_probe)
         finally:
-            self._held.pop(slot, None)
+            self._held.pop(slot.name, None)
             # Also where it was never granted, as far as we know: a grant may be on its way.
-            self._link.run_soon("slot_release", self._prefix, host, slot)
+            self._link.run_soon("slot_release", self._prefix, host, slot.name, budget.kind, budget.account)
             self._nudge(host)
+
+    async def quoted(self, slot: Slot, quotas: Sequence[Quota]) -> None:
+        """Record what is left."""
+        pace = pace_of(quotas, slowest_s=registry_config(self._config, slot.host).quota_pace_s)
+        if pace is None and (slot.host, slot.budget) not in self._low:
+            return
+        times_s = (0.0, 0.0, 0.0) if pace is None else (pace.every_s, pace.hold_s, pace.for_s)
+        times_ms = [math.ceil(seconds * 1000) for seconds in times_s]
+        await self._link.run(
+            "host_quota", self._prefix, slot.host, slot.budget.kind, slot.budget.account, *times_ms, may_repeat=True
+        )
 
     async def throttled(self, slot: Slot, retry_after_s: float) -> None:
         """Record a 429."""
@@ -170,8 +186,9 @@ class RedisHostLimiter:
         entry = registry_config(self._config, host)
         return BreakerLimits(failures=entry.breaker_failures, open_s=entry.breaker_open_s)
 
-    async def _take(self, host: str, slot: str) -> bool:
+    async def _take(self, slot: Slot, deadline_s: float) -> bool:
         """Wait for the slot; return whether it is for a probe."""
+        host, budget = slot.host, slot.budget
         configured, times_s = self._configured(host), (SLOT_TTL_S, _PLACE_TTL_S, self._breaker(host).open_s)
         times_ms = [int(seconds * 1000) for seconds in times_s]
         nudged = asyncio.Event()
@@ -179,14 +196,27 @@ class RedisHostLimiter:
         waiting.append(nudged)
         try:
             while True:
+                left_ms = max(0, int((deadline_s - time.monotonic()) * 1000))
                 taken, wait_ms, *told = await self._link.run(
-                    "slot_take", self._prefix, host, slot, *configured, *times_ms, may_repeat=True
+                    "slot_take",
+                    self._prefix,
+                    host,
+                    slot.name,
+                    *configured,
+                    *times_ms,
+                    budget.kind,
+                    budget.account,
+                    left_ms,
+                    may_repeat=True,
                 )
+                if taken == _TOO_LATE:
+                    raise _too_late(host, wait_ms / 1000)
                 if taken == _GIVEN_UP:
                     since_ms, failure = told
                     raise CircuitOpenError(host, since_ms / 1000, failure.decode(), wait_ms / 1000)
-                before, is_reduced = told
+                before, is_reduced, is_low = told
                 (self._reduced.add if is_reduced else self._reduced.discard)(host)
+                (self._low.add if is_low else self._low.discard)((host, budget))
                 if taken:
                     return bool(taken == _IS_PROBE)
                 pause_s = max(wait_ms / 1000, _ASK_FIRST_S + before * _ASK_EACH_S)
@@ -220,3 +250,11 @@ class RedisHostLimiter:
             # Redis is away: requests go on, their slots lapse, and the next renewal takes them again.
             with contextlib.suppress(UnavailableError):
                 await self._link.run("slot_renew", self._prefix, int(SLOT_TTL_S * 1000), *held, may_repeat=True)
+
+
+def _too_late(host: str, wait_s: float) -> RateLimitedError:
+    """Return the error of who can't wait for as long as the host wants to be left alone."""
+    until = datetime.fromtimestamp(time.time() + wait_s, UTC)
+    return RateLimitedError(
+        f"a request to {host}", f"it allows none before {until:%Y-%m-%d %H:%M:%S} UTC, in {wait_s:.0f} s", wait_s
+    )

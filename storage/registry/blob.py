@@ -22,6 +22,7 @@ from cluster.errors import (
     AccessDeniedError,
     BlobNotFoundError,
     ChallengedError,
+    ClusterError,
     InsecureRegistryError,
     RangeRefusedError,
     RegistryProtocolError,
@@ -36,6 +37,7 @@ from storage.registry.answers import (
     UNAUTHORIZED,
     count_answer,
     of_redirect_target,
+    quotas,
     raise_if_transient,
     translate_network_error,
 )
@@ -112,6 +114,8 @@ class BlobResponse:
         self.length_bytes = link.response.length
         #: Bytes read so far.
         self.read_bytes = 0
+        #: What the registry says is left of what it allows; nothing where a redirect led to another host.
+        self.quotas = () if crossed else quotas(link.response.headers)
         self._ask = ask
         self._pool = pool
         self._url = url
@@ -184,7 +188,7 @@ class BlobResponse:
             self._response.close()
             self._pool.give_back(self._url, connection)
 
-    def _broken(self, exc: Exception) -> UnavailableError:
+    def _broken(self, exc: Exception) -> ClusterError:
         if self._aborted:
             return UnavailableError(self._ask.what, "the read was aborted")
         error = translate_network_error(exc, host=urlsplit(self._url).netloc, what=self._ask.what)
@@ -192,7 +196,7 @@ class BlobResponse:
             error if isinstance(error, UnavailableError) else UnavailableError(self._ask.what, str(error))
         )
 
-    def _of_its_host(self, error: UnavailableError) -> UnavailableError:
+    def _of_its_host(self, error: UnavailableError) -> ClusterError:
         return of_redirect_target(error) if self._crossed else error
 
 
@@ -334,7 +338,7 @@ class BlobSource:
 
     def _accept(self, ask: _Ask, url: str, link: _Link, *, crossed: bool) -> BlobResponse:
         status, headers, registry = link.response.status, link.response.headers, ask.endpoint.registry
-        raise_if_transient(status, headers.get("Retry-After"), what=ask.what)
+        raise_if_transient(status, headers, what=ask.what)
         if status == UNAUTHORIZED and not crossed and ask.endpoint.url is None:
             challenge = ", ".join(headers.get_all("WWW-Authenticate", []))
             raise ChallengedError(f"blob {ask.digest}", registry, challenge)

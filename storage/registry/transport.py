@@ -151,7 +151,7 @@ class Transport:
                 timeout=limits or control_timeout(registry_config(self._config, host)),
             ) as response:
                 count_answer(host, response.status)
-                raise_if_transient(response.status, response.headers.get("Retry-After"), what=what)
+                raise_if_transient(response.status, response.headers, what=what)
                 body = await _read(response, max_bytes)
                 challenge = ", ".join(response.headers.getall("WWW-Authenticate", []))
                 return Answer(response.status, response.headers, body, url, crossed, challenge)

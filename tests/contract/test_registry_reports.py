@@ -22,6 +22,7 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.provider import ProviderHandle
+from cluster.quota import Budget, Quota, RequestKind
 from cluster.reference import parse_platform, parse_reference
 from storage.fetching import _Bridge, _RegistrySource
 from storage.memory import Memory, MemoryHostLimiter
@@ -177,6 +178,9 @@ class Caller:
         self.authorizer = self
         self._error = error
 
+    def identity(self, _registry):
+        return "me"
+
     async def authorize(self, _request):
         if self._error is not None:
             raise self._error
@@ -273,3 +277,50 @@ async def test_a_probe_says_at_the_head_of_the_answer_that_the_host_is_back(laye
         await layers.read(disk=NodeDiskError("the node's disk", "no space left"))
 
     assert told(layers.limits) == ([], 0, 1)
+
+
+# -- what is left -------------------------------------------------------------------------------------------
+
+LEFT = {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "7;w=21600"}
+TOLD = Quota(remaining=7, limit=100, window_s=21600.0)
+
+
+@pytest.mark.parametrize("status", [404, 429])
+async def test_what_is_left_is_told_of_the_kind_and_account_that_it_is_of(registry_proxy, parts, layer, status):
+    """A manifest's answer speaks of manifests, a blob's of blobs, an upload's of pushes; a refusal's, too."""
+    client, authorizer, limits = parts
+    registry_proxy.script(Respond(status, LEFT), of=lambda _seen: True, times=None)
+    target = ProviderHandle(registry=registry_proxy.host, repository="plain/any")
+    for request in (
+        client.resolve(parse_reference(f"{registry_proxy.host}/plain/any:1"), AMD64, authorizer),
+        client.blob_exists(target, layer[1].digest, authorizer),
+        client.push_manifest(target, "1", "application/vnd.oci.image.manifest.v1+json", b"{}", authorizer),
+    ):
+        with contextlib.suppress(Exception):
+            await request
+
+    kinds = (RequestKind.MANIFEST, RequestKind.BLOB, RequestKind.PUSH)
+    assert limits.quotas == [(registry_proxy.host, Budget(kind=kind, account="anonymous"), TOLD) for kind in kinds]
+
+
+async def test_what_the_store_behind_a_registry_says_is_its_own_affair(registry, registry_proxy, parts, layer):
+    """A redirect's target counts for itself."""
+    client, authorizer, limits = parts
+    with registry_fault_proxy(registry.url) as store:
+        store.script(Respond(404, LEFT), of=lambda _seen: True, times=None)
+        registry_proxy.script(RedirectTo(store.url), of=lambda _seen: True, times=None)
+        await client.blob_exists(
+            ProviderHandle(registry=registry_proxy.host, repository="plain/any"), layer[1].digest, authorizer
+        )
+
+    assert limits.quotas == []
+
+
+async def test_what_is_left_is_read_off_layers_too(layers, registry_proxy):
+    """By the byte path, whoever it reads for."""
+    registry_proxy.script(Respond(429, LEFT))
+    with pytest.raises(RateLimitedError):
+        await layers.read()
+
+    budget = Budget(kind=RequestKind.BLOB, account="me")
+    assert layers.limits.quotas == [(registry_proxy.host, budget, TOLD)]

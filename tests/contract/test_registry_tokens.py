@@ -31,7 +31,7 @@ CONFIG = Config(registries={"default": RegistryConfig(timeout_s=5, attempts=3, r
 
 class NoLimits:
     @contextlib.asynccontextmanager
-    async def slot(self, host, *, deadline_s):
+    async def slot(self, host, *, deadline_s, budget):
         yield Slot(host)
 
     async def throttled(self, slot, retry_after_s):

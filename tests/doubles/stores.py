@@ -74,6 +74,7 @@ for _, key in ipairs(redis.call('KEYS', prefix .. ':*')) do
   elseif kind == 'hash' then
     for _, field in ipairs({
       'expires', 'not_before', 'halved', 'asked_at', 'failed_at', 'opened_at', 'retry_at',
+      'last_at', 'hold_at', 'until_at',
     }) do
       if redis.call('HEXISTS', key, field) == 1 then
         redis.call('HINCRBY', key, field, -ms)

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from cluster.errors import BlobNotFoundError, DeadlineExceededError, UnavailableError
 from cluster.flight.values import Fence
 from cluster.ports import Slot
+from cluster.quota import ANYBODYS
 from storage.limits import _ASK_EACH_S, _ASK_FIRST_S, _ASK_MOST_S, _PLACE_TTL_S, SLOT_TTL_S
 from storage.memory import (
     Memory,
@@ -264,7 +265,7 @@ class RemoteLimiter:
         self._process = process
 
     @asynccontextmanager
-    async def slot(self, host, *, deadline_s):
+    async def slot(self, host, *, deadline_s, budget=ANYBODYS):
         """Hold one of the host's slots."""
         redis, slot = self._redis, secrets.token_hex(8)
         try:
@@ -273,7 +274,7 @@ class RemoteLimiter:
                     is_probe = await self._take(host, slot)
             except TimeoutError as exc:
                 raise DeadlineExceededError(f"a request slot for {host}", f"none free in {deadline_s:g} s") from exc
-            yield Slot(host, slot, is_probe)
+            yield Slot(host, slot, is_probe, budget)
         finally:
             redis.service.serve(redis.loop.now_s, (f"slots {host}",))
             redis.loop.call_later(redis.network.delay(redis.service), redis.drop_slot, slot)

@@ -146,13 +146,13 @@ def test_retry_after_is_seconds_or_a_date(value, seconds):
 def test_what_may_change_is_raised():
     """429, 5xx and 408 are transient; 501 and 505 stay as they are, like all others."""
     for status in (200, 206, 307, 401, 403, 404, 416, 501, 505):
-        raise_if_transient(status, None, what="x")
+        raise_if_transient(status, {}, what="x")
     for status in (408, 425, 500, 502, 503, 504, 507):
         with pytest.raises(UnavailableError):
-            raise_if_transient(status, None, what="x")
+            raise_if_transient(status, {}, what="x")
     for status in (429, 503):
         with pytest.raises(RateLimitedError) as caught:
-            raise_if_transient(status, "3", what="x")
+            raise_if_transient(status, {"Retry-After": "3"}, what="x")
         assert caught.value.retry_after_s == 3
 
 
