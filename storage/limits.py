@@ -117,8 +117,19 @@ class RedisHostLimiter:
     async def quoted(self, slot: Slot, quotas: Sequence[Quota]) -> None:
         """Record what is left."""
         pace = pace_of(quotas, slowest_s=registry_config(self._config, slot.host).quota_pace_s)
-        if pace is None and (slot.host, slot.budget) not in self._low:
+        was_low = (slot.host, slot.budget) in self._low
+        if pace is None and not was_low:
             return
+        if pace is not None and not was_low:
+            self._low.add((slot.host, slot.budget))
+            _log.info(
+                "registry.little_left",
+                host=slot.host,
+                kind=slot.budget.kind,
+                left=min(quota.remaining for quota in quotas),
+                every_s=round(pace.every_s, 3),
+                hold_s=round(pace.hold_s, 3),
+            )
         times_s = (0.0, 0.0, 0.0) if pace is None else (pace.every_s, pace.hold_s, pace.for_s)
         times_ms = [math.ceil(seconds * 1000) for seconds in times_s]
         await self._link.run(

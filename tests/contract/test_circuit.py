@@ -13,8 +13,12 @@ import pytest
 from cluster.circuit import BURST_S
 from cluster.errors import CircuitOpenError
 from cluster.ports import Slot
+from lazyfarm import doctor
+from lazyfarm.settings import load_settings
 from storage.circuits import Circuits
-from tests.doubles.stores import BREAKER, LIMIT
+from tests.contract.test_limits import calls
+from tests.doubles.redis import redis_binaries
+from tests.doubles.stores import BREAKER, LIMIT, FarmOfRedis
 
 HOST = "registry.example:5000"
 FAILURE = "registry.example:5000: Connection refused"
@@ -156,6 +160,26 @@ async def test_hosts_that_are_given_up_are_listed(redis_farm):
     assert told.failing_s == pytest.approx(BREAKER.open_s + 4 * 2 * BURST_S, abs=3.0)
 
 
+async def test_doctor_names_what_is_given_up(redis_servers, tmp_path):
+    """A warning, as the farm itself is well; nothing where all hosts are asked."""
+    farm = FarmOfRedis(redis_servers(next(iter(redis_binaries()))).config, tmp_path / "state")
+    settings = load_settings(farm.state_dir, None, {})
+
+    def findings():
+        return list(doctor._registries(settings))
+
+    stores = farm.stores()
+    assert await asyncio.to_thread(findings) == []
+    await fail(stores)
+    (found,) = await asyncio.to_thread(findings)
+    await farm.close()
+
+    assert found.ok == "warn"
+    assert HOST in found.detail
+    assert FAILURE in found.detail
+    assert found.advice
+
+
 async def test_success_costs_nothing_where_nothing_failed(redis_farm):
     """Redis is told of an answer after a failure, and then no more."""
     stores, link = redis_farm.stores(), redis_farm.links[0]
@@ -163,15 +187,8 @@ async def test_success_costs_nothing_where_nothing_failed(redis_farm):
     told = []
     for _ in range(3):
         async with stores.limiter.slot(HOST, deadline_s=LONG_S) as slot:
-            before = await _calls(link)
+            before = await calls(link)
             await stores.limiter.succeeded(slot)
-            told.append(await _calls(link) - before)
+            told.append(await calls(link) - before)
 
     assert told == [1, 0, 0]
-
-
-async def _calls(link) -> int:
-    stats = (await link.execute("INFO", "commandstats")).decode()
-    return sum(
-        int(line.partition("calls=")[2].partition(",")[0]) for line in stats.splitlines() if "cmdstat_eval" in line
-    )

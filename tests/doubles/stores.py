@@ -59,7 +59,7 @@ _REGISTRIES = {
 }
 
 # Moves everything that a farm has recorded into the past, which is what the passing of time does to it.
-_AGE = """
+AGE = """
 local prefix, ms = KEYS[1], tonumber(ARGV[1])
 for _, key in ipairs(redis.call('KEYS', prefix .. ':*')) do
   local name = string.sub(key, #prefix + 2)
@@ -211,7 +211,7 @@ def age_redis(config: RedisConfig, keys: Keys, seconds: float) -> None:
     from storage.connect import connect_sync  # noqa: PLC0415
 
     link = connect_sync(config)
-    link.execute("EVAL", _AGE, 1, keys.prefix, int(seconds * 1000))
+    link.execute("EVAL", AGE, 1, keys.prefix, int(seconds * 1000))
     link.close()
 
 
