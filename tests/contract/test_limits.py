@@ -400,8 +400,8 @@ async def test_what_a_host_may_be_asked_is_told(redis_farm):
     assert not rated.is_reduced
     assert rated.recent_rate > 0
 
-    await stores.limiter.throttled(HOST, LONG_S)
-    await stores.limiter.throttled(HOST, LONG_S)  # of one burst
+    await stores.limiter.throttled(Slot(HOST), LONG_S)
+    await stores.limiter.throttled(Slot(HOST), LONG_S)  # of one burst
     reduced = {budget.host: budget for budget in await stores.limiter.budgets()}[HOST]
     assert (reduced.limit, reduced.max_limit, reduced.refused) == (LIMIT // 2, LIMIT, 2)
     assert LONG_S - 5 < reduced.closed_s <= LONG_S
