@@ -223,6 +223,13 @@ class RegistryConfig:
     max_concurrency: int = 12
     #: Requests a second of the whole cluster at most; 0 for as many as come.
     max_requests_per_s: float = 0.0
+    #: Seconds between two requests of one kind and account at most, where the registry says that little is left of
+    #: what it allows; 0: what it says is not heeded.
+    quota_pace_s: float = 10.0
+    #: Failures in a row (no connection, no answer, 5xx) after which nobody in the cluster asks it; 0 for never.
+    breaker_failures: int = 5
+    #: Seconds until one request tries it again.
+    breaker_open_s: float = 5.0
     #: Seconds until a connection or an answer is given up.
     timeout_s: float = 30.0
     #: Tries of one control request, the first included.

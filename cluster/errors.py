@@ -24,7 +24,10 @@ says what to do next.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from cluster.quota import Quota
 
 
 class ClusterError(Exception):
@@ -1337,8 +1340,42 @@ class NodeDiskError(UnavailableError):
         return f"{self.what}: {self.reason}"
 
 
+class CircuitOpenError(UnavailableError):
+    """A registry host failed again and again: for a while nobody in the cluster asks it.
+
+    *failing_s* is for how long it has been given up, *last_failure* what it did last, *retry_in_s* when it is tried
+    again (0: that is under way).
+    """
+
+    def __init__(self, host: str, failing_s: float, last_failure: str, retry_in_s: float) -> None:
+        super().__init__(host, last_failure)
+        self.args = (host, failing_s, last_failure, retry_in_s)
+        self.host = host
+        self.failing_s = failing_s
+        self.last_failure = last_failure
+        self.retry_in_s = retry_in_s
+
+    def __str__(self) -> str:
+        again = f"it is tried again in {self.retry_in_s:.1f} s" if self.retry_in_s else "it is being tried just now"
+        return (
+            f"{self.host} is unavailable: given up for {self.failing_s:.0f} s now, after {self.last_failure}; {again}"
+        )
+
+    @property
+    def hint(self) -> str:
+        """Return what the user can do next."""
+        return f'try again then; registries."{self.host}".mirrors are asked meanwhile, where there are any'
+
+
+class RedirectTargetError(UnavailableError):
+    """The store that a registry redirects to did not answer; the registry itself did."""
+
+
 class RateLimitedError(UnavailableError):
     """A registry answers 429; *retry_after_s* is what it asks for (0: it did not say)."""
+
+    #: What its answer says is left; for who made the request, and told no further.
+    quotas: tuple[Quota, ...] = ()
 
     def __init__(self, what: str, reason: str, retry_after_s: float = 0.0) -> None:
         super().__init__(what, reason)

@@ -32,6 +32,7 @@ from cluster.flight.values import (
 from cluster.lease import Lease, LeaseId
 from cluster.progress import ProgressItem
 from cluster.provider import ProviderHandle
+from cluster.quota import ANYBODYS, Budget, Quota
 from cluster.ref import BlobRecord, ChainUse, ImageRecord, RefId, RefRecord, RefState, RefUsage
 
 # -- bytes ------------------------------------------------------------------------------------------
@@ -646,27 +647,62 @@ class ProofStore(Protocol):
         ...
 
 
-class HostLimiter(Protocol):
-    """One cluster-wide limit a registry host, on concurrent requests and on the request rate."""
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Leave for one request to a registry host."""
 
-    def slot(self, host: str, *, deadline_s: float) -> AbstractAsyncContextManager[None]:
+    host: str
+    #: Unique to the request; "" for one that needed no leave.
+    name: str = ""
+    #: True where the host was given up, and this request tries for all whether it is back.
+    is_probe: bool = False
+    #: Of what it takes.
+    budget: Budget = ANYBODYS
+
+
+class HostLimiter(Protocol):
+    """What all requests of a cluster to one registry host have in common.
+
+    A limit on those under way, a limit on their rate, what the host says is left of what it allows
+    (:mod:`cluster.quota`), and a circuit breaker (:mod:`cluster.circuit`): a host that fails again and again is given
+    up for a while. Who holds a slot tells how its request went before it lets go
+    of it; one that nothing is told of counts for nothing.
+    """
+
+    def slot(self, host: str, *, deadline_s: float, budget: Budget = ANYBODYS) -> AbstractAsyncContextManager[Slot]:
         """Hold one of the host's slots for one request; waits its turn, for the rate, and for a Retry-After's end.
+
+        Where little is left of *budget*, its requests are spread over the time until there is more; others go past
+        them meanwhile.
 
         Raises:
             DeadlineExceededError: none came free in *deadline_s* seconds.
+            RateLimitedError: the host wants no request of this kind sooner; without waiting.
+            CircuitOpenError: the host is given up for now; without waiting.
         """
         ...
 
-    async def throttled(self, host: str, retry_after_s: float) -> None:
+    async def quoted(self, slot: Slot, quotas: Sequence[Quota]) -> None:
+        """Record what the host's answer says is left of the slot's budget."""
+        ...
+
+    async def throttled(self, slot: Slot, retry_after_s: float) -> None:
         """Record a 429: nobody in the cluster asks before that, and the limit is halved (not below 1).
 
         So is the rate, to half of what was asked of late if that is less (not below 1 a second); where none is
-        configured, one is set.
+        configured, one is set. To the circuit breaker it is an answer.
         """
         ...
 
-    async def succeeded(self, host: str) -> None:
-        """Record a success: limit and rate creep back up to what is configured, or until the rate is lifted."""
+    async def succeeded(self, slot: Slot) -> None:
+        """Record an answer: limit and rate creep back up to what is configured, or until the rate is lifted.
+
+        Failures are in a row no more, and a host that was given up is open to all if this was the probe.
+        """
+        ...
+
+    async def failed(self, slot: Slot, failure: str) -> None:
+        """Record that the host failed: no connection, no answer, or an error of its own; *failure* says which."""
         ...
 
 

@@ -16,11 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cluster.config import Config
 from cluster.errors import ClusterError, UnavailableError
@@ -30,6 +31,9 @@ from lazyfarm.settings import FarmSettings, default_state_dir, load_settings
 from storage.farm_file import farm_file
 from storage.services.page import PageService
 from storage.services.state_dir import StateDir
+
+if TYPE_CHECKING:
+    from lazyfarm.records import FarmRecords
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -84,6 +88,7 @@ def examine(state_dir: Path | str | None, environ: Mapping[str, str]) -> list[Fi
         ("jobs", _jobs),
         ("page", _page),
         ("actors", _actors),
+        ("registries", _registries),
     ]
     for name, check in checks:
         findings += _guarded(name, check, settings)
@@ -425,17 +430,27 @@ def _page(settings: FarmSettings) -> Iterator[Finding]:
         yield Finding(check="page", ok="fail", detail=f"{page.url or 'the page'} doesn't answer", advice="lazyfarm up")
 
 
-def _actors(settings: FarmSettings) -> Iterator[Finding]:
+@contextmanager
+def _records(settings: FarmSettings) -> Iterator[FarmRecords | None]:
+    """Open what the farm has recorded; None where there is nothing to read, which was said already."""
     from lazyfarm.records import FarmRecords  # noqa: PLC0415 - only here
 
     address = url_address(settings.config.redis.url)
     if settings.running is None or (address is not None and not accepts(address, timeout_s=_CONNECT_S)):
-        return  # said already
+        yield None
+        return
     records = FarmRecords(settings)
     try:
-        nodes, actors = records.nodes(), records.actors()
+        yield records
     finally:
         records.close()
+
+
+def _actors(settings: FarmSettings) -> Iterator[Finding]:
+    with _records(settings) as records:
+        if records is None:
+            return
+        nodes, actors = records.nodes(), records.actors()
     dead = [node.id for node in nodes if not node.alive]
     lost = [actor.name for actor in actors if actor.state != "ready"]
     yield Finding(
@@ -450,6 +465,18 @@ def _actors(settings: FarmSettings) -> Iterator[Finding]:
         detail=f"not ready: {', '.join(lost)}" if lost else f"{len(actors)} ready",
         advice=f"lazyfarm up; {settings.state_dir / 'logs'} says why" if lost or not actors else "",
     )
+
+
+def _registries(settings: FarmSettings) -> Iterator[Finding]:
+    with _records(settings) as records:
+        given_up = [] if records is None else records.given_up()
+    for each in given_up:
+        yield Finding(
+            check="registries",
+            ok="warn",
+            detail=f"{each.host} was given up {each.failing_s:.0f} s ago, after {each.last_failure}",
+            advice="the farm tries it again by itself; see that it can be reached from every node",
+        )
 
 
 # -- small things --------------------------------------------------------------------------------

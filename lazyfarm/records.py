@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cluster.cache.names import find_ref
+from cluster.circuit import GivenUp
 from cluster.errors import NoLayersError
 from cluster.graph import Definition
 from cluster.job import JobEvent, JobId, JobRecord
@@ -17,6 +18,7 @@ from cluster.ref import ImageRecord, RefState, RefUsage
 from cluster.settings import FarmSettings
 from lazyfarm.jobs import FarmJobs
 from lazyfarm.redis_only import connected
+from storage.circuits import Circuits
 from storage.leases import RedisLeaseStore
 from storage.presence import Presence
 from storage.refs import RedisRefStore
@@ -61,6 +63,7 @@ class FarmRecords:
         self._refs = RedisRefStore(self._link, keys)
         self._leases = RedisLeaseStore(self._link, keys)
         self._presence = Presence(self._link, keys)
+        self._circuits = Circuits(self._link, keys)
         self._jobs = FarmJobs.over(self._link, keys)
 
     def close(self) -> None:
@@ -78,6 +81,10 @@ class FarmRecords:
     def actors(self) -> list[ActorRecord]:
         """Return the actors, ``lost`` where one has been silent for too long."""
         return self._run(self._presence.actors())
+
+    def given_up(self) -> list[GivenUp]:
+        """Return the registry hosts that the cluster doesn't ask for now, longest ago first."""
+        return self._run(self._circuits.given_up())
 
     def refs(self) -> list[RefState]:
         """Return every ref, most recently used first."""

@@ -27,12 +27,23 @@ from cluster.errors import (
 )
 from cluster.fetch.runner import Caller, Fetched
 from cluster.flight.values import Fence, UploadState
-from cluster.ports import Authorization, AuthRequest, ByteStream, ContentStore, FlightStore, HostLimiter, ObjectInfo
+from cluster.ports import (
+    Authorization,
+    AuthRequest,
+    ByteStream,
+    ContentStore,
+    FlightStore,
+    HostLimiter,
+    ObjectInfo,
+    Slot,
+)
 from cluster.provider import S3_KIND, ProviderHandle
+from cluster.quota import Budget, Quota, RequestKind
 from cluster.ref import BlobRecord
 from storage.bucket_caches import BucketCaches
 from storage.local_blobs import ArrivingBlob, NodeBlobs
-from storage.registry.blob import BlobSource
+from storage.registry.blob import BlobResponse, BlobSource
+from storage.registry.calls import tell
 from storage.registry.endpoint import Endpoint
 from storage.transfer import (
     BlobTransfer,
@@ -101,34 +112,27 @@ class _RegistrySource:
 
     @contextlib.contextmanager
     def open(self, offset: int, length: int | None) -> Iterator[SourceResponse]:
-        slot = self._limiter.slot(self._endpoint.registry, deadline_s=_SLOT_DEADLINE_S)
-        self._bridge.ask(slot.__aenter__(), _SLOT_DEADLINE_S + 10)
+        registry = self._endpoint.registry
+        budget = Budget(kind=RequestKind.BLOB, account=self._caller.authorizer.identity(registry))
+        holding = self._limiter.slot(registry, deadline_s=_SLOT_DEADLINE_S, budget=budget)
+        slot = self._bridge.ask(holding.__aenter__(), _SLOT_DEADLINE_S + 10)
         try:
-            with self._open_authorized(offset, length) as response:
-                yield response
-        except ClusterError as exc:
-            retry_after_s = getattr(exc, "retry_after_s", None)
-            if retry_after_s is not None:
-                self._bridge.ask(self._limiter.throttled(self._endpoint.registry, retry_after_s))
-            raise
-        else:
-            self._bridge.ask(self._limiter.succeeded(self._endpoint.registry))
+            with self._open_authorized(slot, offset, length) as response:
+                try:
+                    yield response
+                except UnavailableError as exc:
+                    self._tell(slot, exc)
+                    raise
+            self._tell(slot, None, response.quotas)
         finally:
-            self._bridge.ask(slot.__aexit__(None, None, None))
+            self._bridge.ask(holding.__aexit__(None, None, None))
 
-    def _open_authorized(self, offset: int, length: int | None) -> AbstractContextManager[SourceResponse]:
+    def _open_authorized(self, slot: Slot, offset: int, length: int | None) -> BlobResponse:
         """Open with what is known, and once more with what the challenge asks for, refreshed if it was refused."""
         authorization = self._authorize(challenge=None, was_refused=False)
         for last in (False, False, True):
             try:
-                return self._blobs.open(
-                    self._endpoint,
-                    self._descriptor.digest,
-                    offset=offset,
-                    length=length,
-                    size_bytes=self._descriptor.size_bytes,
-                    authorization=authorization.header if authorization else None,
-                )
+                return self._opened(slot, offset, length, authorization)
             except ChallengedError as exc:
                 if last:
                     break
@@ -136,6 +140,27 @@ class _RegistrySource:
         raise AccessDeniedError(
             f"{self._endpoint.repository}@{self._descriptor.digest}", self._endpoint.registry, "401 after a refresh"
         )
+
+    def _opened(self, slot: Slot, offset: int, length: int | None, authorization: Authorization | None) -> BlobResponse:
+        try:
+            response = self._blobs.open(
+                self._endpoint,
+                self._descriptor.digest,
+                offset=offset,
+                length=length,
+                size_bytes=self._descriptor.size_bytes,
+                authorization=authorization.header if authorization else None,
+            )
+        except ClusterError as exc:
+            self._tell(slot, exc)
+            raise
+        if slot.is_probe:
+            # All wait for a probe: not for as long as a layer takes.
+            self._tell(slot, None)
+        return response
+
+    def _tell(self, slot: Slot, outcome: ClusterError | None, left: Sequence[Quota] = ()) -> None:
+        self._bridge.ask(tell(self._limiter, slot, outcome, left))
 
     def _authorize(self, *, challenge: str | None, was_refused: bool) -> Authorization | None:
         return self._bridge.ask(

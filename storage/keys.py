@@ -40,7 +40,10 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``events:KEY`` | channel | payloads of flight events |
 | ``proof:LENGTH:IDENTITY:SOURCE`` | zset | digest → expiry, milliseconds |
 | ``hosts`` | set | registry hosts that were asked; what is forgotten of them leaves it when they are listed |
-| ``host:HOST`` | hash, an hour | ``limit not_before halved rate lift_at tokens recent asked_at refused`` |
+| ``host:HOST`` | hash, 1 h | ``limit not_before halved rate lift_at tokens recent asked_at refused``, ``circuit``… |
+| ``circuits`` | zset, an hour | registry host that was given up → since when, milliseconds |
+| ``quota:KIND:LENGTH:ACCOUNT:HOST`` | hash, a day | ``every last_at hold_at until_at``: what little is left there |
+| ``turns:KIND:LENGTH:ACCOUNT:HOST`` | zset, likewise | who waits for it → when it may ask, milliseconds |
 | ``slots:HOST`` | zset, seconds | slot → expiry, milliseconds |
 | ``queue:HOST`` | zset, seconds | who waits for a slot → its place |
 | ``queue-seen:HOST`` | zset, seconds | who waits for a slot → until when, milliseconds |

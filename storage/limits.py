@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
+import structlog
+
+from cluster.circuit import BURST_S, BreakerLimits
 from cluster.config import Config
-from cluster.errors import DeadlineExceededError, UnavailableError
+from cluster.errors import CircuitOpenError, DeadlineExceededError, RateLimitedError, UnavailableError
 from cluster.metrics import REGISTRY_WAIT_SECONDS
+from cluster.ports import Slot
+from cluster.quota import ANYBODYS, Budget, Quota, pace_of
 from storage.keys import Keys
 from storage.link import RedisLink
+from storage.registry.endpoint import registry_config
 
 #: Seconds that a slot is kept when its holder has died; holders renew every third of it.
 SLOT_TTL_S = 15.0
 #: Seconds that a place in the queue is kept when nobody asks for it.
 _PLACE_TTL_S = 5.0
-#: Seconds within which 429s count as one: requests that were under way together.
-_BURST_S = 1.0
 #: Seconds between questions for a slot: for the first in the queue, more for each before, at most.
 _ASK_FIRST_S = 0.02
 _ASK_EACH_S = 0.01
 _ASK_MOST_S = 1.0
+#: What the script that takes slots answers first, where it isn't 0.
+_TOO_LATE, _GIVEN_UP, _IS_PROBE = -2, -1, 2
+#: Of what a host did, this much is kept.
+_FAILURE_CHARS = 200
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +75,7 @@ class RedisHostLimiter:
     kept by a token bucket; where none is configured there is one only after a 429. With nothing in the way,
     entering costs one round trip and leaving none. Who waits has a place in a queue and asks for it again and
     again, with jitter, rarer the more come before; within a process, who leaves also nudges who has waited
-    longest.
+    longest. The circuit breaker is looked at in the same round trip.
     """
 
     def __init__(self, link: RedisLink, keys: Keys, config: Config) -> None:
@@ -72,43 +84,87 @@ class RedisHostLimiter:
         self._config = config
         self._held: dict[str, str] = {}
         self._waiting: dict[str, deque[asyncio.Event]] = {}
-        #: Hosts whose limit or rate 429s had brought down when last seen: only these need be told of success.
+        #: Hosts whose limit or rate 429s had brought down, or that had failed, when last seen: only these need be
+        #: told of success.
         self._reduced: set[str] = set()
+        #: Budgets of hosts of which little was left when last seen: only of these need be told that it is more.
+        self._low: set[tuple[str, Budget]] = set()
         self._renewing: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def slot(self, host: str, *, deadline_s: float) -> AsyncIterator[None]:
+    async def slot(self, host: str, *, deadline_s: float, budget: Budget = ANYBODYS) -> AsyncIterator[Slot]:
         """Hold one of the host's slots."""
-        slot = secrets.token_hex(8)
+        slot = Slot(host, secrets.token_hex(8), budget=budget)
         began_s = time.monotonic()
         try:
             try:
                 async with asyncio.timeout(deadline_s):
-                    await self._take(host, slot)
+                    is_probe = await self._take(slot, began_s + deadline_s)
             except TimeoutError as exc:
                 raise DeadlineExceededError(
                     f"a request slot for {host}", f"none came free in {deadline_s:g} s"
                 ) from exc
             REGISTRY_WAIT_SECONDS.observe(time.monotonic() - began_s, registry=host)
-            self._held[slot] = host
+            self._held[slot.name] = host
             self._renew_while_held()
-            yield
+            yield replace(slot, is_probe=is_probe)
         finally:
-            self._held.pop(slot, None)
+            self._held.pop(slot.name, None)
             # Also where it was never granted, as far as we know: a grant may be on its way.
-            self._link.run_soon("slot_release", self._prefix, host, slot)
+            self._link.run_soon("slot_release", self._prefix, host, slot.name, budget.kind, budget.account)
             self._nudge(host)
 
-    async def throttled(self, host: str, retry_after_s: float) -> None:
-        """Record a 429."""
-        self._reduced.add(host)
-        retry_after_ms, burst_ms = int(max(0.0, retry_after_s) * 1000), int(_BURST_S * 1000)
-        await self._link.run("host_throttled", self._prefix, host, retry_after_ms, *self._configured(host), burst_ms)
+    async def quoted(self, slot: Slot, quotas: Sequence[Quota]) -> None:
+        """Record what is left."""
+        pace = pace_of(quotas, slowest_s=registry_config(self._config, slot.host).quota_pace_s)
+        was_low = (slot.host, slot.budget) in self._low
+        if pace is None and not was_low:
+            return
+        if pace is not None and not was_low:
+            self._low.add((slot.host, slot.budget))
+            _log.info(
+                "registry.little_left",
+                host=slot.host,
+                kind=slot.budget.kind,
+                left=min(quota.remaining for quota in quotas),
+                every_s=round(pace.every_s, 3),
+                hold_s=round(pace.hold_s, 3),
+            )
+        times_s = (0.0, 0.0, 0.0) if pace is None else (pace.every_s, pace.hold_s, pace.for_s)
+        times_ms = [math.ceil(seconds * 1000) for seconds in times_s]
+        await self._link.run(
+            "host_quota", self._prefix, slot.host, slot.budget.kind, slot.budget.account, *times_ms, may_repeat=True
+        )
 
-    async def succeeded(self, host: str) -> None:
-        """Record a success."""
-        if host in self._reduced:
-            await self._link.run("host_succeeded", self._prefix, host, *self._configured(host))
+    async def throttled(self, slot: Slot, retry_after_s: float) -> None:
+        """Record a 429."""
+        self._reduced.add(slot.host)
+        retry_after_ms, burst_ms = int(max(0.0, retry_after_s) * 1000), int(BURST_S * 1000)
+        configured = self._configured(slot.host)
+        was_given_up = await self._link.run(
+            "host_throttled", self._prefix, slot.host, retry_after_ms, *configured, burst_ms, slot.name
+        )
+        self._log_back(slot, bool(was_given_up))
+
+    async def succeeded(self, slot: Slot) -> None:
+        """Record an answer."""
+        if slot.is_probe or slot.host in self._reduced:
+            configured = self._configured(slot.host)
+            was_given_up = await self._link.run("host_succeeded", self._prefix, slot.host, *configured, slot.name)
+            self._log_back(slot, bool(was_given_up))
+
+    async def failed(self, slot: Slot, failure: str) -> None:
+        """Record a failure."""
+        self._reduced.add(slot.host)
+        limits = self._breaker(slot.host)
+        times_ms = int(limits.open_s * 1000), int(BURST_S * 1000)
+        told = failure[:_FAILURE_CHARS]
+        if await self._link.run("host_failed", self._prefix, slot.host, slot.name, told, limits.failures, *times_ms):
+            _log.warning("registry.given_up", host=slot.host, failures=limits.failures, last_failure=told)
+
+    def _log_back(self, slot: Slot, was_given_up: bool) -> None:  # noqa: FBT001 - an answer of Redis
+        if was_given_up:
+            _log.info("registry.back", host=slot.host)
 
     async def budgets(self) -> list[HostBudget]:
         """Return how it stands with each host that was asked of late, by name."""
@@ -134,22 +190,46 @@ class RedisHostLimiter:
         )
 
     def _configured(self, host: str) -> tuple[int, float]:
-        entry = self._config.registry(host)
+        entry = registry_config(self._config, host)
         return entry.max_concurrency, entry.max_requests_per_s
 
-    async def _take(self, host: str, slot: str) -> None:
-        configured, slot_ms, place_ms = self._configured(host), int(SLOT_TTL_S * 1000), int(_PLACE_TTL_S * 1000)
+    def _breaker(self, host: str) -> BreakerLimits:
+        entry = registry_config(self._config, host)
+        return BreakerLimits(failures=entry.breaker_failures, open_s=entry.breaker_open_s)
+
+    async def _take(self, slot: Slot, deadline_s: float) -> bool:
+        """Wait for the slot; return whether it is for a probe."""
+        host, budget = slot.host, slot.budget
+        configured, times_s = self._configured(host), (SLOT_TTL_S, _PLACE_TTL_S, self._breaker(host).open_s)
+        times_ms = [int(seconds * 1000) for seconds in times_s]
         nudged = asyncio.Event()
         waiting = self._waiting.setdefault(host, deque())
         waiting.append(nudged)
         try:
             while True:
-                taken, wait_ms, before, is_reduced = await self._link.run(
-                    "slot_take", self._prefix, host, slot, *configured, slot_ms, place_ms, may_repeat=True
+                left_ms = max(0, int((deadline_s - time.monotonic()) * 1000))
+                taken, wait_ms, *told = await self._link.run(
+                    "slot_take",
+                    self._prefix,
+                    host,
+                    slot.name,
+                    *configured,
+                    *times_ms,
+                    budget.kind,
+                    budget.account,
+                    left_ms,
+                    may_repeat=True,
                 )
+                if taken == _TOO_LATE:
+                    raise _too_late(host, wait_ms / 1000)
+                if taken == _GIVEN_UP:
+                    since_ms, failure = told
+                    raise CircuitOpenError(host, since_ms / 1000, failure.decode(), wait_ms / 1000)
+                before, is_reduced, is_low = told
                 (self._reduced.add if is_reduced else self._reduced.discard)(host)
+                (self._low.add if is_low else self._low.discard)((host, budget))
                 if taken:
-                    return
+                    return bool(taken == _IS_PROBE)
                 pause_s = max(wait_ms / 1000, _ASK_FIRST_S + before * _ASK_EACH_S)
                 # Jitter, so that processes don't ask in step; not a matter of security.
                 pause_s = min(pause_s, _ASK_MOST_S) * random.uniform(1.0, 1.3)  # noqa: S311
@@ -181,3 +261,11 @@ class RedisHostLimiter:
             # Redis is away: requests go on, their slots lapse, and the next renewal takes them again.
             with contextlib.suppress(UnavailableError):
                 await self._link.run("slot_renew", self._prefix, int(SLOT_TTL_S * 1000), *held, may_repeat=True)
+
+
+def _too_late(host: str, wait_s: float) -> RateLimitedError:
+    """Return the error of who can't wait for as long as the host wants to be left alone."""
+    until = datetime.fromtimestamp(time.time() + wait_s, UTC)
+    return RateLimitedError(
+        f"a request to {host}", f"it allows none before {until:%Y-%m-%d %H:%M:%S} UTC, in {wait_s:.0f} s", wait_s
+    )

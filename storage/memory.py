@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+from cluster.circuit import BURST_S, BreakerLimits, Circuit, HostCircuit
 from cluster.collect.ports import Doomed
 from cluster.collect.rounds import Round
 from cluster.collect.sweep import NAMELESS, Suspect
 from cluster.digest import Digest, is_digest
 from cluster.errors import (
+    CircuitOpenError,
     DeadlineExceededError,
     InternalError,
     LeaseLostError,
     NonAddressableParentError,
+    RateLimitedError,
     RefNotFoundError,
     StaleFenceError,
 )
@@ -42,8 +46,10 @@ from cluster.flight.values import (
     Vacated,
 )
 from cluster.lease import Lease, LeaseId, blob_resource, image_resource, ref_resource
+from cluster.ports import Slot
 from cluster.progress import ProgressItem
 from cluster.provider import ProviderHandle
+from cluster.quota import ANYBODYS, Budget, Quota, pace_of
 from cluster.ref import BlobRecord, ChainUse, ImageRecord, RefId, RefRecord, RefState, RefUsage
 from storage.renewer import ThreadFlightRenewer, Waiting
 
@@ -102,6 +108,7 @@ class Memory:
         self.listeners: dict[str, set[asyncio.Queue[FlightEvent]]] = {}
         self.proofs: dict[tuple[str, str, Digest], float] = {}
         self.streams: dict[str, list[ProgressItem]] = {}
+        self.hosts: dict[str, _Host] = {}
 
     def is_live(self, lease_id: LeaseId) -> bool:
         """Tell whether a lease is live."""
@@ -592,15 +599,44 @@ class MemoryProofStore:
         return [frozenset(p for p in pairs if proofs.get((*p, digest), 0.0) > now_s) for digest in digests]
 
 
+@dataclass(slots=True, kw_only=True)
+class _Quota:
+    """What little is left of one budget."""
+
+    every_s: float = 0.0
+    #: When the last of those that have a turn may ask, until when nobody may, and when all is there again.
+    last_s: float = 0.0
+    hold_until_s: float = 0.0
+    until_s: float = 0.0
+    turns: dict[str, float] = field(default_factory=dict)
+
+    def wait_s(self, slot: str, now_s: float, patience_s: float) -> float:
+        """Return the seconds until a request may be made; it gets a turn if that is within its patience."""
+        if self.until_s <= now_s or self.hold_until_s > now_s:
+            return max(0.0, self.hold_until_s - now_s)
+        turn_s = self.turns.get(slot)
+        if turn_s is None:
+            turn_s = min(self.until_s, max(now_s, self.last_s + self.every_s))
+            if turn_s - now_s <= patience_s:
+                self.turns[slot] = self.last_s = turn_s
+        return max(0.0, turn_s - now_s)
+
+
+#: Of a budget of which enough is left.
+_NO_QUOTA = _Quota()
+
+
 @dataclass(slots=True)
 class _Host:
     """What is known of one host."""
 
+    circuit: HostCircuit
     slots: int = 0
     limit: float | None = None
     not_before_s: float = 0.0
     halved_s: float = -10.0
-    queue: deque[object] = field(default_factory=deque)
+    queue: deque[str] = field(default_factory=deque)
+    quotas: dict[Budget, _Quota] = field(default_factory=dict)
     #: What 429s have brought the rate down to, and where that ends if none is configured.
     rate: float | None = None
     lift_at: float = math.inf
@@ -627,64 +663,121 @@ class MemoryHostLimiter:
         memory: Memory,
         limit: Callable[[str], int] = lambda _host: 12,
         rate: Callable[[str], float] = lambda _host: 0.0,
+        breaker: BreakerLimits | None = None,
+        quota_pace_s: float = 10.0,
     ) -> None:
         self._memory = memory
         self._configured = limit
         self._configured_rate = rate
-        self._hosts: dict[str, _Host] = {}
+        self._breaker = breaker or BreakerLimits(failures=5, open_s=5.0)
+        self._quota_pace_s = quota_pace_s
+        self._hosts = memory.hosts
 
     @asynccontextmanager
-    async def slot(self, host: str, *, deadline_s: float) -> AsyncIterator[None]:
+    async def slot(self, host: str, *, deadline_s: float, budget: Budget = ANYBODYS) -> AsyncIterator[Slot]:
         """Hold one of the host's slots."""
-        state = self._hosts.setdefault(host, _Host())
-        place = object()
-        state.queue.append(place)
+        state, slot = self._host(host), Slot(host, secrets.token_hex(8), budget=budget)
+        give_up_s = time.monotonic() + deadline_s
         try:
             async with asyncio.timeout(deadline_s):
-                while not self._is_free(host, state, place):  # noqa: ASYNC110 - the test's clock wakes nobody
+                # The test's clock wakes nobody.
+                while not self._is_its_turn(state, slot, give_up_s - time.monotonic()):  # noqa: ASYNC110
                     await asyncio.sleep(_ASK_S)
         except TimeoutError as exc:
             raise DeadlineExceededError(f"a request slot for {host}", f"none came free in {deadline_s:g} s") from exc
         finally:
-            state.queue.remove(place)
+            if slot.name in state.queue:
+                state.queue.remove(slot.name)
+            state.quotas.get(budget, _NO_QUOTA).turns.pop(slot.name, None)
         self._ask(host, state)
         state.slots += 1
         try:
-            yield
+            yield replace(slot, is_probe=state.circuit.begun(slot.name, self._memory.now_s()))
         finally:
             state.slots -= 1
+            state.circuit.left(slot.name, self._memory.now_s())
 
-    async def throttled(self, host: str, retry_after_s: float) -> None:
+    async def quoted(self, slot: Slot, quotas: Sequence[Quota]) -> None:
+        """Record what is left."""
+        state, now_s = self._host(slot.host), self._memory.now_s()
+        pace = pace_of(quotas, slowest_s=self._quota_pace_s)
+        known = state.quotas.pop(slot.budget, None)
+        if pace is not None:
+            state.quotas[slot.budget] = _Quota(
+                every_s=pace.every_s,
+                last_s=max(now_s, known.last_s if known else 0.0),
+                hold_until_s=now_s + pace.hold_s,
+                until_s=now_s + pace.for_s,
+                turns=known.turns if known else {},
+            )
+
+    def _is_its_turn(self, state: _Host, slot: Slot, patience_s: float) -> bool:
+        now_s = self._memory.now_s()
+        self._raise_if_given_up(slot.host, state, slot.name)
+        quota_s = state.quotas.get(slot.budget, _NO_QUOTA).wait_s(slot.name, now_s, patience_s)
+        wait_s = max(state.not_before_s - now_s, quota_s)
+        if wait_s > patience_s:
+            raise RateLimitedError(f"a request to {slot.host}", f"it allows none for {wait_s:.0f} s", wait_s)
+        if quota_s > 0:
+            if slot.name in state.queue:
+                state.queue.remove(slot.name)
+            return False
+        if slot.name not in state.queue:
+            state.queue.append(slot.name)
+        return self._is_free(slot.host, state, slot.name)
+
+    async def throttled(self, slot: Slot, retry_after_s: float) -> None:
         """Record a 429."""
-        state = self._hosts.setdefault(host, _Host())
+        host, state = slot.host, self._host(slot.host)
         now_s = self._memory.now_s()
         state.not_before_s = max(state.not_before_s, now_s + retry_after_s)
-        if now_s - state.halved_s > 1.0:
+        if now_s - state.halved_s > BURST_S:
             state.limit = max(1.0, self._limit(host) / 2)
             state.halved_s = now_s
             self._slow_down(host, state)
+        state.circuit.answered(slot.name)
 
-    async def succeeded(self, host: str) -> None:
-        """Record a success."""
-        limit, state = self._limit(host), self._hosts.setdefault(host, _Host())
+    async def succeeded(self, slot: Slot) -> None:
+        """Record an answer."""
+        host = slot.host
+        limit, state = self._limit(host), self._host(host)
         state.limit = limit + 1 / limit
         if state.rate is not None:
             state.rate += 1 / state.rate
             if state.rate >= (self._configured_rate(host) or state.lift_at):
                 state.rate = None
+        state.circuit.answered(slot.name)
+
+    async def failed(self, slot: Slot, failure: str) -> None:
+        """Record a failure."""
+        self._host(slot.host).circuit.failed(slot.name, failure, self._memory.now_s())
+
+    def _host(self, host: str) -> _Host:
+        if host not in self._hosts:
+            self._hosts[host] = _Host(HostCircuit(self._breaker))
+        return self._hosts[host]
 
     def _limit(self, host: str) -> float:
-        limit = self._hosts.setdefault(host, _Host()).limit
+        limit = self._host(host).limit
         return self._configured(host) if limit is None else min(limit, self._configured(host))
 
     def _rate(self, host: str, state: _Host) -> float:
         return self._configured_rate(host) if state.rate is None else state.rate
 
-    def _is_free(self, host: str, state: _Host, place: object) -> bool:
-        now_s, rate, before = self._memory.now_s(), self._rate(host, state), state.queue.index(place)
+    def _is_free(self, host: str, state: _Host, place: str) -> bool:
+        """Tell whether it is *place*'s turn; raises CircuitOpenError where the host was given up."""
+        self._raise_if_given_up(host, state, place)
+        now_s = self._memory.now_s()
+        rate, before = self._rate(host, state), state.queue.index(place)
         tokens = state.pass_time(now_s, rate)
         has_token = not rate or tokens >= before + 1
         return now_s >= state.not_before_s and has_token and before < int(self._limit(host)) - state.slots
+
+    def _raise_if_given_up(self, host: str, state: _Host, place: str) -> None:
+        circuit, now_s = state.circuit, self._memory.now_s()
+        if not circuit.admits(place, now_s):
+            retry_in_s = circuit.retry_s - now_s if circuit.state is Circuit.OPEN else 0.0
+            raise CircuitOpenError(host, now_s - circuit.opened_s, circuit.last_failure, retry_in_s)
 
     def _ask(self, host: str, state: _Host) -> None:
         rate = self._rate(host, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.errors import RateLimitedError, WorkerBusyError
+from cluster.errors import CircuitOpenError, RateLimitedError, WorkerBusyError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +37,13 @@ class RetryPolicy:
 
         Args:
             error: What the try that just ended came to. Only errors that call themselves ``retryable``
-                are tried again.
+                are tried again, and not a host that the whole cluster has given up for a while.
             attempt: Which try it was, from 1.
             elapsed_s: Seconds of the budget that are gone: all since the first try began, or what of them
                 was of no use.
             draw: A random number in [0, 1).
         """
-        if not getattr(error, "retryable", False) or attempt >= self.attempts:
+        if not getattr(error, "retryable", False) or isinstance(error, CircuitOpenError) or attempt >= self.attempts:
             return None
         # The exponent is bounded: 2.0 ** 1100 overflows.
         delay_s = draw * min(self.cap_s, self.base_s * 2.0 ** min(attempt - 1, 60))

@@ -6,10 +6,12 @@
 -- ARGV[3] configured limit
 -- ARGV[4] configured requests a second, 0 for any
 -- ARGV[5] milliseconds within which 429s are one burst
--- return  the limit now, rounded down
+-- ARGV[6] name of the request's slot
+-- return  1 if the host was given up until now, else 0
 -- include: time
 -- include: host
 -- include: rate
+-- include: circuit
 local prefix, host = KEYS[1], ARGV[1]
 local now = now_ms()
 local known = redis.call('HMGET', prefix .. ':host:' .. host, 'not_before', 'halved')
@@ -22,4 +24,4 @@ if now - tonumber(known[2] or 0) > tonumber(ARGV[5]) then
 end
 host_set(prefix, host, 'not_before', not_before)
 redis.call('HINCRBY', prefix .. ':host:' .. host, 'refused', 1)
-return math.floor(limit)
+return circuit_answered(prefix, host, ARGV[6]) and 1 or 0

@@ -12,10 +12,12 @@ from cluster.errors import (
     DeadlineExceededError,
     InsecureRegistryError,
     RateLimitedError,
+    RedirectTargetError,
     UnavailableError,
     UntrustedCertificateError,
 )
 from cluster.metrics import REGISTRY_ANSWERS
+from cluster.quota import Headers, Quota, parse_quotas
 
 UNAUTHORIZED, FORBIDDEN, NOT_FOUND, TOO_MANY_REQUESTS = 401, 403, 404, 429
 #: Counted each by itself, all others by their first digit.
@@ -39,15 +41,18 @@ def count_answer(registry: str, status: int | None) -> None:
     REGISTRY_ANSWERS.add(registry=registry, answer=answer)
 
 
-def raise_if_transient(status: int, retry_after: str | None, *, what: str) -> None:
+def raise_if_transient(status: int, headers: Headers, *, what: str) -> None:
     """Raise what a status means that may be another at the next try; return for all others.
 
     Raises:
-        RateLimitedError: 429, with what ``Retry-After`` asks for.
+        RateLimitedError: 429, with what ``Retry-After`` asks for, and what the ``RateLimit`` headers say.
         UnavailableError: 5xx, 408 and 425; a 503 may carry ``Retry-After`` too.
     """
+    retry_after = headers.get("Retry-After", "")
     if status == TOO_MANY_REQUESTS or (status == 503 and retry_after):  # noqa: PLR2004 -- Service Unavailable
-        raise RateLimitedError(what, f"HTTP {status}", retry_after_s(retry_after or ""))
+        error = RateLimitedError(what, f"HTTP {status}", retry_after_s(retry_after))
+        error.quotas = quotas(headers)
+        raise error
     if status in _TRANSIENT or (status >= _SERVER_ERROR and status not in _FINAL):
         raise UnavailableError(what, f"HTTP {status}")
 
@@ -68,6 +73,11 @@ def retry_after_s(value: str, *, now_wall_s: float | None = None) -> float:
     except (ValueError, TypeError, OverflowError):
         return 0.0
     return max(0.0, min(until - (time.time() if now_wall_s is None else now_wall_s), 86400.0))
+
+
+def quotas(headers: Headers) -> tuple[Quota, ...]:
+    """Return what the ``RateLimit`` headers of an answer say is left."""
+    return parse_quotas(headers, now_wall_s=time.time())
 
 
 def error_detail(body: bytes) -> str:
@@ -91,6 +101,13 @@ def translate_network_error(exc: BaseException, *, host: str, what: str) -> Clus
         return DeadlineExceededError(what, f"{host} did not answer in time")
     system = exc.strerror if isinstance(exc, OSError) else None
     return UnavailableError(what, f"{host}: {system or type(exc).__name__}")
+
+
+def of_redirect_target(error: ClusterError) -> ClusterError:
+    """Return what an error is where the registry sent us to another host: a failure says nothing of the registry."""
+    if isinstance(error, UnavailableError) and not isinstance(error, RateLimitedError):
+        return RedirectTargetError(error.what, error.reason)
+    return error
 
 
 def _ssl_cause(exc: BaseException) -> ssl.SSLError | None:

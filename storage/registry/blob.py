@@ -22,6 +22,7 @@ from cluster.errors import (
     AccessDeniedError,
     BlobNotFoundError,
     ChallengedError,
+    ClusterError,
     InsecureRegistryError,
     RangeRefusedError,
     RegistryProtocolError,
@@ -35,6 +36,8 @@ from storage.registry.answers import (
     NOT_FOUND,
     UNAUTHORIZED,
     count_answer,
+    of_redirect_target,
+    quotas,
     raise_if_transient,
     translate_network_error,
 )
@@ -99,6 +102,7 @@ class BlobResponse:
         link: _Link,
         offset: int,
         total_bytes: int | None,
+        crossed: bool,
     ) -> None:
         #: 206: the range that was asked for; 200: the whole blob, from its first byte, whatever was asked.
         self.status = link.response.status
@@ -110,12 +114,15 @@ class BlobResponse:
         self.length_bytes = link.response.length
         #: Bytes read so far.
         self.read_bytes = 0
+        #: What the registry says is left of what it allows; nothing where a redirect led to another host.
+        self.quotas = () if crossed else quotas(link.response.headers)
         self._ask = ask
         self._pool = pool
         self._url = url
         self._connection: HTTPConnection | None = link.connection
         self._response = link.response
         self._socket = link.socket
+        self._crossed = crossed
         self._aborted = False
 
     def __repr__(self) -> str:
@@ -146,7 +153,9 @@ class BlobResponse:
         self.read_bytes += count
         if count == 0 and len(buffer):
             if self.length_bytes is not None and self.read_bytes < self.length_bytes:
-                raise UnavailableError(self._ask.what, f"it ended after {self.read_bytes} of {self.length_bytes} bytes")
+                raise self._of_its_host(
+                    UnavailableError(self._ask.what, f"it ended after {self.read_bytes} of {self.length_bytes} bytes")
+                )
             self._finish()
         elif self.read_bytes == self.length_bytes:
             self._finish()
@@ -179,11 +188,16 @@ class BlobResponse:
             self._response.close()
             self._pool.give_back(self._url, connection)
 
-    def _broken(self, exc: Exception) -> UnavailableError:
+    def _broken(self, exc: Exception) -> ClusterError:
         if self._aborted:
             return UnavailableError(self._ask.what, "the read was aborted")
         error = translate_network_error(exc, host=urlsplit(self._url).netloc, what=self._ask.what)
-        return error if isinstance(error, UnavailableError) else UnavailableError(self._ask.what, str(error))
+        return self._of_its_host(
+            error if isinstance(error, UnavailableError) else UnavailableError(self._ask.what, str(error))
+        )
+
+    def _of_its_host(self, error: UnavailableError) -> ClusterError:
+        return of_redirect_target(error) if self._crossed else error
 
 
 class BlobSource:
@@ -236,7 +250,8 @@ class BlobSource:
             RangeRefusedError: 416; the whole blob may still be had.
             SizeMismatchError: the blob has another size than *size_bytes*.
             RateLimitedError: 429.
-            UnavailableError: 5xx, no connection, no answer in time.
+            UnavailableError: 5xx, no connection, no answer in time (RedirectTargetError: of a host that a redirect
+                led to).
             RegistryProtocolError: an answer that makes no sense.
             InsecureRegistryError, UntrustedCertificateError: no connection that may be used.
         """
@@ -246,13 +261,14 @@ class BlobSource:
         if endpoint.url is not None:
             authorization = None
         for _ in range(MAX_REDIRECTS + 1):
-            link = self._send(url, ask, authorization)
-            if link.response.status not in REDIRECTS:
-                try:
-                    return self._accept(ask, url, link, crossed=crossed)
-                except BaseException:
-                    self._discard(url, link)
+            try:
+                link = self._send(url, ask, authorization)
+                if link.response.status not in REDIRECTS:
+                    return self._accepted(ask, url, link, crossed=crossed)
+            except UnavailableError as exc:
+                if not crossed:
                     raise
+                raise of_redirect_target(exc) from exc
             location = link.response.headers.get("Location", "")
             self._discard(url, link)
             hop = next_hop(self._config, url, location, doing=f"reading {ask.what}")
@@ -313,9 +329,16 @@ class BlobSource:
             live.settimeout(self._config.fetch.stall_timeout_s)
         return _Link(connection, live, response)
 
+    def _accepted(self, ask: _Ask, url: str, link: _Link, *, crossed: bool) -> BlobResponse:
+        try:
+            return self._accept(ask, url, link, crossed=crossed)
+        except BaseException:
+            self._discard(url, link)
+            raise
+
     def _accept(self, ask: _Ask, url: str, link: _Link, *, crossed: bool) -> BlobResponse:
         status, headers, registry = link.response.status, link.response.headers, ask.endpoint.registry
-        raise_if_transient(status, headers.get("Retry-After"), what=ask.what)
+        raise_if_transient(status, headers, what=ask.what)
         if status == UNAUTHORIZED and not crossed and ask.endpoint.url is None:
             challenge = ", ".join(headers.get_all("WWW-Authenticate", []))
             raise ChallengedError(f"blob {ask.digest}", registry, challenge)
@@ -342,6 +365,7 @@ class BlobSource:
             link=link,
             offset=offset,
             total_bytes=total_bytes,
+            crossed=crossed,
         )
 
     def _discard(self, url: str, link: _Link) -> None:

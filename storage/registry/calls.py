@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 
 import aiohttp
 
+from cluster.circuit import is_failure
 from cluster.config import Config
-from cluster.errors import AccessDeniedError, ClusterError, RateLimitedError, RegistryProtocolError
+from cluster.errors import AccessDeniedError, ClusterError, RateLimitedError, RegistryProtocolError, UnavailableError
 from cluster.fetch.retry import RetryPolicy
-from cluster.ports import Authorizer, HostLimiter
-from storage.registry.answers import FORBIDDEN, UNAUTHORIZED, error_detail
+from cluster.ports import Authorizer, HostLimiter, Slot
+from cluster.quota import Budget, Quota, RequestKind
+from storage.registry.answers import FORBIDDEN, UNAUTHORIZED, error_detail, quotas
 from storage.registry.endpoint import Endpoint, registry_config
 from storage.registry.pool import AuthorizationPool
 from storage.registry.transport import Answer, Transport, control_policy, retrying
@@ -32,6 +34,8 @@ class Call:
     authorizer: Authorizer
     #: What is being asked for; for messages.
     what: str
+    #: What registries count it as.
+    kind: RequestKind
     headers: Mapping[str, str] = field(default_factory=dict)
     #: The body: in one, or in pieces that are sent one after the other.
     data: bytes | Sequence[bytes] | None = None
@@ -89,20 +93,21 @@ class RegistryCalls:
         """Return how often and how long a call to *endpoint* is tried."""
         return control_policy(registry_config(self._config, endpoint.registry))
 
-    def slot(self, endpoint: Endpoint) -> AbstractAsyncContextManager[None]:
+    def slot(self, endpoint: Endpoint, authorizer: Authorizer, kind: RequestKind) -> AbstractAsyncContextManager[Slot]:
         """Hold one of the cluster's slots for the endpoint's host."""
         budget_s = registry_config(self._config, endpoint.registry).retry_budget_s
-        return self._limiter.slot(endpoint.registry, deadline_s=budget_s)
+        budget = Budget(kind=kind, account=authorizer.identity(endpoint.registry))
+        return self._limiter.slot(endpoint.registry, deadline_s=budget_s, budget=budget)
 
-    async def tell_limiter(self, endpoint: Endpoint, outcome: ClusterError | None) -> None:
-        """Tell the cluster how the host bears up: a success, or being told to slow down."""
-        if isinstance(outcome, RateLimitedError):
-            await self._limiter.throttled(endpoint.registry, outcome.retry_after_s)
-        elif outcome is None:
-            await self._limiter.succeeded(endpoint.registry)
+    async def tell(self, slot: Slot, outcome: Answer | ClusterError) -> None:
+        """Tell the cluster how the host bears up: it answered, wants to be asked more slowly, or failed."""
+        if isinstance(outcome, ClusterError):
+            await tell(self._limiter, slot, outcome)
+        else:
+            await tell(self._limiter, slot, None, () if outcome.crossed else quotas(outcome.headers))
 
     async def _exchange(self, call: Call, authorization: str | None) -> Answer:
-        async with self.slot(call.endpoint):
+        async with self.slot(call.endpoint, call.authorizer, call.kind) as slot:
             try:
                 answer = await self._transport.exchange(
                     call.method,
@@ -117,10 +122,27 @@ class RegistryCalls:
                     limits=call.limits,
                 )
             except ClusterError as exc:
-                await self.tell_limiter(call.endpoint, exc)
+                await self.tell(slot, exc)
                 raise
-            await self.tell_limiter(call.endpoint, None)
+            await self.tell(slot, answer)
             return answer
+
+
+async def tell(limiter: HostLimiter, slot: Slot, outcome: ClusterError | None, left: Sequence[Quota] = ()) -> None:
+    """Tell a limiter what came of a request, and what the answer said is left.
+
+    Nothing where what came of it says nothing of the host.
+    """
+    if isinstance(outcome, RateLimitedError):
+        left = outcome.quotas
+        await limiter.throttled(slot, outcome.retry_after_s)
+    elif isinstance(outcome, UnavailableError):
+        if is_failure(outcome):
+            await limiter.failed(slot, outcome.reason)
+    else:
+        await limiter.succeeded(slot)
+    if left:
+        await limiter.quoted(slot, left)
 
 
 async def _each(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:

@@ -40,6 +40,7 @@ from cluster.image import (
 )
 from cluster.ports import Authorizer, ByteStream, HostLimiter
 from cluster.provider import ProviderHandle
+from cluster.quota import RequestKind
 from cluster.reference import ImageReference, Platform
 from storage.registry.answers import NOT_FOUND
 from storage.registry.calls import CREATED, OK, Call, RegistryCalls, expect
@@ -113,6 +114,7 @@ class RegistryClient:
         authorizer: Authorizer,
         *,
         what: str,
+        kind: RequestKind = RequestKind.BLOB,
         headers: Mapping[str, str] | None = None,
         max_bytes: int = 0,
     ) -> Answer:
@@ -128,6 +130,7 @@ class RegistryClient:
                 scopes=(pull_scope(endpoint.repository),),
                 authorizer=authorizer,
                 what=what,
+                kind=kind,
                 headers=headers or {},
                 max_bytes=max_bytes,
             )
@@ -247,6 +250,7 @@ class RegistryClient:
             endpoint,
             authorizer,
             what=what,
+            kind=RequestKind.MANIFEST,
             headers=_OF_MANIFESTS,
             max_bytes=MAX_MANIFEST_BYTES,
         )
@@ -422,6 +426,7 @@ class RegistryClient:
                 scopes=(push_scope(endpoint.repository),),
                 authorizer=authorizer,
                 what=what,
+                kind=RequestKind.PUSH,
                 headers={"Content-Type": media_type},
                 data=data,
             )

@@ -14,9 +14,9 @@ import aiohttp
 from yarl import URL
 
 from cluster.config import Config, RegistryConfig
-from cluster.errors import ClusterError, RegistryProtocolError
+from cluster.errors import ClusterError, RegistryProtocolError, UnavailableError
 from cluster.fetch.retry import RetryPolicy
-from storage.registry.answers import count_answer, raise_if_transient, translate_network_error
+from storage.registry.answers import count_answer, of_redirect_target, raise_if_transient, translate_network_error
 from storage.registry.endpoint import MAX_REDIRECTS, REDIRECTS, USER_AGENT, Trust, next_hop, registry_config
 
 #: Longest answer that is read where the caller names no limit.
@@ -83,7 +83,8 @@ class Transport:
                 None. It holds for each redirect anew.
 
         Raises:
-            UnavailableError: no answer, a broken one, or a status that may change (RateLimitedError: 429).
+            UnavailableError: no answer, a broken one, or a status that may change (RateLimitedError: 429;
+                RedirectTargetError: of a host that a redirect led to).
             UntrustedCertificateError: the host's certificate doesn't verify.
             InsecureRegistryError: the host speaks plain HTTP, or redirects to it.
             RegistryProtocolError: it redirects for ever or to nowhere.
@@ -93,17 +94,22 @@ class Transport:
             sent = {**(headers or {})}
             if authorization is not None:
                 sent["Authorization"] = authorization
-            answer = await self._once(
-                method,
-                url,
-                host=host,
-                what=what,
-                headers=sent,
-                data=data,
-                max_bytes=max_bytes,
-                limits=limits,
-                crossed=crossed,
-            )
+            try:
+                answer = await self._once(
+                    method,
+                    url,
+                    host=host,
+                    what=what,
+                    headers=sent,
+                    data=data,
+                    max_bytes=max_bytes,
+                    limits=limits,
+                    crossed=crossed,
+                )
+            except UnavailableError as exc:
+                if not crossed:
+                    raise
+                raise of_redirect_target(exc) from exc
             if answer.status not in REDIRECTS or method not in _FOLLOWED_METHODS:
                 return answer
             hop = next_hop(self._config, url, answer.headers.get("Location", ""), doing=what)
@@ -145,7 +151,7 @@ class Transport:
                 timeout=limits or control_timeout(registry_config(self._config, host)),
             ) as response:
                 count_answer(host, response.status)
-                raise_if_transient(response.status, response.headers.get("Retry-After"), what=what)
+                raise_if_transient(response.status, response.headers, what=what)
                 body = await _read(response, max_bytes)
                 challenge = ", ".join(response.headers.getall("WWW-Authenticate", []))
                 return Answer(response.status, response.headers, body, url, crossed, challenge)

@@ -21,7 +21,8 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.ports import Authorizer, ByteStream
-from storage.registry.answers import FORBIDDEN, UNAUTHORIZED, error_detail
+from cluster.quota import RequestKind
+from storage.registry.answers import FORBIDDEN, UNAUTHORIZED, error_detail, of_redirect_target
 from storage.registry.calls import ACCEPTED, CREATED, Call, RegistryCalls, expect
 from storage.registry.challenge import drop_scope, pull_scope, push_scope
 from storage.registry.endpoint import Endpoint, joined, web_address
@@ -87,6 +88,7 @@ class Uploader:
             scopes=(push_scope(endpoint.repository), pull_scope(from_repository)),
             authorizer=authorizer,
             what=f"mount of blob {digest} from {from_repository} in {endpoint.source}",
+            kind=RequestKind.PUSH,
             data=b"",
         )
         try:
@@ -159,6 +161,7 @@ class Uploader:
             scopes=upload.scopes,
             authorizer=upload.authorizer,
             what=upload.what,
+            kind=RequestKind.PUSH,
             headers={
                 "Content-Type": "application/octet-stream",
                 "Content-Length": str(count),
@@ -185,6 +188,7 @@ class Uploader:
                 scopes=upload.scopes,
                 authorizer=upload.authorizer,
                 what=upload.what,
+                kind=RequestKind.PUSH,
                 data=b"",
             )
         )
@@ -206,13 +210,18 @@ class Uploader:
         sent = None
         if own:
             sent = await self._authorizations.header(upload.authorizer, upload.endpoint, upload.scopes)
-        try:
-            async with StreamPump(upload.open_stream) as pump, self._calls.slot(upload.endpoint):
+        async with (
+            StreamPump(upload.open_stream) as pump,
+            self._calls.slot(upload.endpoint, upload.authorizer, RequestKind.PUSH) as slot,
+        ):
+            try:
                 answer = await self._send(upload, url, sent, pump)
-        except ClusterError as exc:
-            await self._calls.tell_limiter(upload.endpoint, exc)
-            raise
-        await self._calls.tell_limiter(upload.endpoint, None)
+            except ClusterError as exc:
+                # What is wrong with the stream to upload is no fault of the registry's.
+                if pump.error is not exc:
+                    await self._calls.tell(slot, exc if own else of_redirect_target(exc))
+                raise
+            await self._calls.tell(slot, answer)
         if answer.status == UNAUTHORIZED and own:
             # The token expired between POST and PUT; the next try, from the start, has another.
             await self._authorizations.renew(
@@ -274,6 +283,7 @@ class Uploader:
             scopes=(drop_scope(endpoint.repository),),
             authorizer=authorizer,
             what=f"dropping an upload to {endpoint.source}",
+            kind=RequestKind.PUSH,
         )
         with suppress(ClusterError, TimeoutError):
             async with asyncio.timeout(_CANCEL_S):

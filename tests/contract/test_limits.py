@@ -8,7 +8,8 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from cluster.errors import DeadlineExceededError
+from cluster.errors import DeadlineExceededError, RateLimitedError
+from cluster.ports import Slot
 from storage.limits import SLOT_TTL_S
 from tests.doubles.stores import LIMIT, RATE, RATED_HOST, SLOW_HOST, RedisFarm
 
@@ -22,7 +23,7 @@ async def is_free(limiter, host=HOST, *, deadline_s=SOON_S) -> bool:
     try:
         async with limiter.slot(host, deadline_s=deadline_s):
             return True
-    except DeadlineExceededError:
+    except (DeadlineExceededError, RateLimitedError):
         return False
 
 
@@ -140,8 +141,8 @@ async def test_a_cancelled_waiter_loses_its_place(stores):
 async def test_a_429_halves_the_limit_once_a_burst(stores):
     """Each burst of 429s halves the limit, never below 1."""
     for allowed in (LIMIT // 2, LIMIT // 4, 1, 1):
-        await stores.limiter.throttled(HOST, 0.0)
-        await stores.limiter.throttled(HOST, 0.0)
+        await stores.limiter.throttled(Slot(HOST), 0.0)
+        await stores.limiter.throttled(Slot(HOST), 0.0)
         async with AsyncExitStack() as held:
             await hold_slowly(held, stores, allowed)
             assert not await is_free(stores.limiter)
@@ -150,15 +151,15 @@ async def test_a_429_halves_the_limit_once_a_burst(stores):
 
 async def test_successes_bring_the_limit_back(stores):
     """Additive increase: about as many successes as the limit is high raise it by one, up to the configured."""
-    await stores.limiter.throttled(HOST, 0.0)
+    await stores.limiter.throttled(Slot(HOST), 0.0)
     for _ in range(4):
-        await stores.limiter.succeeded(HOST)
+        await stores.limiter.succeeded(Slot(HOST))
     async with AsyncExitStack() as held:
         await hold_slowly(held, stores, LIMIT // 2 + 1)
         assert not await is_free(stores.limiter)
 
     for _ in range(30):
-        await stores.limiter.succeeded(HOST)
+        await stores.limiter.succeeded(Slot(HOST))
     async with AsyncExitStack() as held:
         await hold_slowly(held, stores, LIMIT)
         assert not await is_free(stores.limiter)
@@ -166,8 +167,8 @@ async def test_successes_bring_the_limit_back(stores):
 
 async def test_nobody_asks_before_retry_after(stores):
     """After a 429 with Retry-After no slot is given, free or not, until that is over."""
-    await stores.limiter.throttled(HOST, 30.0)
-    await stores.limiter.throttled(HOST, 1.0)
+    await stores.limiter.throttled(Slot(HOST), 30.0)
+    await stores.limiter.throttled(Slot(HOST), 1.0)
 
     stores.pass_time(20)
     assert not await is_free(stores.limiter)
@@ -195,7 +196,7 @@ async def test_a_rate_may_be_less_than_one_a_second(stores):
     assert await is_free(stores.limiter, SLOW_HOST)
     for is_throttled in (False, True):
         if is_throttled:
-            await stores.limiter.throttled(SLOW_HOST, 0.0)
+            await stores.limiter.throttled(Slot(SLOW_HOST), 0.0)
         stores.pass_time(1.0)
         assert not await is_free(stores.limiter, SLOW_HOST)
         stores.pass_time(1.0)
@@ -210,7 +211,7 @@ async def test_the_rate_keeps_the_order_of_arrival(stores):
         async with stores.limiter.slot(HOST, deadline_s=LONG_S):
             order.append(number)
 
-    await stores.limiter.throttled(HOST, 0.0)  # one a second from here on: never two tokens at a time
+    await stores.limiter.throttled(Slot(HOST), 0.0)  # one a second from here on: never two tokens at a time
     assert await is_free(stores.limiter)
     tasks = []
     for number in range(3):
@@ -228,7 +229,7 @@ async def test_a_429_sets_half_the_rate_of_late(stores):
     asked, _ = await ask(stores.limiter, most=40)
     assert asked == 40  # 20 a second over two seconds, or a little less if it took long
 
-    await stores.limiter.throttled(HOST, 0.0)
+    await stores.limiter.throttled(Slot(HOST), 0.0)
     count, took_s = await ask(stores.limiter)
     assert 1 <= count <= 1 + 10 * took_s  # whoever got the 429 may try again at once
     stores.pass_time(10)
@@ -239,7 +240,7 @@ async def test_a_429_sets_half_the_rate_of_late(stores):
 async def test_the_rate_never_falls_below_one_a_second(stores):
     """However many bursts of 429s, a second is enough for one request."""
     for _ in range(4):
-        await stores.limiter.throttled(HOST, 0.0)
+        await stores.limiter.throttled(Slot(HOST), 0.0)
         stores.pass_time(2)
         assert await is_free(stores.limiter)
 
@@ -247,28 +248,28 @@ async def test_the_rate_never_falls_below_one_a_second(stores):
 async def test_successes_lift_the_rate(stores):
     """Successes raise a rate that only 429s have set, until there is none."""
     await ask(stores.limiter, most=40)
-    await stores.limiter.throttled(HOST, 0.0)
+    await stores.limiter.throttled(Slot(HOST), 0.0)
     for _ in range(20):
-        await stores.limiter.succeeded(HOST)
+        await stores.limiter.succeeded(Slot(HOST))
     stores.pass_time(10)
     count, took_s = await ask(stores.limiter)
     assert count <= 13 + 13 * took_s
 
     for _ in range(1000):
-        await stores.limiter.succeeded(HOST)
+        await stores.limiter.succeeded(Slot(HOST))
     assert (await ask(stores.limiter, most=200))[0] == 200
 
 
 async def test_successes_bring_the_configured_rate_back(stores):
     """A 429 lowers a configured rate, too; successes raise it up to what is configured, and no further."""
     await ask(stores.limiter, RATED_HOST)
-    await stores.limiter.throttled(RATED_HOST, 0.0)
+    await stores.limiter.throttled(Slot(RATED_HOST), 0.0)
     stores.pass_time(10)
     count, took_s = await ask(stores.limiter, RATED_HOST)
     assert 1 <= count <= 1 + RATE / 2 * took_s
 
     for _ in range(20):
-        await stores.limiter.succeeded(RATED_HOST)
+        await stores.limiter.succeeded(Slot(RATED_HOST))
     stores.pass_time(10)
     count, took_s = await ask(stores.limiter, RATED_HOST)
     assert RATE <= count <= RATE + RATE * took_s
@@ -297,8 +298,10 @@ async def test_a_repeated_entry_counts_once(redis_farm):
     limiter = redis_farm.stores().limiter
     link, keys = redis_farm.links[0], redis_farm.keys
     for _ in range(5):
-        answer = await link.run("slot_take", keys.prefix, RATED_HOST, "one", LIMIT, RATE, 15_000, 5_000)
-        assert answer == [1, 0, 0, 0]
+        answer = await link.run(
+            "slot_take", keys.prefix, RATED_HOST, "one", LIMIT, RATE, 15_000, 5_000, 5_000, "blob", "me", 0
+        )
+        assert answer == [1, 0, 0, 0, 0]
 
     assert (await ask(limiter, RATED_HOST))[0] >= RATE - 1
 
@@ -307,16 +310,16 @@ async def test_successes_cost_nothing_once_all_is_as_configured(redis_farm):
     """Redis is told of successes while a 429 has its effect: until limit and rate are back."""
     limiter, link = redis_farm.stores().limiter, redis_farm.links[0]
     await ask(limiter, most=40)
-    await limiter.throttled(HOST, 0.0)
+    await limiter.throttled(Slot(HOST), 0.0)
     told = []
     for _ in range(2):
         redis_farm.pass_time(1.0)
         assert await is_free(limiter)  # the answer says whether anything is reduced
         before = await calls(link)
-        await limiter.succeeded(HOST)
+        await limiter.succeeded(Slot(HOST))
         told.append(await calls(link) - before)
         for _ in range(1000):
-            await limiter.succeeded(HOST)
+            await limiter.succeeded(Slot(HOST))
 
     assert told == [1, 0]
 
@@ -397,8 +400,8 @@ async def test_what_a_host_may_be_asked_is_told(redis_farm):
     assert not rated.is_reduced
     assert rated.recent_rate > 0
 
-    await stores.limiter.throttled(HOST, LONG_S)
-    await stores.limiter.throttled(HOST, LONG_S)  # of one burst
+    await stores.limiter.throttled(Slot(HOST), LONG_S)
+    await stores.limiter.throttled(Slot(HOST), LONG_S)  # of one burst
     reduced = {budget.host: budget for budget in await stores.limiter.budgets()}[HOST]
     assert (reduced.limit, reduced.max_limit, reduced.refused) == (LIMIT // 2, LIMIT, 2)
     assert LONG_S - 5 < reduced.closed_s <= LONG_S

@@ -27,6 +27,7 @@ from cluster.job import (
     VertexState,
 )
 from cluster.messages import ActorRecord, NodeRecord, SessionInfo
+from cluster.ports import Slot
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.provider import ProviderHandle
 from cluster.ref import RefRecord
@@ -193,7 +194,7 @@ async def test_images_flights_registries_and_what_was_avoided(farm):
     owned = await stores.flights.join(f"blob:{flying}", worker="n1/x", token="t", ttl_s=600.0)
     await stores.flights.join(f"blob:{flying}", worker="n2/y", token="u", ttl_s=600.0)
     await stores.flights.report(owned.fence, 1 << 20, 4 << 20)
-    await stores.limiter.throttled("registry.example", 0.0)
+    await stores.limiter.throttled(Slot("registry.example"), 0.0)
     traffic = RedisTraffic(farm.link, farm.keys)
     traffic.note(Traffic(fetched_bytes=5 << 20, not_pushed_bytes=3 << 20, joined=4))
     await eventually(lambda: farm.link.execute("EXISTS", farm.keys.traffic), "the figures to be noted")

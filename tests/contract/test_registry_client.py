@@ -29,7 +29,9 @@ from cluster.errors import (
     UnsupportedManifestError,
     UntrustedCertificateError,
 )
+from cluster.ports import Slot
 from cluster.provider import ProviderHandle
+from cluster.quota import Budget, Quota
 from cluster.reference import parse_platform, parse_reference
 from storage.registry.auth import CredentialAuthorizer
 from storage.registry.client import RegistryClient
@@ -71,24 +73,33 @@ class Limits:
     """Records what a client tells the cluster's limiter; limits nothing."""
 
     throttles: list[tuple[str, float]] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    quotas: list[tuple[str, Budget, Quota]] = field(default_factory=list)
     successes: int = 0
     held: int = 0
     most_held: int = 0
+    is_probe: bool = False
 
     @contextlib.asynccontextmanager
-    async def slot(self, host, *, deadline_s):
+    async def slot(self, host, *, deadline_s, budget):
         self.held += 1
         self.most_held = max(self.held, self.most_held)
         try:
-            yield
+            yield Slot(host, is_probe=self.is_probe, budget=budget)
         finally:
             self.held -= 1
 
-    async def throttled(self, host, retry_after_s):
-        self.throttles.append((host, retry_after_s))
+    async def throttled(self, slot, retry_after_s):
+        self.throttles.append((slot.host, retry_after_s))
 
-    async def succeeded(self, host):
+    async def succeeded(self, slot):
         self.successes += 1
+
+    async def quoted(self, slot, quotas):
+        self.quotas.append((slot.host, slot.budget, *quotas))
+
+    async def failed(self, slot, failure):
+        self.failures.append((slot.host, failure))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from cluster.config import Config, RegistryConfig
 from cluster.descriptor import Descriptor
 from cluster.digest import digest_of
 from cluster.errors import AccessDeniedError, InsecureRegistryError, RateLimitedError, RegistryProtocolError
-from cluster.ports import Authorization, AuthRequest
+from cluster.ports import Authorization, AuthRequest, Slot
 from cluster.provider import ProviderHandle
 from cluster.reference import parse_platform, parse_reference
 from storage.registry.auth import CredentialAuthorizer
@@ -31,13 +31,16 @@ CONFIG = Config(registries={"default": RegistryConfig(timeout_s=5, attempts=3, r
 
 class NoLimits:
     @contextlib.asynccontextmanager
-    async def slot(self, host, *, deadline_s):
-        yield
+    async def slot(self, host, *, deadline_s, budget):
+        yield Slot(host)
 
-    async def throttled(self, host, retry_after_s):
+    async def throttled(self, slot, retry_after_s):
         pass
 
-    async def succeeded(self, host):
+    async def succeeded(self, slot):
+        pass
+
+    async def failed(self, slot, failure):
         pass
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.circuit import BreakerLimits
 from cluster.collect.ports import CollectStore
 from cluster.config import Config, RedisConfig, RegistryConfig
 from cluster.ports import FlightRenewer, FlightStore, HostLimiter, LeaseStore, ProgressStore, ProofStore, RefStore
@@ -47,14 +48,18 @@ RATE = 3.0
 SLOW_HOST = "slow.example"
 SLOW_RATE = 0.5
 
+#: When each host is given up, and for how long.
+BREAKER = BreakerLimits(failures=3, open_s=31.0)
+
+_BREAKER = {"breaker_failures": BREAKER.failures, "breaker_open_s": BREAKER.open_s}
 _REGISTRIES = {
-    "default": RegistryConfig(max_concurrency=LIMIT),
+    "default": RegistryConfig(max_concurrency=LIMIT, **_BREAKER),
     RATED_HOST: RegistryConfig(max_concurrency=LIMIT, max_requests_per_s=RATE),
     SLOW_HOST: RegistryConfig(max_concurrency=LIMIT, max_requests_per_s=SLOW_RATE),
 }
 
 # Moves everything that a farm has recorded into the past, which is what the passing of time does to it.
-_AGE = """
+AGE = """
 local prefix, ms = KEYS[1], tonumber(ARGV[1])
 for _, key in ipairs(redis.call('KEYS', prefix .. ':*')) do
   local name = string.sub(key, #prefix + 2)
@@ -67,7 +72,10 @@ for _, key in ipairs(redis.call('KEYS', prefix .. ':*')) do
       end
     end
   elseif kind == 'hash' then
-    for _, field in ipairs({'expires', 'not_before', 'halved', 'asked_at'}) do
+    for _, field in ipairs({
+      'expires', 'not_before', 'halved', 'asked_at', 'failed_at', 'opened_at', 'retry_at',
+      'last_at', 'hold_at', 'until_at',
+    }) do
       if redis.call('HEXISTS', key, field) == 1 then
         redis.call('HINCRBY', key, field, -ms)
       end
@@ -124,7 +132,9 @@ def memory_stores(memory: Memory, clock: FakeClock) -> Stores:
         leases=MemoryLeaseStore(memory),
         flights=flights,
         proofs=MemoryProofStore(memory),
-        limiter=MemoryHostLimiter(memory, lambda _host: LIMIT, lambda host: config.registry(host).max_requests_per_s),
+        limiter=MemoryHostLimiter(
+            memory, lambda _host: LIMIT, lambda host: config.registry(host).max_requests_per_s, BREAKER
+        ),
         progress=MemoryProgressStore(memory),
         collect=MemoryCollectStore(memory),
         pass_time=clock.advance,
@@ -205,7 +215,7 @@ def age_redis(config: RedisConfig, keys: Keys, seconds: float) -> None:
     from storage.connect import connect_sync  # noqa: PLC0415
 
     link = connect_sync(config)
-    link.execute("EVAL", _AGE, 1, keys.prefix, int(seconds * 1000))
+    link.execute("EVAL", AGE, 1, keys.prefix, int(seconds * 1000))
     link.close()
 
 

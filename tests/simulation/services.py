@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import secrets
 from collections import Counter
 from contextlib import asynccontextmanager
 
 from cluster.errors import BlobNotFoundError, DeadlineExceededError, UnavailableError
 from cluster.flight.values import Fence
+from cluster.ports import Slot
+from cluster.quota import ANYBODYS
 from storage.limits import _ASK_EACH_S, _ASK_FIRST_S, _ASK_MOST_S, _PLACE_TTL_S, SLOT_TTL_S
 from storage.memory import (
     Memory,
@@ -18,7 +21,6 @@ from storage.memory import (
     MemoryLeaseStore,
     MemoryProofStore,
     MemoryRefStore,
-    _Host,
 )
 from storage.memory_blobs import MemoryContentStore
 from storage.renewer import _ATTEMPTS, _RENEWALS
@@ -70,7 +72,8 @@ class RedisModel:
         """Free a slot, or a place in the queue for one."""
         host, _, is_granted = self.slots.pop(slot, (None, None, False))
         if host is not None:
-            state = self.limiter._hosts[host]
+            state = self.limiter._host(host)
+            state.circuit.left(slot, self.memory.now_s())
             if is_granted:
                 state.slots -= 1
             else:
@@ -262,53 +265,58 @@ class RemoteLimiter:
         self._process = process
 
     @asynccontextmanager
-    async def slot(self, host, *, deadline_s):
+    async def slot(self, host, *, deadline_s, budget=ANYBODYS):
         """Hold one of the host's slots."""
-        redis, slot = self._redis, object()
+        redis, slot = self._redis, secrets.token_hex(8)
         try:
             try:
                 async with asyncio.timeout(deadline_s):
-                    await self._take(host, slot)
+                    is_probe = await self._take(host, slot)
             except TimeoutError as exc:
                 raise DeadlineExceededError(f"a request slot for {host}", f"none free in {deadline_s:g} s") from exc
-            yield
+            yield Slot(host, slot, is_probe, budget)
         finally:
             redis.service.serve(redis.loop.now_s, (f"slots {host}",))
             redis.loop.call_later(redis.network.delay(redis.service), redis.drop_slot, slot)
 
     async def _take(self, host, slot):
         redis = self._redis
-        state = redis.limiter._hosts.setdefault(host, _Host())
+        state = redis.limiter._host(host)
 
         def step():
             if slot not in redis.slots:
                 redis.slots[slot] = (host, self._process, False)
                 state.queue.append(slot)
             if redis.slots[slot][2]:
-                return 0, 0.0
+                return (0, slot == state.circuit.probe), 0.0
             if redis.limiter._is_free(host, state, slot):
                 state.queue.remove(slot)
                 redis.limiter._ask(host, state)
                 state.slots += 1
                 redis.slots[slot] = (host, self._process, True)
-                return 0, 0.0
-            return state.queue.index(slot) + 1, 0.0
+                return (0, state.circuit.begun(slot, redis.memory.now_s())), 0.0
+            return (state.queue.index(slot) + 1, False), 0.0
 
         while True:
-            before = await redis.network.call(self._process, redis.service, (f"slots {host}",), step)
+            before, is_probe = await redis.network.call(self._process, redis.service, (f"slots {host}",), step)
             if not before:
-                return
+                return is_probe
             pause_s = min(_ASK_MOST_S, _ASK_FIRST_S + before * _ASK_EACH_S)
             await asyncio.sleep(pause_s * (1.0 + 0.3 * redis.network.rng.random()))
 
-    async def throttled(self, host, retry_after_s):
+    async def throttled(self, slot, retry_after_s):
         """Record a 429."""
-        await Remote(self._redis, self._process, self._redis.limiter).throttled(host, retry_after_s)
+        await Remote(self._redis, self._process, self._redis.limiter).throttled(slot, retry_after_s)
 
-    async def succeeded(self, host):
-        """Record a success: nothing is asked where nothing was brought down, as the adapter doesn't either."""
-        if self._redis.limiter._hosts[host].limit is not None:
-            await Remote(self._redis, self._process, self._redis.limiter).succeeded(host)
+    async def succeeded(self, slot):
+        """Record an answer: nothing is asked where nothing was brought down, as the adapter doesn't either."""
+        state = self._redis.limiter._host(slot.host)
+        if state.limit is not None or state.circuit.failures:
+            await Remote(self._redis, self._process, self._redis.limiter).succeeded(slot)
+
+    async def failed(self, slot, failure):
+        """Record a failure."""
+        await Remote(self._redis, self._process, self._redis.limiter).failed(slot, failure)
 
 
 class NoProgress:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import (
     BlobNotFoundError,
+    CircuitOpenError,
     DigestMismatchError,
     InternalError,
     LeaseLostError,
@@ -99,6 +100,15 @@ def test_a_retry_after_is_a_floor():
     assert state().failed(limited, draw=0.0) == TryAgain(delay_s=7.0)
     assert state().failed(limited, draw=0.9).delay_s > 7.0
     assert state(budget_s=5.0).failed(limited, draw=0.0) == NextSource()
+
+
+def test_a_host_that_is_given_up_is_left_at_once():
+    """The next source is asked; where there is none, the error says more than a session that is gone does."""
+    given_up = CircuitOpenError("r.example", 1.0, "HTTP 500", 5.0)
+    sources = SourceState(2, attempts=5, budget_s=60)
+
+    assert sources.failed(given_up, draw=0.5) == NextSource()
+    assert sources.failed(SessionGoneError("s"), draw=0.5) == GiveUp(error=given_up)
 
 
 @pytest.mark.parametrize(

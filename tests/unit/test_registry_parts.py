@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.config import Config, RegistryConfig
-from cluster.errors import AccessDeniedError, RateLimitedError, UnavailableError
+from cluster.errors import AccessDeniedError, CircuitOpenError, RateLimitedError, UnavailableError
 from cluster.fetch.retry import RetryPolicy
 from cluster.provider import ProviderHandle
 from storage.registry.answers import error_detail, raise_if_transient, retry_after_s
@@ -146,13 +146,13 @@ def test_retry_after_is_seconds_or_a_date(value, seconds):
 def test_what_may_change_is_raised():
     """429, 5xx and 408 are transient; 501 and 505 stay as they are, like all others."""
     for status in (200, 206, 307, 401, 403, 404, 416, 501, 505):
-        raise_if_transient(status, None, what="x")
+        raise_if_transient(status, {}, what="x")
     for status in (408, 425, 500, 502, 503, 504, 507):
         with pytest.raises(UnavailableError):
-            raise_if_transient(status, None, what="x")
+            raise_if_transient(status, {}, what="x")
     for status in (429, 503):
         with pytest.raises(RateLimitedError) as caught:
-            raise_if_transient(status, "3", what="x")
+            raise_if_transient(status, {"Retry-After": "3"}, what="x")
         assert caught.value.retry_after_s == 3
 
 
@@ -185,6 +185,11 @@ def test_only_what_may_change_is_tried_again():
     assert POLICY.next_delay_s(AccessDeniedError("a", "r", "x"), 1, 0.0, 0.5) is None
     assert POLICY.next_delay_s(ValueError(), 1, 0.0, 0.5) is None
     assert POLICY.next_delay_s(DOWN, 4, 0.0, 0.5) is None
+
+
+def test_a_host_that_is_given_up_is_not_tried_again():
+    """Not even with budget left: the cluster tries it, once for all."""
+    assert POLICY.next_delay_s(CircuitOpenError("r.example", 1.0, "HTTP 500", 5.0), 1, 0.0, 0.5) is None
 
 
 def test_delays_grow_under_a_ceiling_and_are_drawn_evenly():

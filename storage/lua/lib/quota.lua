@@ -1,0 +1,50 @@
+-- What an account may still ask of one kind at a registry host, where that is little: `every` milliseconds between two
+-- requests, `last_at` when the last of those that have a turn is made, `hold_at` until when none is of use, `until_at`
+-- when all is there again. Beside it the turns: who waits → when its turn is.
+
+local function quota_keys(prefix, host, kind, account)
+  local name = kind .. ':' .. #account .. ':' .. account .. ':' .. host
+  return prefix .. ':quota:' .. name, prefix .. ':turns:' .. name
+end
+
+-- Note what is left: 0 for `for_ms` where that is enough.
+local function quota_set(prefix, host, kind, account, every_ms, hold_ms, for_ms, now)
+  local quota, turns = quota_keys(prefix, host, kind, account)
+  if for_ms == 0 then
+    redis.call('DEL', quota, turns)
+    return
+  end
+  local last_at = math.max(now, tonumber(redis.call('HGET', quota, 'last_at') or 0))
+  redis.call('HSET', quota, 'every', every_ms, 'last_at', last_at, 'hold_at', now + hold_ms, 'until_at', now + for_ms)
+  redis.call('PEXPIREAT', quota, now + for_ms)
+end
+
+-- Return milliseconds until a request may be made, and whether little is left. It gets a turn if that is within what
+-- it can wait.
+local function quota_wait_ms(prefix, host, kind, account, slot, now, patience_ms)
+  local quota, turns = quota_keys(prefix, host, kind, account)
+  local known = redis.call('HMGET', quota, 'every', 'last_at', 'hold_at', 'until_at')
+  if not known[1] then
+    return 0, false
+  end
+  local hold_at, until_at = tonumber(known[3]), tonumber(known[4])
+  if hold_at > now then
+    return hold_at - now, true
+  end
+  local at = redis.call('ZSCORE', turns, slot)
+  if not at then
+    at = math.min(until_at, math.max(now, tonumber(known[2]) + tonumber(known[1])))
+    if at - now <= patience_ms then
+      redis.call('ZADD', turns, at, slot)
+      redis.call('PEXPIREAT', turns, until_at)
+      redis.call('HSET', quota, 'last_at', at)
+    end
+  end
+  return math.max(0, at - now), true
+end
+
+-- Forget a request's turn: it was made, or won't be.
+local function quota_left(prefix, host, kind, account, slot)
+  local _, turns = quota_keys(prefix, host, kind, account)
+  redis.call('ZREM', turns, slot)
+end

@@ -1,0 +1,166 @@
+"""What every HostLimiter makes of what registries say is left: memory, Redis 7 and Redis 6.2 alike."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cluster.errors import RateLimitedError
+from cluster.ports import Slot
+from cluster.quota import Budget, Quota, RequestKind
+from tests.contract.test_limits import calls, is_free
+from tests.doubles.stores import LIMIT
+
+HOST = "registry.example:5000"
+MINE = Budget(kind=RequestKind.MANIFEST, account="me")
+#: Others' of the same host, and their own.
+OTHERS = [
+    Budget(kind=RequestKind.BLOB, account="me"),
+    Budget(kind=RequestKind.MANIFEST, account="you"),
+    Budget(kind=RequestKind.MANIFEST, account="me:you"),
+]
+#: One request in five seconds from here on.
+LOW = Quota(remaining=10, limit=100, reset_s=50.0)
+ENOUGH = Quota(remaining=90, limit=100, reset_s=50.0)
+NONE_LEFT = Quota(remaining=0, limit=100, reset_s=1800.0)
+SOON_S = 0.2
+
+
+async def ask(stores, budget=MINE, *, deadline_s=SOON_S):
+    async with stores.limiter.slot(HOST, deadline_s=deadline_s, budget=budget) as slot:
+        return slot
+
+
+async def say(stores, *quotas, budget=MINE):
+    """Let the registry's answer to a request say what is left."""
+    await stores.limiter.quoted(Slot(HOST, budget=budget), quotas)
+
+
+async def test_where_little_is_left_the_cluster_goes_slowly(stores):
+    """One request at a time, as far apart as makes them last; who can't wait is told at once until when."""
+    await say(stores, LOW)
+
+    for each in (stores, stores.other()):
+        with pytest.raises(RateLimitedError, match=r"in \d s|for \d s") as caught:
+            await ask(each)
+        assert caught.value.retry_after_s == pytest.approx(5.0, abs=0.6)
+        assert HOST in str(caught.value)
+    stores.pass_time(5.0)
+    assert (await ask(stores)).budget == MINE
+    with pytest.raises(RateLimitedError):
+        await ask(stores)
+
+
+async def test_what_others_may_ask_is_theirs(stores):
+    """Another account, or another kind of request, goes on as before."""
+    await say(stores, NONE_LEFT)
+    with pytest.raises(RateLimitedError):
+        await ask(stores)
+
+    for budget in OTHERS:
+        assert (await ask(stores, budget)).budget == budget
+
+
+async def test_who_waits_for_what_is_left_holds_up_nobody(stores):
+    """Those who wait for their turn have no place in the queue for the host's slots."""
+    await say(stores, LOW)
+    waiting = [asyncio.create_task(ask(stores, deadline_s=100.0)) for _ in range(LIMIT + 1)]
+    await asyncio.sleep(0.05)
+
+    for budget in OTHERS:
+        assert await is_free(stores.limiter, HOST)
+        assert (await ask(stores, budget)).budget == budget
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_turns_come_in_the_order_of_arrival(stores):
+    """Each of those who wait has a turn of its own, and all are served."""
+    await say(stores, Quota(remaining=10, limit=100, reset_s=500.0))
+    order, tasks = [], []
+
+    async def request(number):
+        await ask(stores, deadline_s=100.0)
+        order.append(number)
+
+    for number in range(3):
+        tasks.append(asyncio.create_task(request(number)))
+        await asyncio.sleep(0.02)  # the order of arrival is by the store's clock
+    for task in tasks:
+        stores.pass_time(10.0)  # the pace at which nobody asks more slowly
+        await task
+
+    assert order == [0, 1, 2]
+
+
+async def test_where_none_is_left_nobody_asks_until_there_is_more(stores):
+    """The registry said when; then all may ask at once."""
+    await say(stores, NONE_LEFT)
+    with pytest.raises(RateLimitedError) as caught:
+        await ask(stores)
+    assert caught.value.retry_after_s == pytest.approx(1800.0, abs=5.0)
+
+    stores.pass_time(1700.0)
+    with pytest.raises(RateLimitedError):
+        await ask(stores)
+    stores.pass_time(101.0)
+    for _ in range(3):
+        await ask(stores)
+
+
+async def test_nobody_stands_still_for_hours_on_a_guess(stores):
+    """Docker Hub says nothing of when: one request in some seconds is made, and answered by the registry itself."""
+    await say(stores, Quota(remaining=0, limit=100, window_s=21600.0))
+    with pytest.raises(RateLimitedError) as caught:
+        await ask(stores)
+
+    assert caught.value.retry_after_s <= 10.0
+    stores.pass_time(10.0)
+    await ask(stores)
+
+
+async def test_more_is_more(stores):
+    """An answer that says that enough is left ends it, for those who wait already, too."""
+    await say(stores, LOW)
+    waiting = asyncio.create_task(ask(stores, deadline_s=60.0))
+    await asyncio.sleep(0.05)
+    await say(stores, ENOUGH)
+
+    await asyncio.wait_for(waiting, 10.0)
+    for _ in range(3):
+        await ask(stores)
+
+
+async def test_the_tightest_of_several_limits_holds(stores):
+    """Ten a second, and none today."""
+    await say(stores, Quota(remaining=10, limit=10, reset_s=1.0), NONE_LEFT)
+
+    with pytest.raises(RateLimitedError) as caught:
+        await ask(stores)
+    assert caught.value.retry_after_s > 1000.0
+
+
+async def test_a_retry_after_beyond_ones_patience_is_told_at_once(stores):
+    """Nobody waits in vain for a host that said when to come again."""
+    await stores.limiter.throttled(Slot(HOST), 3600.0)
+
+    with pytest.raises(RateLimitedError) as caught:
+        await ask(stores, deadline_s=60.0)
+    assert caught.value.retry_after_s == pytest.approx(3600.0, abs=5.0)
+
+
+async def test_enough_costs_nothing(redis_farm):
+    """Redis is told where little is left, once that it is more, and then no more."""
+    stores, link = redis_farm.stores(), redis_farm.links[0]
+    told = []
+    for quota in (ENOUGH, LOW, ENOUGH, ENOUGH):
+        redis_farm.pass_time(6.0)
+        async with stores.limiter.slot(HOST, deadline_s=SOON_S, budget=MINE) as slot:
+            before = await calls(link)
+            await stores.limiter.quoted(slot, [quota])
+            told.append(await calls(link) - before)
+        await asyncio.sleep(0.02)  # what the last one released is no part of it
+
+    assert told == [0, 1, 1, 0]
