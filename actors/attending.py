@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from actors.handles import SessionServerHandle
 from cluster.errors import ClusterError, InternalError
 from cluster.messages import SessionAnswer, SessionQuestion
+from cluster.ports import Authorizer, AuthRequest
 from cluster.wire import encode_error
 
 #: Answers one question. A ClusterError that it raises is the answer.
@@ -31,6 +32,24 @@ async def answer_forever(server: SessionServerHandle, session_id: str, answer: A
                 continue
             for question in questions:
                 group.create_task(_answer(server, session_id, question, answer))
+
+
+async def answer_by(authorizer: Authorizer, question: SessionQuestion) -> SessionAnswer:
+    """Return what *authorizer* says to a question about a registry."""
+    found = await authorizer.authorize(
+        AuthRequest(
+            registry=question.registry,
+            plain_http=question.plain_http,
+            scopes=question.scopes,
+            challenge=question.challenge,
+            was_refused=question.was_refused,
+        )
+    )
+    return SessionAnswer(
+        question_id=question.question_id,
+        header=found.header if found else None,
+        expires_in_s=found.expires_in_s if found else None,
+    )
 
 
 @contextlib.asynccontextmanager

@@ -10,9 +10,11 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 
+from actors.attending import answer_by, attending
 from actors.boot import Boot, Starter, Stores, build_stores, new_token, node_root
 from actors.handles import CacheShardHandle
 from actors.metrics import count_pulled, count_pushed, count_unlazied
@@ -602,24 +604,28 @@ class _ShardRefs:
         descriptors: Sequence[Descriptor],
         handlers: Sequence[DescHandler],
         *,
-        authorizer: Authorizer,  # noqa: ARG002  # the manifest read just now is proof enough for the shard
+        authorizer: Authorizer,
         lease_id: LeaseId,
         image_ref: str,
     ) -> Sequence[RefState]:
         shard = CacheShardHandle.of_index(
             self._parts.ring.shard_of(_top_of(descriptors)), farm=self._farm, version=VERSION
         )
-        result = await shard.get_by_blob(
-            GetByBlobRequest(
-                session=replace(self._session, progress=None),
-                descriptors=tuple(descriptors),
-                parent=None,
-                handlers=tuple(handlers),
-                lease_id=lease_id,
-                image_ref=image_ref,
-            ),
-            timeout_s=_SHARD_TIMEOUT_S,
-        )
+        # The manifest read just now is proof enough, but for what is here and came from elsewhere: then the shard asks
+        # the registry, and whom to log in as. The driver is there for this worker; so this worker is for the shard.
+        own = replace(self._session, session_id=new_token(), part_of=self._session.tenant, progress=None)
+        async with attending(shard, own.session_id, partial(answer_by, authorizer)):
+            result = await shard.get_by_blob(
+                GetByBlobRequest(
+                    session=own,
+                    descriptors=tuple(descriptors),
+                    parent=None,
+                    handlers=tuple(handlers),
+                    lease_id=lease_id,
+                    image_ref=image_ref,
+                ),
+                timeout_s=_SHARD_TIMEOUT_S,
+            )
         return result.layers
 
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from actors.attending import attending
+from actors.attending import answer_by, attending
 from actors.handles import SessionServerHandle
 from actors.session_host import SessionAuthorizer, SessionHost
 from cluster.config import Config
 from cluster.errors import SessionGoneError
 from cluster.job import JobId, JobSpec
 from cluster.messages import SessionAnswer, SessionInfo, SessionQuestion
-from cluster.ports import Authorizer, AuthRequest
+from cluster.ports import Authorizer
 from storage.registry.auth import CredentialAuthorizer
 from storage.registry.credentials import CredentialSource
 from storage.registry.identity import identity_key
@@ -156,24 +156,12 @@ class WorkSession:
     async def _answer(self, question: SessionQuestion) -> SessionAnswer:
         if question.secret:
             return await self._secret(question)
-        request = AuthRequest(
-            registry=question.registry,
-            plain_http=question.plain_http,
-            scopes=question.scopes,
-            challenge=question.challenge,
-            was_refused=question.was_refused,
-        )
         known_as = _identity(self.info, question.registry)
         for session in self._sessions():
             if _identity(session.info, question.registry) != known_as:
                 continue
             with contextlib.suppress(SessionGoneError):
-                found = await session.authorizer.authorize(request)
-                return SessionAnswer(
-                    question_id=question.question_id,
-                    header=found.header if found else None,
-                    expires_in_s=found.expires_in_s if found else None,
-                )
+                return await answer_by(session.authorizer, question)
         raise SessionGoneError(self.info.session_id)
 
     async def _secret(self, question: SessionQuestion) -> SessionAnswer:

@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from actors.attending import answer_forever
+from actors.attending import answer_by, answer_forever
 from actors.handles import SchedulerHandle, SessionServerHandle
 from cluster.config import Config
 from cluster.errors import ClusterError, LeaseLostError
 from cluster.job import JobId
 from cluster.lease import LeaseId
 from cluster.messages import SessionAnswer, SessionInfo, SessionQuestion
-from cluster.ports import AuthRequest
 from cluster.solver_ports import ATTENDED_S
 from lazyfarm.lease import renew_until_lost
 from storage.connect import connect
@@ -198,19 +197,7 @@ class Session:
     async def _answer(self, attended: _Attended, question: SessionQuestion) -> SessionAnswer:
         if question.secret:
             return SessionAnswer(question_id=question.question_id, secret=attended.secrets.get(question.secret))
-        request = AuthRequest(
-            registry=question.registry,
-            plain_http=question.plain_http,
-            scopes=question.scopes,
-            challenge=question.challenge,
-            was_refused=question.was_refused,
-        )
-        found = await self._authorizing().authorize(request)
-        return SessionAnswer(
-            question_id=question.question_id,
-            header=found.header if found else None,
-            expires_in_s=found.expires_in_s if found else None,
-        )
+        return await answer_by(self._authorizing(), question)
 
     # -- jobs ----------------------------------------------------------------------------------------------
 

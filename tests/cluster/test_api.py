@@ -477,3 +477,19 @@ async def test_a_farm_that_is_closed_is_of_no_more_use(farm):
     await driver.close()
     with pytest.raises(ClusterError):
         await driver.refs()
+
+
+async def test_a_layer_that_came_from_another_private_repository_is_proven_by_the_puller(farm, token_registry):
+    """Pulling is enough: the registry is asked for what is here from elsewhere, in the name of who pulls."""
+    name, password = f"user-{secrets.token_hex(4)}", secrets.token_urlsafe(16)
+    token_registry.tokens.allow(name, password, {"*": {"pull"}})
+    registry, shared = token_registry.registry, build_layer({"shared": secrets.token_bytes(1000)})
+    one, other = (f"{registry.host}/twice/{secrets.token_hex(4)}:1" for _ in range(2))
+    for image in (one, other):
+        top = build_layer({"own": secrets.token_bytes(10)})
+        registry.push(image.partition("/")[2].rpartition(":")[0], "1", build_image([shared, top]))
+    async with await farm.connect(credentials={registry.host: (name, password)}) as driver:
+        await (await driver.pull(one)).unlazy()
+        async with asyncio.timeout(30):
+            ref = await driver.pull(other)
+    assert [layer.is_lazy for layer in ref.layers] == [False, True]
