@@ -533,7 +533,16 @@ def _make_client(config: S3Config) -> S3Client:
     events.register("before-call.s3", _note_start)
     events.register("after-call.s3", _note_end)
     events.register("after-call-error.s3", _note_end)
+    for operation in ("CopyObject", "UploadPartCopy"):
+        events.register(f"before-call.s3.{operation}", _say_as_ceph_reads)
     return client
+
+
+def _say_as_ceph_reads(params: dict[str, Any], **_: object) -> None:
+    """Say what a copy's source must be under the name that Ceph looks for, too: it does not know S3's own."""
+    headers = params["headers"]
+    if condition := headers.get("x-amz-copy-source-if-match"):
+        headers["x-amz-copy-if-match"] = condition
 
 
 def _note_start(context: dict[str, Any], **_: Any) -> None:
