@@ -222,6 +222,18 @@ class FarmReader:
     async def _read_flights(self) -> list[Flight]:
         return self._rates.look(await self._flights.under_way(), time.monotonic())
 
+    async def nodes(self) -> list[NodeRecord]:
+        """Return the nodes, dead ones too."""
+        return await self._presence.nodes()
+
+    async def ops(self, nodes: Sequence[str]) -> dict[str, int]:
+        """Return how many ops run, by node."""
+        return dict((await self._whereabouts.find([], nodes)).running)
+
+    async def now_wall_s(self) -> float:
+        """Return what time it is there."""
+        return await self._collect.now_wall_s()
+
     async def registries(self) -> list[HostBudget]:
         """Return how it stands with each registry that was asked of late."""
         return await self._limiter.budgets()
