@@ -80,6 +80,11 @@ class _Twin(Generic[OriginalT]):
     def __repr__(self) -> str:
         return f"<blocking {self._original!r}>"
 
+    def _repr_html_(self) -> str | None:
+        """Return what a notebook shows; None where that is :func:`repr`."""
+        html = getattr(self._original, "_repr_html_", None)
+        return None if html is None else str(html())
+
 
 def _blocking(
     method: Callable[Concatenate[OriginalT, P], Awaitable[T]],
@@ -199,6 +204,11 @@ class Farm(_Twin[asynchronous.Farm]):
         with Farm.connect() as farm:
             print(farm.pull("debian:12").extract().path)
     """
+
+    @property
+    def session_id(self) -> str:
+        """Return the ID of this driver's session."""
+        return self._original.session_id
 
     @classmethod
     def connect(

@@ -33,6 +33,10 @@ class Result:
     #: For each target, what a cache within its image's config is to say; nothing where none was asked for.
     inline: tuple[tuple[InlineEntry, ...], ...] = field(default=(), repr=False)
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return "".join(ref._repr_html_() for ref in self.refs)
+
     @property
     def ref(self) -> Ref:
         """Return the ref of the only target.

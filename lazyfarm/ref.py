@@ -11,6 +11,8 @@ from cluster.errors import RefReleasedError
 from cluster.messages import ExtractResult, NodeRecord, UnlazyResult
 from cluster.provider import DescHandler
 from cluster.ref import ImageRecord, RefId, RefState
+from lazyfarm.cli.human import short
+from lazyfarm.notebook import layers_table
 from lazyfarm.operation import Operation, ProgressCallback, ProgressStreams
 
 
@@ -52,6 +54,10 @@ class Ref:
     def __repr__(self) -> str:
         lazy = sum(state.is_lazy for state in self._layers)
         return f"<Ref {self.id[:19]} {self.image or 'no image'}: {len(self._layers)} layers, {lazy} lazy>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return layers_table(self.image or short(self.id), self._layers)
 
     @property
     def id(self) -> RefId:
