@@ -32,12 +32,12 @@ def cut_off(*pids: int) -> Iterator[None]:
     name = f"lf-cut-{os.getpid()}-{secrets.token_hex(4)}"
     group = _cgroups() / name
     group.mkdir()
-    former = {pid: _cgroup_of(pid) for pid in pids}
+    former = {pid: path for pid in pids if (path := _cgroup_of(pid)) is not None}
     try:
-        for pid in pids:
+        for pid in former:
             _move(pid, group)
         rules = [("-m", "cgroup", "--path", name, *_DROP)]
-        for port in sorted({port for pid in pids for port in local_ports(pid)}):
+        for port in sorted({port for pid in former for port in local_ports(pid)}):
             rules += _of_port(port, _DROP)
         with _rules(name, rules):
             yield
@@ -66,17 +66,16 @@ def refused(*ports: int) -> Iterator[None]:
 
 
 def local_ports(pid: int) -> set[int]:
-    """Return the local ports of a process's TCP sockets."""
-    inodes = set()
-    for entry in _links(Path(f"/proc/{pid}/fd")):
-        if entry.startswith("socket:["):
-            inodes.add(entry.removeprefix("socket:[").removesuffix("]"))
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[9] in inodes:
-                found.add(int(fields[1].rpartition(":")[2], 16))
+    """Return the local ports of a process's TCP sockets; none where it has ended."""
+    found: set[int] = set()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        links = [link for link in _links(Path(f"/proc/{pid}/fd")) if link.startswith("socket:[")]
+        inodes = {link.removeprefix("socket:[").removesuffix("]") for link in links}
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[9] in inodes:
+                    found.add(int(fields[1].rpartition(":")[2], 16))
     return found
 
 
@@ -114,8 +113,13 @@ def _cgroups() -> Path:
     raise AssertionError("cgroup2 is mounted nowhere")
 
 
-def _cgroup_of(pid: int) -> Path:
-    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+def _cgroup_of(pid: int) -> Path | None:
+    """Return the cgroup of a process; None where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    for line in lines:
         if line.startswith("0::/"):
             return _cgroups() / line.removeprefix("0::/")
     raise AssertionError(f"process {pid} is in no cgroup")

@@ -623,7 +623,10 @@ async def _pids(scene: Scene) -> list[int]:  # noqa: PLR0911 - one a part
     run = scene.lab.running.state_dir / "run"
     match scene.part:
         case Part.DRIVER:
-            return [driver.pid for driver in scene.drivers]
+            # One whose call was lost with a worker made it again, and may have ended well since.
+            running = [driver.pid for driver in scene.drivers if _runs(driver.pid)]
+            assert running, "no driver is left that something could happen to"
+            return running
         case Part.RAYLET:
             return _ray_processes(scene, f"ray-{scene.here}", "raylet")
         case Part.HEAD:
