@@ -270,7 +270,7 @@ def test_a_broken_circuit_is_caught(monkeypatch, mutant, name):
     """Each broken variant of the decision breaks the promise that it is named for, and the machine sees it."""
     monkeypatch.setattr(storage.memory, "HostCircuit", mutant)
 
-    assert_caught(BreakerMachine.on(MemoryBreaker), name, examples=500, steps=25)
+    assert_caught(BreakerMachine.on(MemoryBreaker), name, examples=1000, steps=25)
 
 
 #: (script or all, what is replaced, by what, the promise that must catch it).
@@ -292,5 +292,5 @@ def test_a_broken_script_is_caught(monkeypatch, redis_servers, mutant):
     broken_scripts = break_scripts(monkeypatch, where, sound, broken)
     machine = BreakerMachine.on(partial(RedisBreaker, redis_servers(next(iter(redis_binaries()))).config))
 
-    assert_caught(machine, name, examples=300, steps=25)
+    assert_caught(machine, name, examples=1000, steps=25)
     assert broken_scripts

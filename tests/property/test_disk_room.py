@@ -192,4 +192,4 @@ def test_a_broken_variant_is_caught_by_the_promise_it_breaks(broken, promise):
     class Mutant(DiskMachine):
         admit = staticmethod(broken)
 
-    assert_caught(Mutant, promise, examples=150, steps=25)
+    assert_caught(Mutant, promise, examples=1500, steps=25)

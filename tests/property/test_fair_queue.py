@@ -221,7 +221,7 @@ class LosesASlot(FairQueue):
 def test_each_broken_queue_is_caught(mutant, name):
     """Every rule is checked: who breaks it is found out by it."""
     machine = type("Broken", (FairQueueMachine,), {"make_queue": mutant, "__module__": __name__})
-    assert_caught(machine, name, examples=200, steps=40)
+    assert_caught(machine, name, examples=1000, steps=40)
 
 
 # -- slots of an event loop ---------------------------------------------------------------------------------
