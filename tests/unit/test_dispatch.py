@@ -93,6 +93,7 @@ class Bench:
             flights=self.flights,
             proofs=None,
             limiter=None,
+            traffic=None,
             progress=None,
             presence=self.presence,
             whereabouts=MemoryWhereabouts(self.solver_memory),

@@ -86,6 +86,7 @@ _EXAMPLES = {
     "ray.address": ("h:1", "h:1"),
     "ray.gcs_redis": ("redis://h:1", "redis://h:1"),
     "ray.dashboard": ("false", False),
+    "web.enabled": ("false", False),
     "node.root": ("/r", "/r"),
     "node.snapshotter": ("copying", "copying"),
     "log.level": ("debug", "debug"),
