@@ -772,10 +772,7 @@ class Farm:
         while True:
             try:
                 return await call()
-            except (ActorLostError, SessionGoneError) as exc:
-                # An actor that lost sight of a driver who is here, and asks again.
-                if isinstance(exc, SessionGoneError) and exc.session_id != self._session.session_id:
-                    raise
+            except ActorLostError:
                 give_up_s = give_up_s or time.monotonic() + _RETRY_S
                 if time.monotonic() > give_up_s:
                     raise
