@@ -33,7 +33,6 @@ from cluster.errors import (
     FarmNotRunningError,
     NodeNotFoundError,
     NotAnImageError,
-    SessionGoneError,
     first_error,
 )
 from cluster.graph import Definition

@@ -474,9 +474,7 @@ class Unlazier:
         self._renewer.keep(fence, ttl_s=self._ttl_s, on_lost=ownership.lose_from_thread)
         try:
             return await self._fetch_and_commit(descriptor, ownership, context)
-        except _OwnershipLostError:
-            raise
-        except StaleFenceError as exc:
+        except (StaleFenceError, _OwnershipLostError) as exc:
             raise _OwnershipLostError from exc
         except asyncio.CancelledError:
             await self._end(ownership, self._store.vacate(fence))
