@@ -112,8 +112,10 @@ def decode_error(data: bytes) -> ClusterError:
             if cls.__name__ == told.type:
                 try:
                     error = cls(*_as_tuples(told.args))
-                    str(error)
+                    is_telling = isinstance(str(error), str) and isinstance(error.hint, str)
                 except Exception:  # noqa: BLE001 -- another release's signature, or none's: what it says still gets across
+                    break
+                if not is_telling:
                     break
                 return error
     return RemoteError(told.type, told.message)

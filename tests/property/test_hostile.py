@@ -280,6 +280,7 @@ def nested(depth: int) -> bytes:
 
 
 @settings(max_examples=300, deadline=None)
+@example("OtherDigestError", [None, None], "")
 @given(st.sampled_from(ERRORS), st.lists(PLAIN, max_size=4), st.text(max_size=5))
 def test_an_error_with_any_arguments_is_an_error_that_can_be_told(name, args, message):
     """Arguments of wrong types and numbers make an error all the same, whose text and hint can be had."""
