@@ -44,6 +44,7 @@ from cluster.messages import (
     ResolveRequest,
     ResolveResult,
     SessionAnswer,
+    SessionInfo,
     SessionQuestion,
     UnlazyRequest,
     UnlazyResult,
@@ -157,12 +158,17 @@ class FetchWorkerHandle(SessionServerHandle):
     async def call(self, method: str, kind: str, request: Any, result_type: type[Any], timeout_s: float) -> Any:
         """Call *method* for the session in *request*, again while the worker is busy.
 
+        A request of no session is the farm's own work, which waits for no tenant's turn.
+
         Raises:
             WorkerBusyError: it was busy all the time.
             DeadlineExceededError: no answer in time, or no turn; and as :meth:`ActorHandle.call_raw`.
         """
+        session: SessionInfo | None = getattr(request, "session", None)
+        if session is None:
+            return await super().call(method, kind, request, result_type, timeout_s)
         until_s = time.monotonic() + timeout_s
-        slots = self._slots.setdefault(request.session.tenant, asyncio.Semaphore(_CALLS))
+        slots = self._slots.setdefault(session.tenant, asyncio.Semaphore(_CALLS))
         try:
             async with asyncio.timeout(timeout_s):
                 await slots.acquire()
@@ -211,13 +217,12 @@ class FetchWorkerHandle(SessionServerHandle):
 
     async def node_usage(self, request: NodeUsageRequest, *, timeout_s: float) -> NodeUsageResult:
         """Tell what lies on that node's disk."""
-        # Like all that has no session: no tenant waits for its turn with it.
-        result: NodeUsageResult = await super().call("node_usage", "node-du", request, NodeUsageResult, timeout_s)
+        result: NodeUsageResult = await self.call("node_usage", "node-du", request, NodeUsageResult, timeout_s)
         return result
 
     async def prune_node(self, request: NodePruneRequest, *, timeout_s: float) -> NodePruneResult:
         """Remove from that node's disk what nothing needs."""
-        result: NodePruneResult = await super().call("prune_node", "node-prune", request, NodePruneResult, timeout_s)
+        result: NodePruneResult = await self.call("prune_node", "node-prune", request, NodePruneResult, timeout_s)
         return result
 
     async def push(self, request: PushRequest, *, timeout_s: float) -> PushResult:
@@ -227,7 +232,7 @@ class FetchWorkerHandle(SessionServerHandle):
 
     async def verify(self, request: VerifyRequest, *, timeout_s: float) -> Verified:
         """Verify present blobs, or that node's copies."""
-        result: Verified = await super().call("verify", "verify", request, Verified, timeout_s)
+        result: Verified = await self.call("verify", "verify", request, Verified, timeout_s)
         return result
 
     async def export_cache(self, request: ExportCacheRequest, *, timeout_s: float) -> ExportCacheResult:
