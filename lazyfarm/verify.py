@@ -105,10 +105,11 @@ async def _shared(
         ClusterError: what the last node was lost by, or what is no node's own trouble.
     """
     left = deque(work)
+    copies = dict.fromkeys(nodes, work)  # of nodes that have not looked at theirs yet
 
     async def at(node: str) -> ClusterError | None:
         try:
-            for batch in work:
+            for batch in copies.pop(node, ()):
                 await call(node, batch, copies=True)
             while left:
                 batch = left.popleft()
