@@ -26,6 +26,7 @@ from cluster.metrics import (
 )
 from cluster.ref import RefState
 from cluster.topology import Kind
+from cluster.traffic import blob_sizes
 
 #: What every metric says of who keeps it. Ray leaves the worker's ID away, and would make one series of two actors'.
 _OWN = ("farm", "node", "actor")
@@ -109,7 +110,7 @@ def count_pulled(layers: Iterable[RefState]) -> None:
 
 def count_unlazied(chain: Sequence[RefState], layers: Sequence[LayerFetch]) -> None:
     """Count layers that were asked for, each with its ref."""
-    sizes = {state.record.blob.digest: state.record.blob.size_bytes for state in chain}
+    sizes = blob_sizes(chain)
     for layer in layers:
         how = "joined" if layer.joined else "present" if layer.source in ("present", "snapshot") else "fetched"
         UNLAZY_BYTES.add(sizes[layer.digest], how=how)

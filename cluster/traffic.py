@@ -52,7 +52,7 @@ class Traffic:
 
 def fetch_traffic(layers: Iterable[LayerFetch], chain: Iterable[RefState]) -> Traffic:
     """Return what it came to that the layers of a chain were needed in the content store."""
-    sizes = _sizes(chain)
+    sizes = blob_sizes(chain)
     layers = [layer for layer in layers if layer.source != "snapshot"]  # its bytes were not needed
     return Traffic(
         fetched_bytes=sum(layer.bytes_fetched for layer in layers),
@@ -63,7 +63,7 @@ def fetch_traffic(layers: Iterable[LayerFetch], chain: Iterable[RefState]) -> Tr
 
 def push_traffic(layers: Iterable[LayerPush], chain: Iterable[RefState]) -> Traffic:
     """Return what it came to that a chain was pushed."""
-    sizes = _sizes(chain)
+    sizes = blob_sizes(chain)
     layers = list(layers)
     return Traffic(
         pushed_bytes=sum(layer.bytes for layer in layers),
@@ -71,5 +71,6 @@ def push_traffic(layers: Iterable[LayerPush], chain: Iterable[RefState]) -> Traf
     )
 
 
-def _sizes(chain: Iterable[RefState]) -> dict[Digest, int]:
+def blob_sizes(chain: Iterable[RefState]) -> dict[Digest, int]:
+    """Return the bytes of each layer of a chain, by its blob."""
     return {state.record.blob.digest: state.record.blob.size_bytes for state in chain}

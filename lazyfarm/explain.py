@@ -106,7 +106,7 @@ class FarmExplain:
             raise JobNotFoundError("")
         wanted = await known.find(job) if job else newest[0]
         other = await known.find(against) if against else None
-        return await explain_miss(self._jobs, self._events, self._open_tree, step, job=wanted, against=other)
+        return await explain_miss(known, self._open_tree, step, job=wanted, against=other)
 
     async def wait(self, name: str, *, watch_s: float = 1.0) -> list[LayerWait]:
         """Tell for each layer of a ref or an image, lowest first, or for one blob, what it waits for.

@@ -6,12 +6,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from cluster.digest import Digest
-from cluster.errors import ClusterError, GraphError, InvalidArgumentError, JobNotFoundError, WireError
-from cluster.graph import Definition, ImageOp, decode_definition
+from cluster.errors import ClusterError, InvalidArgumentError, JobNotFoundError
+from cluster.graph import Definition, ImageOp
 from cluster.graph_changes import Change, changes, file_changes
 from cluster.job import JobId, JobRecord, VertexEvent, VertexState
-from cluster.solver_ports import JobEvents, JobStore
 from cluster.tree import Tree
+from lazyfarm.jobs import FarmJobs
 
 #: Files of a directory that are named.
 _MAX_FILES = 20
@@ -51,13 +51,12 @@ class Miss:
 
 
 async def explain_miss(
-    jobs: JobStore, events: JobEvents, open_tree: OpenTree, step: str, *, job: JobRecord, against: JobRecord | None
+    jobs: FarmJobs, open_tree: OpenTree, step: str, *, job: JobRecord, against: JobRecord | None
 ) -> Miss:
     """Tell why a step of *job* was not found in the cache.
 
     Args:
-        jobs: Where jobs and their graphs are known from, for a week.
-        events: What they told.
+        jobs: Where jobs, their graphs and what they told are known from, for a week.
         open_tree: Reads what a driver's directory held.
         step: A part of its name, or of its digest from the start.
         job: Whose.
@@ -67,10 +66,10 @@ async def explain_miss(
         JobNotFoundError: the job's graph is not known any more.
         InvalidArgumentError: *step* names none, or several.
     """
-    definition = await _definition(jobs, job.id)
+    definition = await jobs.definition(job.id)
     if definition is None:
         raise JobNotFoundError(job.id)
-    told = [event for event in await events.told(job.id) if isinstance(event, VertexEvent)]
+    told = [event for event in await jobs.told(job.id) if isinstance(event, VertexEvent)]
     states = {event.vertex: event.state for event in told}
     vertex = _find(definition, step)
     found = Miss(
@@ -81,12 +80,12 @@ async def explain_miss(
         is_fresh=vertex in job.spec.no_cache,
         images=_images(definition, vertex),
     )
-    earlier = [against] if against is not None else await jobs.jobs()
+    earlier = [against] if against is not None else await jobs.newest()
     best: tuple[int, JobId, list[Change]] | None = None
     for record in earlier:  # the newest first
         if record.id == job.id or record.created_wall_s > job.created_wall_s:
             continue
-        old = await _definition(jobs, record.id)
+        old = await jobs.definition(record.id)
         was = None if old is None else _alike(old, definition, vertex)
         if old is None or was is None:
             continue
@@ -100,13 +99,6 @@ async def explain_miss(
     _, nearest, differing = best
     differs = tuple([await _told(change, open_tree) for change in differing])
     return replace(found, nearest=nearest, differs=differs)
-
-
-async def _definition(jobs: JobStore, job: JobId) -> Definition | None:
-    try:
-        return decode_definition(await jobs.definition(job))
-    except (JobNotFoundError, WireError, GraphError):
-        return None  # forgotten, or of another release
 
 
 def _find(definition: Definition, step: str) -> Digest:

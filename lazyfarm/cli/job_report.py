@@ -6,7 +6,8 @@ nothing but itself: no script, no style, no picture from elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -77,7 +78,7 @@ def timeline(view: JobView, critical: Iterable[VertexView]) -> list[Lane]:
     """Return the lanes of a job: the farm's own first, then each node's."""
     marked = {vertex.digest for vertex in critical}
     began_s = view.began_wall_s or 0.0
-    end_s = _end_s(view)
+    end_s = view.until_wall_s()
     bars: dict[str, list[Bar]] = {}
     for vertex in view.vertices.values():
         if vertex.started_wall_s is not None and vertex.state is not VertexState.CACHED:
@@ -104,13 +105,13 @@ def timeline(view: JobView, critical: Iterable[VertexView]) -> list[Lane]:
 
 def bytes_by_source(view: JobView) -> dict[str, int]:
     """Return how many bytes of layers were fetched from where, and how many were not, and why."""
-    found: dict[str, int] = {}
+    found: Counter[str] = Counter()
     for vertex in view.vertices.values():
         for layer in vertex.layers.values():
             if layer.work == "fetch" and layer.item.phase.is_end:
                 source = _AVOIDED.get(layer.item.phase) or layer.item.detail or layer.item.phase.value
-                found[source] = found.get(source, 0) + layer.item.total_bytes
-    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+                found[source] += layer.item.total_bytes
+    return dict(found.most_common())
 
 
 def page(record: JobRecord, targets: Sequence[str], view: JobView, definition: Definition | None) -> str:
@@ -122,7 +123,7 @@ def page(record: JobRecord, targets: Sequence[str], view: JobView, definition: D
         files("lazyfarm.cli").joinpath("job_report.html").read_text()
     )
     critical = critical_path(view, definition) if definition is not None else []
-    end_s = _end_s(view)
+    end_s = view.until_wall_s()
     took_s = max(end_s - (view.began_wall_s or end_s), 0.0)
     failed = view.failed
     return template.render(
@@ -134,9 +135,8 @@ def page(record: JobRecord, targets: Sequence[str], view: JobView, definition: D
         failed=failed,
         took_s=took_s,
         end_s=end_s,
-        states=_states(view),
+        states=Counter(vertex.state.value for vertex in view.vertices.values()),
         critical=critical,
-        critical_digests={vertex.digest for vertex in critical},
         lanes=timeline(view, critical),
         sources=bytes_by_source(view),
         slowest=_slowest(view, end_s),
@@ -150,10 +150,6 @@ def _ended_s(vertex: VertexView) -> float | None:
     moved = [layer.ended_wall_s for layer in _moved(vertex) if layer.ended_wall_s is not None]
     known = [*moved, *([vertex.ended_wall_s] if vertex.ended_wall_s is not None else [])]
     return max(known, default=None)
-
-
-def _end_s(view: JobView) -> float:
-    return view.end.wall_s if view.end is not None else view.last_wall_s
 
 
 def _moved(vertex: VertexView) -> Iterable[LayerView]:
@@ -171,13 +167,6 @@ def _rows(bars: Iterable[Bar]) -> tuple[tuple[Bar, ...], ...]:
         else:
             free.append(bar)
     return tuple(map(tuple, rows))
-
-
-def _states(view: JobView) -> Mapping[str, int]:
-    found: dict[str, int] = {}
-    for vertex in view.vertices.values():
-        found[vertex.state.value] = found.get(vertex.state.value, 0) + 1
-    return found
 
 
 def _slowest(view: JobView, end_s: float) -> list[tuple[LayerView, VertexView, float]]:

@@ -177,6 +177,10 @@ class JobView:
         """The vertex that failed the job."""
         return next((vertex for vertex in self.vertices.values() if vertex.state is VertexState.FAILED), None)
 
+    def until_wall_s(self, now_wall_s: float = 0.0) -> float:
+        """Return until when the job is told of: its end, or else *now_wall_s* or its last event, whichever is later."""
+        return self.end.wall_s if self.end is not None else max(now_wall_s, self.last_wall_s)
+
     @property
     def done(self) -> int:
         """How many vertices have their result."""

@@ -90,7 +90,7 @@ def show_job(*, job: JobArgument, state_dir: StateDirOption = None, as_json: Jso
             ]
         )
         if view.vertices:
-            end_s = view.end.wall_s if view.end is not None else max(now_s, view.last_wall_s)
+            end_s = view.until_wall_s(now_s)
             out.line("")
             out.table(
                 ("#", "STEP", "TIME", "NAME"),

@@ -11,6 +11,7 @@ import typer
 from lazyfarm.cli.human import count, duration, short, size
 
 if TYPE_CHECKING:
+    from cluster.collect.runner import Pruned
     from cluster.collect.values import Item
     from cluster.messages import NodePruneResult, NodeUsageResult
     from lazyfarm.cli.output import Output
@@ -70,9 +71,14 @@ def tell_pruned(out: Output, nodes: Sequence[NodePruneResult]) -> None:
         for item in node.items:
             out.line(f"{node.node}  {_short(item)}  {size(item.size_bytes)}  {item.description}".rstrip())
     for node in nodes:
-        doing = "would free" if node.is_dry_run else "freed"
-        taken_up = f"; {count(node.kept, 'item')} taken up meanwhile" if node.kept else ""
-        out.line(f"{node.node}: {count(len(node.items), 'item')}, {doing} {size(node.freed_bytes)}{taken_up}")
+        out.line(f"{node.node}: {in_all(node)}")
+
+
+def in_all(pruned: Pruned | NodePruneResult) -> str:
+    """Return what a prune came to, in words."""
+    doing = "would free" if pruned.is_dry_run else "freed"
+    taken_up = f"; {count(pruned.kept, 'item')} taken up meanwhile" if pruned.kept else ""
+    return f"{count(len(pruned.items), 'item')}, {doing} {size(pruned.freed_bytes)}{taken_up}"
 
 
 def _short(item: Item) -> str:

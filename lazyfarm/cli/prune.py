@@ -8,8 +8,8 @@ import typer
 
 from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
-from lazyfarm.cli.human import count, short, size
-from lazyfarm.cli.node_disks import NodeOption, NodesOption, tell_pruned
+from lazyfarm.cli.human import short, size
+from lazyfarm.cli.node_disks import NodeOption, NodesOption, in_all, tell_pruned
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
 from lazyfarm.cli.quantities import parse_duration, parse_size
 
@@ -91,9 +91,7 @@ def prune(
             # A driver's files have the key of their object for an ID: cut short, one is like another.
             name = short(item.id) if ":" in item.id else item.id
             out.line(f"{name}  {size(item.size_bytes)}  {item.description}".rstrip())
-        doing = "would free" if pruned.is_dry_run else "freed"
-        taken_up = f"; {count(pruned.kept, 'item')} taken up meanwhile" if pruned.kept else ""
-        out.line(f"{count(len(pruned.items), 'item')}, {doing} {size(pruned.freed_bytes)}{taken_up}")
+        out.line(in_all(pruned))
 
 
 def document(pruned: Pruned) -> dict[str, object]:

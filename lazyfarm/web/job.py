@@ -140,7 +140,7 @@ class JobStory:
     def job(self, now_wall_s: float) -> ShownJob:
         """Return the job as a whole."""
         end, view = self.view.end, self.view
-        until_s = end.wall_s if end is not None else max(now_wall_s, view.last_wall_s)
+        until_s = view.until_wall_s(now_wall_s)
         layers = [layer for vertex in view.vertices.values() for layer in vertex.layers.values()]
         return ShownJob(
             state=end.state if end is not None else JobState.RUNNING if view.began_wall_s else JobState.QUEUED,
