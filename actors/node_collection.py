@@ -7,6 +7,7 @@ import subprocess
 
 import structlog
 
+from actors.rounds import again_and_again
 from cluster.collect.policy import default_policies
 from cluster.config import NodeConfig
 from cluster.errors import ClusterError
@@ -15,7 +16,7 @@ from storage.node_roots import DeadNodes
 
 log = structlog.get_logger()
 
-#: Redis is away, or the disk refuses: the next round goes on.
+#: Redis is away, or the disk refuses.
 _PASSING = (ClusterError, OSError, subprocess.SubprocessError)
 
 
@@ -29,19 +30,14 @@ async def collect_node_forever(collector: NodeCollector, dead: DeadNodes, config
         min_free_bytes=config.min_free_bytes,
         unused_s=config.unused_s,
     )
-    while True:
-        await asyncio.sleep(config.collect_every_s)
-        try:
-            for number, pruned in enumerate(await collector.collect(policies), start=1):
-                if pruned.items or pruned.kept:
-                    log.info(
-                        "node.pruned",
-                        policy=number,
-                        items=len(pruned.items),
-                        freed=pruned.freed_bytes,
-                        kept=pruned.kept,
-                    )
-            if removed := await asyncio.to_thread(dead.sweep):
-                log.info("node.dead.removed", nodes=removed)
-        except _PASSING as exc:
-            log.warning("node.collect.failed", error=str(exc), error_type=type(exc).__name__)
+
+    async def collect() -> None:
+        for number, pruned in enumerate(await collector.collect(policies), start=1):
+            if pruned.items or pruned.kept:
+                log.info(
+                    "node.pruned", policy=number, items=len(pruned.items), freed=pruned.freed_bytes, kept=pruned.kept
+                )
+        if removed := await asyncio.to_thread(dead.sweep):
+            log.info("node.dead.removed", nodes=removed)
+
+    await again_and_again("node.collect", collect, every_s=config.collect_every_s, passing=_PASSING)
