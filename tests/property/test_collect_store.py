@@ -17,7 +17,7 @@ from functools import partial
 
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import invariant, rule
+from hypothesis.stateful import initialize, invariant, rule
 
 from cluster.collect.policy import KeepPolicy
 from cluster.collect.ports import Outcome
@@ -121,6 +121,14 @@ class CollectMachine(StoreMachine):
         return held
 
     # -- rules ----------------------------------------------------------------------------------------
+
+    @initialize(chain=st.sampled_from(CHAINS[:3]), handed_on=st.booleans())
+    def begin(self, chain, handed_on):
+        """A farm in use: one driver pulled an image; or another one took it over, and holds its top alone."""
+        self.pull(LeaseId("a"), chain, "example/one:1")
+        if handed_on:
+            self.use(LeaseId("b"), chain)
+            self.leave(LeaseId("a"))
 
     @rule(lease_id=LEASES, chain=CHAIN, name=NAMES)
     def pull(self, lease_id, chain, name):
