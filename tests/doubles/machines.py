@@ -135,7 +135,7 @@ class RedisWorld:
         self.farm.pass_time(seconds)
 
     def close(self):
-        self.run(self.farm.close())
+        self.run(self.farm.remove())
         self.runner.close()
 
 

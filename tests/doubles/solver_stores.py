@@ -56,7 +56,7 @@ async def solver_stores(request, redis_servers) -> AsyncIterator[SolverStores]:
     farm = RedisFarm(server.farm_config, server.config)
     farm.stores()
     yield redis_solver_stores(farm)
-    await farm.close()
+    await farm.remove()
 
 
 def redis_solver_stores(farm: RedisFarm) -> SolverStores:

@@ -58,6 +58,13 @@ _REGISTRIES = {
     SLOW_HOST: RegistryConfig(max_concurrency=LIMIT, max_requests_per_s=SLOW_RATE),
 }
 
+# Removes everything that a farm has recorded.
+REMOVE = """
+for _, key in ipairs(redis.call('KEYS', KEYS[1] .. ':*')) do
+  redis.call('UNLINK', key)
+end
+"""
+
 # Moves everything that a farm has recorded into the past, which is what the passing of time does to it.
 AGE = """
 local prefix, ms = KEYS[1], tonumber(ARGV[1])
@@ -188,6 +195,11 @@ class RedisFarm:
         for link in self.links:
             await link.close()
 
+    async def remove(self) -> None:
+        """Close its clients, and remove its keys: time passes by looking at every key of the server."""
+        await self.close()
+        _execute(self._admin, "EVAL", REMOVE, 1, self.keys.prefix)
+
 
 class FarmOfRedis(RedisFarm):
     """A farm in Redis that commands find by its state directory; nothing else of it runs."""
@@ -212,10 +224,14 @@ class FarmOfRedis(RedisFarm):
 
 def age_redis(config: RedisConfig, keys: Keys, seconds: float) -> None:
     """Let *seconds* pass for everything of a farm."""
+    _execute(config, "EVAL", AGE, 1, keys.prefix, int(seconds * 1000))
+
+
+def _execute(config: RedisConfig, *command: str | int) -> None:
     from storage.connect import connect_sync  # noqa: PLC0415
 
     link = connect_sync(config)
-    link.execute("EVAL", AGE, 1, keys.prefix, int(seconds * 1000))
+    link.execute(*command)
     link.close()
 
 
@@ -255,7 +271,7 @@ async def stores(request, redis_servers) -> AsyncIterator[Stores]:
     # As a user with no right too many: so that the whole suite says that none is missing.
     farm = RedisFarm(server.farm_config, server.config)
     yield farm.stores()
-    await farm.close()
+    await farm.remove()
 
 
 async def eventually(fact: Callable[[], object], *, timeout_s: float = 10.0) -> None:
@@ -270,4 +286,4 @@ async def redis_farm(redis_servers) -> AsyncIterator[RedisFarm]:
     """A fresh farm in one real Redis: the system's, or what there is."""
     farm = RedisFarm(redis_servers(next(iter(redis_binaries()))).config)
     yield farm
-    await farm.close()
+    await farm.remove()
