@@ -312,7 +312,7 @@ class Unlazier:
                                 raise
                             # Not as its owner: another node, which has room, may fetch it meanwhile.
                             has_waited = True
-                            await room.enter_async_context(self._reserved(descriptor))
+                            await self._wait_for_room(descriptor, room)
                         outcome = await self._join(key)
                     case Joined():
                         await ahit(FaultPoint.FLIGHT_JOINED)
@@ -325,6 +325,24 @@ class Unlazier:
                         outcome = await self._join(key)
                     case _:
                         assert_never(outcome)
+
+    async def _wait_for_room(self, blob: Descriptor, room: contextlib.AsyncExitStack) -> None:
+        """Wait for room on this node's disk, and leave it to *room*; or until another node has brought the blob.
+
+        Raises:
+            NodeDiskError: neither came.
+        """
+        reserving = asyncio.create_task(room.enter_async_context(self._reserved(blob)))
+        try:
+            while not reserving.done():
+                if (await self._refs.blobs([blob.digest]))[0] is not None:
+                    return
+                await asyncio.wait([reserving], timeout=self._poll_s)
+        finally:
+            if not reserving.done():
+                reserving.cancel()
+                await asyncio.wait([reserving])
+        reserving.result()
 
     def _reserved(self, blob: Descriptor) -> contextlib.AbstractAsyncContextManager[None]:
         """Wait for room on this node's disk, and hold it for the body."""

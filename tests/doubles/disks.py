@@ -60,10 +60,12 @@ class CrowdedDisk(BoundlessDisk):
     @asynccontextmanager
     async def reserved(self, what, parts, on_wait):
         self.waiting.append(what)
-        if not self.room.is_set():
-            await on_wait(f"no room for {what}")
-        await self.room.wait()
-        if self.error:
-            raise self.error
-        yield
-        self.waiting.remove(what)
+        try:
+            if not self.room.is_set():
+                await on_wait(f"no room for {what}")
+            await self.room.wait()
+            if self.error:
+                raise self.error
+            yield
+        finally:
+            self.waiting.remove(what)

@@ -758,6 +758,33 @@ async def test_a_full_disk_is_waited_for_without_the_flight(cluster):
     assert disk.waiting == []
 
 
+async def test_who_waits_for_room_sees_that_another_has_brought_the_blob(cluster):
+    """No room comes, and none is needed any more."""
+    disk = CrowdedDisk()
+    full, roomy = cluster.process("full", disk=disk, poll_s=0.02), cluster.process("roomy")
+    full.transfers.plan = [FULL]
+    full.transfers.holds = roomy.transfers.holds = False
+    first = await full.call("l1")
+    await eventually(lambda: disk.waiting)
+    await asyncio.wait_for(await roomy.call("l2"), 5.0)
+    fetch = await asyncio.wait_for(first, 5.0)
+    assert fetch.joined
+    assert (len(full.transfers.fetches), len(roomy.transfers.fetches)) == (1, 1)
+    assert disk.waiting == []
+
+
+async def test_who_stops_waiting_for_room_leaves_the_line(cluster):
+    """A cancelled caller keeps nobody else waiting."""
+    disk = CrowdedDisk()
+    process = cluster.process("p", disk=disk)
+    process.transfers.plan, process.transfers.holds = [FULL], False
+    call = await process.call()
+    await eventually(lambda: disk.waiting)
+    call.cancel()
+    await ended(call)
+    await eventually(lambda: disk.waiting == [])
+
+
 async def test_who_has_waited_for_room_fetches(cluster):
     """Nobody else wanted it: the fetch begins anew, once there is room."""
     disk = CrowdedDisk()
