@@ -9,7 +9,6 @@ import asyncio
 import gc
 import itertools
 import secrets
-import time
 import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,6 @@ from contextlib import AsyncExitStack, ExitStack
 import pytest
 
 from cluster.config import Config
-from cluster.fetch.runner import Unlazier
 from cluster.lease import LeaseId, blob_resource
 from cluster.provider import ProviderHandle
 from storage.blobs import S3ContentStore
@@ -29,9 +27,10 @@ from storage.memory_blobs import MemoryContentStore
 from storage.node_cache import NodeCache
 from storage.registry.blob import BlobSource
 from storage.transfer import TransferLimits
-from tests.doubles.fetch import FakeTransfers, OpenDoors, caller_of, layer_of
+from tests.doubles.fetch import FakeTransfers, caller_of, layer_of
 from tests.doubles.registry_faults import Hang
 from tests.doubles.stores import eventually
+from tests.doubles.unlazier import unlazier_over
 
 pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -69,22 +68,7 @@ class Worker:
             limits=limits,
             buffers=8,
         )
-        self.unlazier = Unlazier(
-            worker="w",
-            refs=stores.refs,
-            leases=stores.leases,
-            flights=stores.flights,
-            renewer=renewer,
-            progress=stores.progress,
-            transfers=transfers,
-            access=OpenDoors(),
-            new_token=lambda: secrets.token_hex(8),
-            ttl_s=30.0,
-            poll_s=5.0,
-            deadline_s=280.0,
-            max_transfers=SLOTS,
-            clock=time.monotonic,
-        )
+        self.unlazier = unlazier_over(stores, renewer, transfers, poll_s=5.0, deadline_s=280.0, max_transfers=SLOTS)
 
     async def caller(self, tenant, registry, *digests):
         """Return a caller with a lease of its own."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 from storage import node_roots
 from storage.node_roots import DeadNodes, hold_node_root
 from storage.snapshots import CopyingSnapshotter, OverlaySnapshotter
+from tests.doubles.another_process import READY, another_process
 from tests.doubles.layers import apply_all, file, layer
 from tests.doubles.stores import FakeClock
 
@@ -47,18 +46,11 @@ import time
 from pathlib import Path
 from storage.node_roots import hold_node_root
 hold_node_root(Path({str(root)!r}))
-print("held", flush=True)
+print({READY!r}, flush=True)
 time.sleep(600)
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "held\n"
+    with another_process(program) as process:
         yield process
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
-        process.stdout.close()
 
 
 def leave(root: Path) -> None:

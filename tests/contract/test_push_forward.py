@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -18,7 +17,7 @@ from cluster.errors import DigestMismatchError
 from cluster.fetch.access import AccessControl
 from cluster.fetch.keep import Keeper
 from cluster.fetch.push import Pusher
-from cluster.fetch.runner import Caller, Unlazier
+from cluster.fetch.runner import Caller
 from cluster.lease import LeaseId
 from cluster.provider import ProviderHandle
 from cluster.ref import ImageRecord
@@ -37,6 +36,7 @@ from storage.transfer import TransferLimits
 from tests.doubles.registry import docker_registry
 from tests.doubles.registry_faults import Hang, Lie, registry_fault_proxy
 from tests.doubles.stores import eventually
+from tests.doubles.unlazier import unlazier_over
 
 pytestmark = [pytest.mark.redis, pytest.mark.s3, pytest.mark.registry]
 
@@ -110,21 +110,17 @@ class Node:
             ),
             buffers=12,
         )
-        self.unlazier = Unlazier(
+        self.unlazier = unlazier_over(
+            stores,
+            renewer,
+            transfers,
             worker=new_token(),
-            refs=stores.refs,
-            leases=stores.leases,
-            flights=stores.flights,
-            renewer=renewer,
-            progress=stores.progress,
-            transfers=transfers,
             access=access,
             new_token=new_token,
             ttl_s=6.0,
             poll_s=0.5,
             deadline_s=90.0,
             max_transfers=4,
-            clock=time.monotonic,
         )
         small = StoredBlobs(self.store)
         self.keeper = Keeper(

@@ -18,7 +18,6 @@ import pytest
 from cluster.config import Config, FetchConfig, RegistryConfig
 from cluster.digest import digest_of
 from cluster.errors import DigestMismatchError
-from cluster.fetch.runner import Unlazier
 from cluster.lease import LeaseId
 from cluster.ports import Authorization
 from cluster.provider import ProviderHandle
@@ -30,7 +29,7 @@ from storage.memory_blobs import MemoryContentStore
 from storage.node_cache import NodeCache
 from storage.registry.blob import BlobSource
 from storage.transfer import TransferLimits
-from tests.doubles.fetch import FakeAuthorizer, OpenDoors, caller_of, layer_of
+from tests.doubles.fetch import FakeAuthorizer, caller_of, layer_of
 from tests.doubles.registry_faults import (
     Hang,
     IgnoreRange,
@@ -44,6 +43,7 @@ from tests.doubles.registry_faults import (
     registry_fault_proxy,
 )
 from tests.doubles.stores import FakeClock, memory_stores
+from tests.doubles.unlazier import unlazier_over
 
 pytestmark = [pytest.mark.registry, pytest.mark.timeout(120)]
 
@@ -151,22 +151,7 @@ class Lab:
             ),
             buffers=4,
         )
-        return Unlazier(
-            worker="w",
-            refs=stores.refs,
-            leases=stores.leases,
-            flights=stores.flights,
-            renewer=renewer,
-            progress=stores.progress,
-            transfers=transfers,
-            access=OpenDoors(),
-            new_token=lambda: secrets.token_hex(8),
-            ttl_s=30.0,
-            poll_s=1.0,
-            deadline_s=60.0,
-            max_transfers=1,
-            clock=time.monotonic,
-        )
+        return unlazier_over(stores, renewer, transfers, deadline_s=60.0, max_transfers=1)
 
 
 def _wrong_end(faults, error, blob, store):

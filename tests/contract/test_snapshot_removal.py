@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
-import subprocess
-import sys
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +25,7 @@ from cluster.errors import SnapshotGoneError
 from storage.snapshots import CopyingSnapshotter, OverlaySnapshotter
 from storage.snapshots import store as store_module
 from storage.snapshots.store import short_name
+from tests.doubles.another_process import another_process
 from tests.doubles.layers import apply, apply_all, file, layer, sketch
 
 KINDS = {"overlay": OverlaySnapshotter, "copying": CopyingSnapshotter}
@@ -74,15 +72,8 @@ def ready():
     time.sleep(600)
 {body}
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "ready\n"
+    with another_process(program) as process:
         yield process
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
-        process.stdout.close()
 
 
 # -- what is used stays --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,9 +19,10 @@ async def in_redis(execute: Execute, secrets: set[bytes]) -> list[str]:
     cursor = b"0"
     while True:
         cursor, keys = await execute("SCAN", cursor, "COUNT", 1000)
-        for key in keys:
-            value = key + b"\0" + await _value(execute, key)
-            found += [key.decode(errors="replace") for secret in secrets if secret in value]
+        values = await asyncio.gather(*(_value(execute, key) for key in keys))
+        for key, value in zip(keys, values, strict=True):
+            kept = key + b"\0" + value
+            found += [key.decode(errors="replace") for secret in secrets if secret in kept]
         if int(cursor) == 0:
             return found
 
