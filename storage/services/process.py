@@ -142,7 +142,7 @@ class ServiceProcess:
             raise StartError(self.name, f"{_ENV}: {exc.strerror}", "") from exc
         start_ticks = _start_ticks(pid)
         if start_ticks is None:
-            raise StartError(self.name, "it ended at once", str(self.log))
+            raise self._ended()
         record = ProcessRecord(
             pid=pid, start_ticks=start_ticks, boot_id=_boot_id(), command=tuple(command), ports=dict(ports or {})
         )
@@ -157,10 +157,13 @@ class ServiceProcess:
         give_up_at = time.monotonic() + deadline_s
         while not is_ready():
             if not self.is_alive():
-                raise StartError(self.name, f"it ended: {self.last_words() or 'without a word'}", str(self.log))
+                raise self._ended()
             if time.monotonic() >= give_up_at:
                 raise StartError(self.name, f"it was not ready after {deadline_s:.0f} s", str(self.log))
             time.sleep(_POLL_S)
+
+    def _ended(self) -> StartError:
+        return StartError(self.name, f"it ended: {self.last_words() or 'without a word'}", str(self.log))
 
     def last_words(self) -> str:
         """Return the last line that it printed; empty where there is none."""

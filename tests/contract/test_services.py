@@ -18,6 +18,7 @@ import redis
 from cluster.config import Config, RayConfig, S3Config
 from cluster.errors import DeadlineExceededError, StartError, UnavailableError
 from storage.blobs import S3ContentStore
+from storage.services import process as process_module
 from storage.services import redis_server, swift_environment
 from storage.services.local import LocalServices
 from storage.services.loopback import choose_ports, is_listening
@@ -163,10 +164,27 @@ def test_stopping_one_service_spares_the_others_and_other_farms(state, tmp_path)
 def test_a_process_that_ends_says_why(state):
     """A program that dies at once is a StartError with its last words and the log's name."""
     process = ServiceProcess(state, "broken")
-    process.start(("/bin/sh", "-c", "echo no such luck; exit 3"))
+
+    def start():
+        process.start(("/bin/sh", "-c", "echo no such luck; exit 3"))
+        process.wait_until(lambda: False, deadline_s=10.0)
 
     with pytest.raises(StartError, match=r"no such luck.*broken\.log"):
-        process.wait_until(lambda: False, deadline_s=10.0)
+        start()
+
+
+def test_a_process_that_ends_before_it_is_known_says_why(state, monkeypatch):
+    """It is the same where it is gone by the time that somebody looks for it."""
+
+    def look_late(pid):
+        wait_for(lambda: (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        return start_ticks(pid)
+
+    start_ticks = process_module._start_ticks
+    monkeypatch.setattr(process_module, "_start_ticks", look_late)
+
+    with pytest.raises(StartError, match=r"no such luck.*broken\.log"):
+        ServiceProcess(state, "broken").start(("/bin/sh", "-c", "echo no such luck; exit 3"))
 
 
 def test_a_process_is_started_clean(state):
