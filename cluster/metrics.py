@@ -178,7 +178,7 @@ FLIGHT_JOINS = Counter(
     name="lazyfarm_flight_joins",
     help="Answers to who wanted to join or own a flight of the cluster, or looked whether one still goes on",
     by=_FLIERS,
-    labels={"outcome": ("owned", "joined", "present", "aborting")},
+    labels={"outcome": ("owned", "joined", "present", "aborting", "free")},
 )
 FLIGHT_TAKE_OVERS = Counter(
     name="lazyfarm_flight_take_overs",

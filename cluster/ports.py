@@ -22,6 +22,7 @@ from cluster.digest import Digest
 from cluster.disk_room import Spend, unbounded
 from cluster.flight.values import (
     Committed,
+    Elsewhere,
     Failed,
     Fence,
     FlightEvent,
@@ -541,6 +542,10 @@ class FlightStore(Protocol):
             token: Unique to this attempt; becomes the fence's token if it owns.
             ttl_s: Seconds an owner or waiter lives without renewing.
         """
+        ...
+
+    async def join_another(self, key: str, *, worker: str, ttl_s: float) -> Elsewhere | None:
+        """Join another's flight of *key*, as :meth:`join` does; None, and nothing is changed, where nobody has one."""
         ...
 
     async def leave(self, key: str, *, worker: str) -> bool:

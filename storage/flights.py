@@ -14,6 +14,7 @@ from cluster.errors import InternalError, StaleFenceError, UnknownVersionError, 
 from cluster.flight.values import (
     Aborting,
     Committed,
+    Elsewhere,
     Failed,
     Fence,
     FlightEvent,
@@ -72,7 +73,23 @@ class RedisFlightStore:
 
     async def join(self, key: str, *, worker: str, token: str, ttl_s: float) -> JoinOutcome:
         """Join or own the flight of *key*; safe to repeat with the same token."""
-        reply = await self._link.run(
+        reply = await self._join(key, worker, token, ttl_s)
+        match reply:
+            case [b"owned", epoch, number, upload, parts, is_taken_over]:
+                if is_taken_over:
+                    FLIGHT_TAKE_OVERS.add(upload="resumed" if upload else "none")
+                fence = Fence(key=key, epoch=epoch.decode(), number=int(number), token=token)
+                return Owned(fence=fence, upload=_upload(upload, parts))
+            case _:
+                return _elsewhere(reply)
+
+    async def join_another(self, key: str, *, worker: str, ttl_s: float) -> Elsewhere | None:
+        """Join another's flight of *key*; None where nobody has one."""
+        reply = await self._join(key, worker, "", ttl_s)
+        return None if reply == [b"free"] else _elsewhere(reply)
+
+    async def _join(self, key: str, worker: str, token: str, ttl_s: float) -> list[Any]:
+        reply: list[Any] = await self._link.run(
             "flight_join",
             self._prefix,
             key,
@@ -84,26 +101,7 @@ class RedisFlightStore:
             may_repeat=True,
         )
         FLIGHT_JOINS.add(outcome=reply[0].decode())
-        match reply:
-            case [b"present", blob]:
-                return Present(blob=BLOB.decode(blob))
-            case [b"owned", epoch, number, upload, parts, is_taken_over]:
-                if is_taken_over:
-                    FLIGHT_TAKE_OVERS.add(upload="resumed" if upload else "none")
-                fence = Fence(key=key, epoch=epoch.decode(), number=int(number), token=token)
-                return Owned(fence=fence, upload=_upload(upload, parts))
-            case [b"joined", number, owner, current, total, left_ms]:
-                return Joined(
-                    fence_number=int(number),
-                    owner=owner.decode(),
-                    current_bytes=int(current),
-                    total_bytes=int(total),
-                    lease_remaining_s=left_ms / 1000,
-                )
-            case [b"aborting", number, left_ms]:
-                return Aborting(fence_number=int(number), lease_remaining_s=left_ms / 1000)
-            case _:
-                raise InternalError(f"flight_join answered {reply!r}")
+        return reply
 
     async def leave(self, key: str, *, worker: str) -> bool:
         """Stop waiting; tell whether nobody is left waiting."""
@@ -236,6 +234,24 @@ def _event(payload: bytes) -> FlightEvent:
             return event
     version, kind, *_ = msgpack.unpackb(payload)
     raise UnknownVersionError(kind, version)
+
+
+def _elsewhere(reply: list[Any]) -> Elsewhere:
+    match reply:
+        case [b"present", blob]:
+            return Present(blob=BLOB.decode(blob))
+        case [b"joined", number, owner, current, total, left_ms]:
+            return Joined(
+                fence_number=int(number),
+                owner=owner.decode(),
+                current_bytes=int(current),
+                total_bytes=int(total),
+                lease_remaining_s=left_ms / 1000,
+            )
+        case [b"aborting", number, left_ms]:
+            return Aborting(fence_number=int(number), lease_remaining_s=left_ms / 1000)
+        case _:
+            raise InternalError(f"flight_join answered {reply!r}")
 
 
 def _upload(fields: list[bytes] | None, parts: list[bytes]) -> UploadState | None:

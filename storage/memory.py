@@ -34,6 +34,7 @@ from cluster.errors import (
 from cluster.flight.values import (
     Aborting,
     Committed,
+    Elsewhere,
     Failed,
     Fence,
     FlightEvent,
@@ -349,30 +350,38 @@ class MemoryFlightStore:
     async def join(self, key: str, *, worker: str, token: str, ttl_s: float) -> JoinOutcome:
         """Join or own the flight of *key*."""
         memory = self._memory
-        if (blob := memory.blobs.get(_digest(key))) is not None:
-            return Present(blob=blob)
-        now_s = memory.now_s()
         flight = memory.flights.get(key)
-        if flight is not None and self._is_live(flight):
-            remaining_s = flight.expires_s - now_s
-            if flight.is_aborting:
-                return Aborting(fence_number=flight.fence.number, lease_remaining_s=remaining_s)
-            if flight.fence.token == token:
-                return Owned(fence=flight.fence, upload=self._upload(key))
-            memory.waiters.setdefault(key, {})[worker] = now_s + ttl_s
-            return Joined(
-                fence_number=flight.fence.number,
-                owner=flight.owner,
-                current_bytes=flight.current_bytes,
-                total_bytes=flight.total_bytes,
-                lease_remaining_s=remaining_s,
-            )
+        if flight is not None and flight.fence.token == token and self._is_live(flight) and not flight.is_aborting:
+            return Owned(fence=flight.fence, upload=self._upload(key))
+        if (joined := await self.join_another(key, worker=worker, ttl_s=ttl_s)) is not None:
+            return joined
         if flight is not None:
             self._settle(key, Vacated(fence_number=flight.fence.number))
         fence = Fence(key=key, epoch=memory.epoch, number=self._next_fence(), token=token)
-        memory.flights[key] = _Flight(fence=fence, owner=worker, expires_s=now_s + ttl_s)
+        memory.flights[key] = _Flight(fence=fence, owner=worker, expires_s=memory.now_s() + ttl_s)
         memory.waiters.get(key, {}).pop(worker, None)
         return Owned(fence=fence, upload=self._upload(key))
+
+    async def join_another(self, key: str, *, worker: str, ttl_s: float) -> Elsewhere | None:
+        """Join another's flight of *key*; None where nobody has one."""
+        memory = self._memory
+        if (blob := memory.blobs.get(_digest(key))) is not None:
+            return Present(blob=blob)
+        flight = memory.flights.get(key)
+        if flight is None or not self._is_live(flight):
+            return None
+        now_s = memory.now_s()
+        remaining_s = flight.expires_s - now_s
+        if flight.is_aborting:
+            return Aborting(fence_number=flight.fence.number, lease_remaining_s=remaining_s)
+        memory.waiters.setdefault(key, {})[worker] = now_s + ttl_s
+        return Joined(
+            fence_number=flight.fence.number,
+            owner=flight.owner,
+            current_bytes=flight.current_bytes,
+            total_bytes=flight.total_bytes,
+            lease_remaining_s=remaining_s,
+        )
 
     async def leave(self, key: str, *, worker: str) -> bool:
         """Stop waiting; tell whether nobody is left waiting."""

@@ -9,8 +9,19 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from cluster.fair.state import FairQueue, Ticket
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ask:
+    """One wait for a slot, and then the slot."""
+
+    ticket: Ticket
+    key: str
+    #: Done once the slot is there.
+    granted: asyncio.Future[None]
 
 
 class FairSlots:
@@ -19,54 +30,67 @@ class FairSlots:
     def __init__(self, slots: int) -> None:
         self._queue = FairQueue(slots)
         self._numbers = itertools.count(1)
-        #: Resolved by the grant, for each ticket that waits.
-        self._granted: dict[Ticket, asyncio.Future[None]] = {}
+        self._waiting: dict[Ticket, Ask] = {}
         #: What waits, by what it is for: mostly one ticket each.
         self._keys: dict[str, set[Ticket]] = {}
 
     def __repr__(self) -> str:
         return f"<FairSlots {self._queue.waiting} waiting>"
 
+    @property
+    def waiting(self) -> int:
+        """Return how many wait."""
+        return self._queue.waiting
+
     @asynccontextmanager
     async def slot(self, key: str, tenants: Iterable[str]) -> AsyncIterator[None]:
-        """Hold a slot; waits its turn.
+        """Hold a slot; waits its turn. See :meth:`ask`."""
+        ask = self.ask(key, tenants)
+        try:
+            await ask.granted
+            yield
+        finally:
+            # Also where it was granted in the very turn of the loop in which its waiter was cancelled.
+            self.leave(ask)
+
+    def ask(self, key: str, tenants: Iterable[str]) -> Ask:
+        """Stand in line for a slot, and keep it, until :meth:`leave`.
 
         Args:
             key: What it is for, as :meth:`also_for` names it.
             tenants: Who wants it; "" stands for nobody in particular, as does nobody.
         """
         ticket = Ticket(next(self._numbers))
-        granted = self._granted[ticket] = asyncio.get_running_loop().create_future()
+        ask = Ask(ticket, key, asyncio.get_running_loop().create_future())
+        self._waiting[ticket] = ask
         self._keys.setdefault(key, set()).add(ticket)
         for tenant in [*tenants] or [""]:
             self._queue.ask(ticket, tenant)
-        try:
-            try:
-                self._grant()
-                await granted
-            finally:
-                self._forget_wait(key, ticket)
-            yield
-        finally:
-            # Also where it was granted in the very turn of the loop in which its waiter was cancelled.
-            self._queue.leave(ticket)
-            self._grant()
+        self._grant()
+        return ask
+
+    def leave(self, ask: Ask) -> None:
+        """Give the slot to who is next, or one's place in the line up."""
+        if ask.ticket in self._waiting:
+            self._forget_wait(ask.ticket)
+        self._queue.leave(ask.ticket)
+        self._grant()
 
     def also_for(self, key: str, tenant: str) -> None:
         """Say that a tenant wants, too, what waits for a slot under that key; nothing where nothing does."""
         for ticket in self._keys.get(key, ()):
-            if not self._granted[ticket].done():
-                self._queue.ask(ticket, tenant)
+            self._queue.ask(ticket, tenant)
 
     def _grant(self) -> None:
         while (ticket := self._queue.grant()) is not None:
-            granted = self._granted[ticket]
+            granted = self._forget_wait(ticket).granted
             # One that has been cancelled, and has not run since, gives the slot back when it does.
             if not granted.done():
                 granted.set_result(None)
 
-    def _forget_wait(self, key: str, ticket: Ticket) -> None:
-        del self._granted[ticket]
-        self._keys[key].discard(ticket)
-        if not self._keys[key]:
-            del self._keys[key]
+    def _forget_wait(self, ticket: Ticket) -> Ask:
+        ask = self._waiting.pop(ticket)
+        self._keys[ask.key].discard(ticket)
+        if not self._keys[ask.key]:
+            del self._keys[ask.key]
+        return ask

@@ -28,17 +28,17 @@ from cluster.errors import (
     StaleFenceError,
     UnavailableError,
 )
-from cluster.fair.runner import FairSlots
+from cluster.fair.runner import Ask, FairSlots
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.access import Admission
 from cluster.flight.runner import FlightContext, FlightOutcome, Flights
 from cluster.flight.values import (
     Aborting,
     Committed,
+    Elsewhere,
     Failed,
     Fence,
     Joined,
-    JoinOutcome,
     Owned,
     Present,
     Progressed,
@@ -130,6 +130,18 @@ class _Arrival:
     source: str
     #: True where another process's flight, or an earlier one, brought it.
     elsewhere: bool
+
+
+#: Seconds from one look for another's flight to the next, times the number of fetches that wait for a slot.
+_LOOK_PACE_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """The flight is ours, and a slot to fetch in."""
+
+    owned: Owned
+    slot: Ask
 
 
 class _OwnershipLostError(Exception):
@@ -297,13 +309,14 @@ class Unlazier:
         key = f"blob:{descriptor.digest}"
         async with contextlib.AsyncExitStack() as room:
             has_waited = False
-            outcome = await self._join(key)
+            outcome: _Turn | Elsewhere | None = None
             while True:
                 match outcome:
+                    case None:
+                        outcome = await self._turn(key, context)
                     case Present(blob=blob):
                         return _Arrival(blob=blob, bytes_fetched=0, source="present", elsewhere=True)
-                    case Owned():
-                        await ahit(FaultPoint.FLIGHT_OWNED)
+                    case _Turn():
                         try:
                             with contextlib.suppress(_OwnershipLostError):
                                 return await self._own(descriptor, outcome, context)
@@ -313,7 +326,7 @@ class Unlazier:
                             # Not as its owner: another node, which has room, may fetch it meanwhile.
                             has_waited = True
                             await self._wait_for_room(descriptor, room)
-                        outcome = await self._join(key)
+                        outcome = None
                     case Joined():
                         await ahit(FaultPoint.FLIGHT_JOINED)
                         ended = await self._wait(key, outcome, context)
@@ -322,7 +335,7 @@ class Unlazier:
                         outcome = ended
                     case Aborting(fence_number=number, lease_remaining_s=remaining_s):
                         await self._wait_end(key, number, remaining_s)
-                        outcome = await self._join(key)
+                        outcome = None
                     case _:
                         assert_never(outcome)
 
@@ -353,10 +366,32 @@ class Unlazier:
         part = Part.of_blob(blob.digest, blob.size_bytes)
         return self._disk.reserved(f"fetching {blob.digest}", [part], on_wait)
 
-    async def _join(self, key: str) -> JoinOutcome:
-        return await self._store.join(key, worker=self._worker, token=self._new_token(), ttl_s=self._ttl_s)
+    async def _turn(self, key: str, context: FlightContext[Caller]) -> _Turn | Elsewhere:
+        """Own the flight, with a slot to fetch in; or return where else the blob is, or comes from.
 
-    async def _wait(self, key: str, joined: Joined, context: FlightContext[Caller]) -> _Arrival | JoinOutcome:
+        Nobody owns what it has no slot for: a node with a free one takes it meanwhile, and an owner that dies
+        leaves few flights behind, so that few of those who wait find out at the same moment.
+        """
+        slot = self._slots.ask(key, (caller.tenant for caller in context.callers))
+        is_kept = False
+        try:
+            while not slot.granted.done():
+                if (elsewhere := await self._join_another(key)) is not None:
+                    return elsewhere
+                await asyncio.wait([slot.granted], timeout=max(self._poll_s, self._slots.waiting * _LOOK_PACE_S))
+            outcome = await self._store.join(key, worker=self._worker, token=self._new_token(), ttl_s=self._ttl_s)
+            if not isinstance(outcome, Owned):
+                return outcome
+            is_kept = True
+            return _Turn(outcome, slot)
+        finally:
+            if not is_kept:
+                self._slots.leave(slot)
+
+    async def _join_another(self, key: str) -> Elsewhere | None:
+        return await self._store.join_another(key, worker=self._worker, ttl_s=self._ttl_s)
+
+    async def _wait(self, key: str, joined: Joined, context: FlightContext[Caller]) -> _Arrival | Elsewhere | None:
         """Wait for another process's flight; where it ended without an outcome, return what joining again came to.
 
         Raises:
@@ -377,13 +412,13 @@ class Unlazier:
             case Failed(error=error):
                 raise decode_error(error)
             case Vacated():
-                return await self._join(key)
+                return None
             case _:
                 return ended
 
     async def _hear_end(
         self, key: str, joined: Joined, context: FlightContext[Caller]
-    ) -> Committed | Failed | Vacated | JoinOutcome:
+    ) -> Committed | Failed | Vacated | Elsewhere | None:
         """Listen until the flight under that fence ends; return how, or what joining again came to instead.
 
         A look at a flight that goes on costs one operation, to join it again: thousands of nodes wait for dozens of
@@ -398,7 +433,7 @@ class Unlazier:
                     async with asyncio.timeout(max(0.01, due_s - self._clock())):
                         event = await anext(events)
                 except (TimeoutError, StopAsyncIteration):
-                    again = await self._join(key)
+                    again = await self._join_another(key)
                     if not isinstance(again, Joined) or again.fence_number != joined.fence_number:
                         return await self._unheard_end(key, joined, again)
                     due_s = self._due_s(again)
@@ -414,14 +449,12 @@ class Unlazier:
         """Return when to look at a flight that nothing is heard of."""
         return self._clock() + min(self._poll_s, joined.lease_remaining_s + 0.05)
 
-    async def _unheard_end(self, key: str, joined: Joined, again: JoinOutcome) -> Committed | Failed | JoinOutcome:
+    async def _unheard_end(
+        self, key: str, joined: Joined, again: Elsewhere | None
+    ) -> Committed | Failed | Elsewhere | None:
         """Return how the flight that was waited for ended, where that is known, else what joining again came to."""
         ended = await self._store.outcome(key, joined.fence_number)
-        if not isinstance(ended, Committed | Failed):
-            return again
-        if isinstance(again, Owned):  # those who waited share the error: whoever comes next starts afresh
-            await self._store.vacate(again.fence)
-        return ended
+        return ended if isinstance(ended, Committed | Failed) else again
 
     async def _leave(self, key: str) -> None:
         """Stop waiting. Whether the work goes on is the owner's affair: it may have callers of its own."""
@@ -440,10 +473,11 @@ class Unlazier:
 
     # -- owning ------------------------------------------------------------------------------------
 
-    async def _own(self, descriptor: Descriptor, owned: Owned, context: FlightContext[Caller]) -> _Arrival:
+    async def _own(self, descriptor: Descriptor, turn: _Turn, context: FlightContext[Caller]) -> _Arrival:
         """Run the flight in a task of its own and wait for it; leaving it alone if others wait."""
-        ownership = _Ownership(owned)
+        ownership = _Ownership(turn.owned)
         ownership.task = asyncio.create_task(self._run_owned(descriptor, ownership, context))
+        ownership.task.add_done_callback(lambda _: self._slots.leave(turn.slot))
         self._track(ownership.task)
         try:
             return await asyncio.shield(ownership.task)
@@ -489,6 +523,7 @@ class Unlazier:
     ) -> _Arrival:
         """Fetch, commit and end the flight; whatever happens, the flight is told of it."""
         fence = ownership.fence
+        await ahit(FaultPoint.FLIGHT_OWNED)
         self._renewer.keep(fence, ttl_s=self._ttl_s, on_lost=ownership.lose_from_thread)
         try:
             return await self._fetch_and_commit(descriptor, ownership, context)
@@ -531,8 +566,7 @@ class Unlazier:
             ownership.asked.update(context.callers)
             return context.callers
 
-        async with self._slots.slot(context.key, (caller.tenant for caller in context.callers)):
-            fetched = await self._transfers.fetch(descriptor, callers, fence, ownership.upload, context.report)
+        fetched = await self._transfers.fetch(descriptor, callers, fence, ownership.upload, context.report)
         is_committed = False
         try:
             await ahit(FaultPoint.COMMIT_BEFORE)

@@ -72,7 +72,9 @@ class Aborting:
     lease_remaining_s: float
 
 
-JoinOutcome = Present | Owned | Joined | Aborting
+#: Where a blob is, or comes from, without one's own doing.
+Elsewhere = Present | Joined | Aborting
+JoinOutcome = Elsewhere | Owned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,9 @@
--- Join the flight of a key, or own it.
+-- Join the flight of a key, or own it where nobody does.
 --
 -- KEYS[1] prefix of the farm's keys
 -- ARGV[1] key
 -- ARGV[2] worker that asks
--- ARGV[3] token of this attempt
+-- ARGV[3] token of this attempt; '' to join only
 -- ARGV[4] milliseconds that an owner or a waiter lives without renewing
 -- ARGV[5] a random name, for a data set that has no epoch yet
 -- ARGV[6] version of payloads
@@ -12,6 +12,7 @@
 --             a flat list of numbers and ETags; taken over is 1 where another's hold had lapsed, else 0
 --         {'joined', fence, owner, current bytes, total bytes, milliseconds left to the owner}
 --         {'aborting', fence, milliseconds left}
+--         {'free'}: nobody owns it, and this attempt was to join only; nothing has changed
 -- Safe to repeat: who owns already, by the same token, is told so again.
 -- include: time
 -- include: flight
@@ -45,6 +46,10 @@ if left > 0 then
   redis.call('ZADD', waiters, now + ttl, worker)
   redis.call('EXPIRE', waiters, DAY_S)
   return {'joined', last, held[3], held[6], held[7], left}
+end
+
+if token == '' then
+  return {'free'}
 end
 
 if last then

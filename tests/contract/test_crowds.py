@@ -84,7 +84,7 @@ class Worker:
     @property
     def in_line(self):
         """Return how many layers wait for a slot."""
-        return self.unlazier._slots._queue.waiting
+        return self.unlazier._slots.waiting
 
 
 @pytest.fixture

@@ -94,6 +94,41 @@ async def test_keys_fly_apart(stores):
     assert other.fence.epoch == fence.epoch
 
 
+async def join_another(stores, worker="n1"):
+    return await stores.flights.join_another(KEY, worker=worker, ttl_s=TTL_S)
+
+
+async def test_who_only_joins_waits_as_any_other(stores):
+    """It joins a flight that somebody has, and is counted among those who wait for it; or it learns of the blob."""
+    fence = await own(stores)
+    joined = await join_another(stores)
+    assert isinstance(joined, Joined)
+    assert (joined.fence_number, joined.owner) == (fence.number, "n0")
+    assert (await stores.flights.state(KEY))["waiters"] == 1
+    await stores.flights.commit(fence, blob(fence))
+    assert await join_another(stores) == Present(blob=blob(fence))
+
+
+async def test_who_only_joins_meets_an_owner_that_stops(stores):
+    """It is told so, as any other."""
+    fence = await own(stores)
+    assert await stores.flights.abort_if_unwanted(fence)
+    outcome = await join_another(stores)
+    assert isinstance(outcome, Aborting)
+    assert outcome.fence_number == fence.number
+
+
+async def test_who_only_joins_never_owns(stores):
+    """Where nobody has a flight, or its owner's hold has lapsed, nothing comes of it: the next may own as ever."""
+    assert await join_another(stores) is None
+    assert await stores.flights.state(KEY) is None
+    fence = await own(stores)
+    stores.pass_time(TTL_S + 0.1)
+    assert await join_another(stores) is None
+    assert await stores.flights.outcome(KEY, fence.number) is None
+    assert (await own(stores, "n2")).number > fence.number
+
+
 async def test_joining_again_with_the_same_token_is_the_same_ownership(stores):
     """An owner whose answer was lost asks again with its token, and owns under the same fence."""
     fence = await own(stores)

@@ -182,9 +182,9 @@ async def test_a_flood_of_downloads_lets_a_late_caller_in(node):
         node.store_blob(data, digest_of(data))
     async with node.no_slot_free():
         flood = [asyncio.create_task(read(data, "flood")) for data in datas]
-        await eventually(lambda: node.blobs._slots._queue.waiting == len(datas))
+        await eventually(lambda: node.blobs._slots.waiting == len(datas))
         late = asyncio.create_task(read(DATA, "late"))
-        await eventually(lambda: node.blobs._slots._queue.waiting == len(datas) + 1)
+        await eventually(lambda: node.blobs._slots.waiting == len(datas) + 1)
     await asyncio.wait_for(asyncio.gather(late, *flood), 30)
     assert ended.index("late") < 20
 

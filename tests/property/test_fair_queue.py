@@ -264,7 +264,7 @@ async def test_no_wake_up_is_lost(seed):
     assert most == SLOTS
     assert done >= 30
     slots._queue.validate()
-    assert (slots._queue._free, slots._queue._tenants, slots._granted, slots._keys) == (SLOTS, {}, {}, {})
+    assert (slots._queue._free, slots._queue._tenants, slots._waiting, slots._keys) == (SLOTS, {}, {}, {})
 
 
 class ForgetsToWake(FairSlots):

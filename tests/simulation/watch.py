@@ -238,6 +238,13 @@ class WatchedFlights:
         self._watch.joined(key, worker, ttl_s, outcome, was_waiting=was_waiting)
         return outcome
 
+    async def join_another(self, key, *, worker, ttl_s):
+        was_waiting = worker in self._redis.memory.waiters.get(key, ())
+        outcome = await self._flights.join_another(key, worker=worker, ttl_s=ttl_s)
+        if outcome is not None:
+            self._watch.joined(key, worker, ttl_s, outcome, was_waiting=was_waiting)
+        return outcome
+
     def renew(self, fence, ttl_s):
         is_owner = self._flights.renew(fence, ttl_s)
         if is_owner:

@@ -336,12 +336,12 @@ async def test_a_look_at_a_flight_that_goes_on_is_one_question(cluster, monkeypa
 
         monkeypatch.setattr(b.flights, name, call)
 
-    for name in ("join", "outcome", "events"):
+    for name in ("join_another", "outcome", "events"):
         counted(name)
     first = await a.call("l1")
     fetch = await a.transfers.arrival()
     second = await b.call("l2")
-    await eventually(lambda: asked["join"] >= 5)
+    await eventually(lambda: asked["join_another"] >= 5)
     assert (asked["events"], asked["outcome"]) == (1, 1)
     fetch.proceed.set()
     await asyncio.gather(first, second)
@@ -681,12 +681,48 @@ async def test_transfers_wait_for_their_slot_and_still_can_be_cancelled(cluster)
     fetch = await process.transfers.arrival()
     await cluster.leases.create(LeaseId("l2"), ttl_s=None)
     second = asyncio.create_task(process.unlazier.unlazy(other, caller_of("l2")))
-    await eventually(lambda: f"blob:{other.digest}" in cluster.memory.flights)
+    await eventually(lambda: process.unlazier._slots.waiting == 1)
     second.cancel()
     assert (await ended(second)).cancelled()
-    assert f"blob:{other.digest}" not in cluster.memory.flights
+    assert process.unlazier._slots.waiting == 0
     fetch.proceed.set()
     await first
+
+
+async def test_what_has_no_slot_is_anothers_to_fetch(cluster):
+    """A layer that waits for a slot here is owned by nobody: a node with a free one fetches it, for both."""
+    full, roomy = cluster.process("full", max_transfers=1, poll_s=0.02), cluster.process("roomy")
+    other = layer_of(b"another blob")
+    first = await full.call("l1")
+    fetch = await full.transfers.arrival()
+    await cluster.leases.create(LeaseId("l2"), ttl_s=None)
+    second = asyncio.create_task(full.unlazier.unlazy(other, caller_of("l2")))
+    await eventually(lambda: full.unlazier._slots.waiting == 1)
+    assert f"blob:{other.digest}" not in cluster.memory.flights
+
+    await cluster.leases.create(LeaseId("l3"), ttl_s=None)
+    third = asyncio.create_task(roomy.unlazier.unlazy(other, caller_of("l3")))
+    (await roomy.transfers.arrival()).proceed.set()
+    joined, fetched = await asyncio.wait_for(asyncio.gather(second, third), 5.0)
+    assert (joined.joined, fetched.joined) == (True, False)
+    assert not first.done()
+    assert full.unlazier._slots.waiting == 0
+    fetch.proceed.set()
+    await first
+
+
+async def test_a_slot_that_comes_while_another_is_joined_goes_on(cluster):
+    """Who finds another's flight gives its place up, and the slot, where it has just got that."""
+    process = cluster.process("a", max_transfers=1)
+    await process.flights.join(KEY, worker="other", token="t", ttl_s=TTL_S)
+    waiting = await process.call("l1")
+    await eventually(lambda: cluster.memory.waiters.get(KEY))
+    other = layer_of(b"another blob")
+    process.transfers.open()
+    await cluster.leases.create(LeaseId("l2"), ttl_s=None)
+    await asyncio.wait_for(process.unlazier.unlazy(other, caller_of("l2")), 5.0)
+    waiting.cancel()
+    await ended(waiting)
 
 
 async def test_a_flood_lets_a_late_caller_in(cluster):
@@ -695,9 +731,9 @@ async def test_a_flood_lets_a_late_caller_in(cluster):
     await cluster.leases.create(LeaseId("l1"), ttl_s=None)
     layers = [layer_of(b"blob %d" % number) for number in range(200)]
     tasks = [asyncio.create_task(process.unlazier.unlazy(one, caller_of("l1", tenant="flood"))) for one in layers]
-    await eventually(lambda: process.unlazier._slots._queue.waiting == 198)
+    await eventually(lambda: process.unlazier._slots.waiting == 198)
     late = await process.call("l2", tenant="late")
-    await eventually(lambda: process.unlazier._slots._queue.waiting == 199)
+    await eventually(lambda: process.unlazier._slots.waiting == 199)
     process.transfers.open()
     await asyncio.gather(late, *tasks)
     fetched = [fetch.descriptor.digest for fetch in process.transfers.fetches]
@@ -711,7 +747,7 @@ async def test_a_late_caller_of_what_a_flood_asked_for_is_not_last(cluster):
     await cluster.leases.create(LeaseId("l1"), ttl_s=None)
     layers = [*(layer_of(b"blob %d" % number) for number in range(200)), LAYER]
     tasks = [asyncio.create_task(process.unlazier.unlazy(one, caller_of("l1", tenant="flood"))) for one in layers]
-    await eventually(lambda: process.unlazier._slots._queue.waiting == 199)
+    await eventually(lambda: process.unlazier._slots.waiting == 199)
     late = await process.call("l2", tenant="late")
     process.transfers.open()
     await asyncio.gather(late, *tasks)
