@@ -43,7 +43,7 @@ class Supervisor:
         self._loop_task: asyncio.Task[object] | None = None
 
     async def _build(self) -> Presence:
-        self._stores = build_stores(self._starter.boot.config)
+        self._stores = build_stores(self._starter.boot.config, name=self._starter.boot.name)
         return self._stores.presence
 
     def config_digest(self) -> str:

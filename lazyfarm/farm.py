@@ -71,6 +71,7 @@ from lazyfarm.ref import Ref
 from lazyfarm.session import Session
 from lazyfarm.settings import load_settings
 from lazyfarm.verify import FarmVerify
+from storage.audit import RedisAudit
 from storage.collect import RedisCollectStore
 from storage.connect import connect
 from storage.keys import Keys
@@ -107,10 +108,11 @@ class Farm:
         self._session = session
         self._link = connect(config.redis)
         keys = Keys(config.farm.name)
-        self._refs = RedisRefStore(self._link, keys)
+        self._audit = RedisAudit(self._link, keys, config.audit, by=session.session_id)
+        self._refs = RedisRefStore(self._link, keys, self._audit)
         self._leases = RedisLeaseStore(self._link, keys)
         self._pins = FarmLeases.over(self._link, keys, config.cache)
-        self._collection = FarmCollection.over(self._link, keys, config.collect)
+        self._collection = FarmCollection.over(self._link, keys, config.collect, self._audit)
         self._presence = Presence(self._link, keys)
         self._verify = FarmVerify(
             refs=self._refs,
@@ -122,7 +124,7 @@ class Farm:
         self._progress = RedisProgressStore(self._link, keys)
         self._ring = ShardRing(config.cache.shards)
         self._handles: dict[str, FetchWorkerHandle] = {}
-        self._builds = Builds(self, config, session, self._link)
+        self._builds = Builds(self, config, session, self._link, self._audit)
         self._ends: set[asyncio.Task[None]] = set()
         self._is_closed = False
 

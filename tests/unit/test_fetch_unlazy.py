@@ -555,7 +555,7 @@ async def test_a_flight_that_is_lost_while_it_fails_still_fails_well(cluster):
     process.transfers.plan = [BlobNotFoundError(LAYER.digest, "r.example/app")]
     telling, told = asyncio.Event(), asyncio.Event()
 
-    async def fail(fence, error):
+    async def fail(fence, error, *, entry):
         telling.set()
         await told.wait()
 
@@ -725,8 +725,8 @@ async def test_a_renewal_that_meets_the_commit_is_no_loss(cluster, monkeypatch):
     process = cluster.process("a")
     commit = process.flights.commit
 
-    async def committed_and_renewed(fence, blob):
-        await commit(fence, blob)
+    async def committed_and_renewed(fence, blob, **noted):
+        await commit(fence, blob, **noted)
         process.renewer.lose()
         await asyncio.sleep(0)
 

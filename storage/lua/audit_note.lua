@@ -1,0 +1,11 @@
+-- Append entries to the audit stream: those of no step that changes anything else here.
+--
+-- KEYS[1]  prefix of the farm's keys
+-- ARGV[1]  limits of the stream (lib/audit.lua)
+-- ARGV[2…] entries, payloads
+-- include: time
+-- include: audit
+local now = now_ms()
+for i = 2, #ARGV do
+  audit_note(KEYS[1], ARGV[1], ARGV[i], now)
+end

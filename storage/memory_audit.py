@@ -1,0 +1,45 @@
+"""Verified fake of the audit stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+from cluster.audit import AuditEntry
+from cluster.config import AuditConfig
+from storage.memory import Memory
+
+_LOOK_S = 0.005
+
+
+class MemoryAudit:
+    """Fake of :class:`storage.audit.RedisAudit`."""
+
+    def __init__(self, memory: Memory, config: AuditConfig, *, by: str = "") -> None:
+        self._memory = memory
+        self._config = config
+        self._by = by
+
+    def note(self, *entries: AuditEntry) -> None:
+        """Append entries."""
+        for entry in entries:
+            self._memory.note(replace(entry, by=entry.by or self._by), most=self._config.most_entries)
+
+    async def entries(self, *, since_wall_s: float = 0.0) -> AsyncIterator[AuditEntry]:
+        """Yield what is kept, oldest first."""
+        start_s = max(since_wall_s, self._memory.now_s() - self._config.keep_s)
+        for entry in [entry for entry in self._memory.audit if entry.wall_s >= start_s]:
+            yield entry
+
+    async def follow(self, *, since_wall_s: float = 0.0) -> AsyncIterator[AuditEntry]:
+        """Yield what is kept, then what comes."""
+        told = self._memory.audited
+        async for entry in self.entries(since_wall_s=since_wall_s):
+            yield entry
+        while True:
+            new = self._memory.audited - told
+            told = self._memory.audited
+            for entry in list(self._memory.audit)[-new:] if new else ():
+                yield entry
+            await asyncio.sleep(_LOOK_S)
