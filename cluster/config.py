@@ -257,7 +257,7 @@ class AuditConfig:
     #: Entries kept at most; 0: none are written.
     most_entries: int = 100_000
     #: Seconds that an entry is kept.
-    keep_s: float = 7 * 24 * 3600.0
+    retention_s: float = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -624,11 +624,11 @@ class AuditNotes(Protocol):
 class AuditLog(AuditNotes, Protocol):
     """The audit stream of a farm: cut to a number of entries, and to a time."""
 
-    def entries(self, *, since_wall_s: float = 0.0) -> AsyncIterator[AuditEntry]:
-        """Yield what is kept from *since_wall_s* on (the store's clock), oldest first; raises UnavailableError."""
+    def entries(self, *, last_s: float | None = None) -> AsyncIterator[AuditEntry]:
+        """Yield what is kept of the last *last_s* seconds, None for all, oldest first; raises UnavailableError."""
         ...
 
-    def follow(self, *, since_wall_s: float = 0.0) -> AsyncIterator[AuditEntry]:
+    def follow(self, *, last_s: float | None = None) -> AsyncIterator[AuditEntry]:
         """Yield the same, and then what comes, for ever."""
         ...
 

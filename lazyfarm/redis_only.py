@@ -34,6 +34,13 @@ def own_audit(link: RedisLink, keys: Keys, config: AuditConfig) -> RedisAudit:
 
 
 @asynccontextmanager
+async def open_audit(settings: FarmSettings) -> AsyncIterator[RedisAudit]:
+    """Connect to a farm's audit stream for as long as the body runs; raises as :func:`connected`."""
+    async with connection(settings) as (link, keys):
+        yield own_audit(link, keys, settings.config.audit)
+
+
+@asynccontextmanager
 async def connection(settings: FarmSettings) -> AsyncIterator[tuple[RedisLink, Keys]]:
     """Connect to a farm's Redis for as long as the body runs; raises as :func:`connected`."""
     link, keys = connected(settings)

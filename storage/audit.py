@@ -42,9 +42,9 @@ class RedisAudit:
         self._link = link
         self._keys = keys
         self._by = by
-        self._keep_s = config.keep_s
+        self._retention_s = config.retention_s
         #: As scripts take them (lua/lib/audit.lua).
-        self.limits = f"{config.most_entries} {round(config.keep_s * 1000)}" if config.most_entries else ""
+        self.limits = f"{config.most_entries} {round(config.retention_s * 1000)}" if config.most_entries else ""
         self._waiting: list[bytes] = []
 
     def note(self, *entries: AuditEntry) -> None:
@@ -63,9 +63,9 @@ class RedisAudit:
         payloads, self._waiting = self._waiting, []
         self._link.run_soon("audit_note", self._keys.prefix, self.limits, *payloads)
 
-    async def entries(self, *, since_wall_s: float = 0.0) -> AsyncIterator[AuditEntry]:
+    async def entries(self, *, last_s: float | None = None) -> AsyncIterator[AuditEntry]:
         """Yield what is kept, oldest first."""
-        start = await self._start(since_wall_s)
+        start = await self._start(last_s)
         while True:
             command = ("XRANGE", self._keys.audit, start, "+", "COUNT", _READ)
             read = await self._link.execute(*command, may_repeat=True)
@@ -76,10 +76,10 @@ class RedisAudit:
                 return
             start = b"(" + read[-1][0]
 
-    async def follow(self, *, since_wall_s: float = 0.0) -> AsyncIterator[AuditEntry]:
+    async def follow(self, *, last_s: float | None = None) -> AsyncIterator[AuditEntry]:
         """Yield what is kept, oldest first, then what comes, for ever; Redis may be away for a while."""
         # XREAD gives what comes after an ID, and that of the first millisecond may be wanted.
-        last: bytes = b"%d-0" % max(0, await self._start(since_wall_s) - 1)
+        last: bytes = b"%d-0" % max(0, await self._start(last_s) - 1)
         # A blocking read holds up whatever comes after it on its connection.
         link = self._link.clone()
         block_ms = int(min(_BLOCK_S, link.address.timeout_s / 3) * 1000)
@@ -102,10 +102,11 @@ class RedisAudit:
         finally:
             await link.close()
 
-    async def _start(self, since_wall_s: float) -> int:
+    async def _start(self, last_s: float | None) -> int:
         """Return the milliseconds from which on entries are wanted and may be shown, by Redis's clock."""
-        seconds, _ = await self._link.execute("TIME", may_repeat=True)
-        return max(0, round(max(since_wall_s, int(seconds) - self._keep_s) * 1000))
+        seconds, microseconds = await self._link.execute("TIME", may_repeat=True)
+        back_s = self._retention_s if last_s is None else min(last_s, self._retention_s)
+        return max(0, round((int(seconds) + int(microseconds) / 1e6 - back_s) * 1000))
 
 
 def noted(audit: RedisAudit | None, entry: AuditEntry | None) -> tuple[str, bytes]:

@@ -68,7 +68,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``ops:NODE`` | zset | run of an op there → until when that is believed, milliseconds |
 | ``traffic`` | hash | a figure of :class:`cluster.traffic.Traffic` → its sum |
 | ``traffic:SECONDS`` | hash, a week | the same, of the five minutes that began then |
-| ``audit`` | stream, ``audit.keep_s`` | payloads ``audit`` (:class:`cluster.audit.AuditEntry`) |
+| ``audit`` | stream, ``audit.retention_s`` | payloads ``audit`` (:class:`cluster.audit.AuditEntry`) |
 | ``mark`` | string | ID of these records: with the farm's name, its mark in the bucket |
 | ``nodes`` | string | payload ``nodes``: the nodes as the supervisor last saw them |
 | ``actors`` | hash | actor name → payload ``actor`` |

@@ -26,16 +26,17 @@ class MemoryAudit:
         for entry in entries:
             self._memory.note(replace(entry, by=entry.by or self._by), most=self._config.most_entries)
 
-    async def entries(self, *, since_wall_s: float = 0.0) -> AsyncIterator[AuditEntry]:
+    async def entries(self, *, last_s: float | None = None) -> AsyncIterator[AuditEntry]:
         """Yield what is kept, oldest first."""
-        start_s = max(since_wall_s, self._memory.now_s() - self._config.keep_s)
+        back_s = self._config.retention_s if last_s is None else min(last_s, self._config.retention_s)
+        start_s = self._memory.now_s() - back_s
         for entry in [entry for entry in self._memory.audit if entry.wall_s >= start_s]:
             yield entry
 
-    async def follow(self, *, since_wall_s: float = 0.0) -> AsyncIterator[AuditEntry]:
+    async def follow(self, *, last_s: float | None = None) -> AsyncIterator[AuditEntry]:
         """Yield what is kept, then what comes."""
         told = self._memory.audited
-        async for entry in self.entries(since_wall_s=since_wall_s):
+        async for entry in self.entries(last_s=last_s):
             yield entry
         while True:
             new = self._memory.audited - told

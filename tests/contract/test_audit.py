@@ -44,8 +44,7 @@ async def test_what_was_noted_is_told_in_its_order(stores):
     assert now_s - 60 < first.wall_s <= now_s
     stores.pass_time(60.0)
     stores.audit.note(AuditEntry(operation=Operation.PULL))
-    since_s = await stores.collect.now_wall_s() - 30
-    assert [entry.operation for entry in await told(stores, since_wall_s=since_s)] == ["pull"]
+    assert [entry.operation for entry in await told(stores, last_s=30.0)] == ["pull"]
 
 
 async def test_more_than_may_be_kept_is_not(stores):
@@ -62,8 +61,8 @@ async def test_what_is_too_old_is_neither_shown_nor_kept(stores):
     """Also where it is asked for."""
     stores.audit.note(*(AuditEntry(operation="old", fence=i) for i in range(100)))
     await told(stores)
-    stores.pass_time(AUDIT.keep_s + 1)
-    assert await told(stores) == await told(stores, since_wall_s=1.0) == []
+    stores.pass_time(AUDIT.retention_s + 1)
+    assert await told(stores) == await told(stores, last_s=10 * AUDIT.retention_s) == []
     stores.audit.note(*(AuditEntry(operation="new", fence=i) for i in range(5)))
     assert {entry.operation for entry in await told(stores)} == {"new"}
 
@@ -74,15 +73,15 @@ async def test_redis_keeps_no_entry_for_longer_than_it_is_shown(redis_farm):
     (link, key) = redis_farm.links[0], redis_farm.keys.audit
     stores.audit.note(*(AuditEntry(operation="old", fence=i) for i in range(150)))
     await told(stores)
-    assert 0 < await link.execute("PTTL", key) <= AUDIT.keep_s * 1000
-    stores.pass_time(AUDIT.keep_s - 1)
+    assert 0 < await link.execute("PTTL", key) <= AUDIT.retention_s * 1000
+    stores.pass_time(AUDIT.retention_s - 1)
     stores.audit.note(AuditEntry(operation="new"))
     stores.pass_time(2)
     stores.audit.note(AuditEntry(operation="new"))
     assert len(await told(stores)) == 2
     kept = await link.execute("XRANGE", key, "-", "+")
     assert len(kept) < 100
-    stores.pass_time(AUDIT.keep_s + 1)
+    stores.pass_time(AUDIT.retention_s + 1)
     assert await link.execute("EXISTS", key) == 0
 
 

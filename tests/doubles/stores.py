@@ -63,7 +63,7 @@ SLOW_RATE = 0.5
 BREAKER = BreakerLimits(failures=3, open_s=31.0)
 
 #: What the audit stream keeps.
-AUDIT = AuditConfig(most_entries=200, keep_s=3600.0)
+AUDIT = AuditConfig(most_entries=200, retention_s=3600.0)
 
 _BREAKER = {"breaker_failures": BREAKER.failures, "breaker_open_s": BREAKER.open_s}
 _REGISTRIES = {
