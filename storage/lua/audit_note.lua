@@ -5,7 +5,5 @@
 -- ARGV[2…] entries, payloads
 -- include: time
 -- include: audit
-local now = now_ms()
-for i = 2, #ARGV do
-  audit_note(KEYS[1], ARGV[1], ARGV[i], now)
-end
+local limits = table.remove(ARGV, 1)
+audit_note(KEYS[1], limits, ARGV, now_ms())

@@ -21,5 +21,5 @@ local now = now_ms()
 if ARGV[4] ~= '' then
   redis.call('ZADD', KEYS[1] .. ':deleting', now + tonumber(ARGV[4]), ARGV[1] .. ' ' .. ARGV[2])
 end
-audit_note(KEYS[1], ARGV[5], ARGV[6], now)
+audit_note(KEYS[1], ARGV[5], {ARGV[6]}, now)
 return 1

@@ -39,5 +39,5 @@ lease_hold(prefix, lease, key)
 upload_forget(prefix, key)
 redis.call('DEL', flight_key(prefix, key), waiters_key(prefix, key))
 flight_settle(prefix, key, ARGV[3], ARGV[7])
-audit_note(prefix, ARGV[11], ARGV[12], now)
+audit_note(prefix, ARGV[11], {ARGV[12]}, now)
 return 1

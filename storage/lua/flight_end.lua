@@ -20,5 +20,5 @@ if ARGV[6] ~= '1' then
   redis.call('DEL', waiters_key(prefix, key))
 end
 flight_settle(prefix, key, ARGV[3], ARGV[5])
-audit_note(prefix, ARGV[7], ARGV[8], now)
+audit_note(prefix, ARGV[7], {ARGV[8]}, now)
 return 1

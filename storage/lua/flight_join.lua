@@ -66,9 +66,9 @@ redis.call('ZREM', waiters, worker)
 flight_note(prefix, key, now)
 local answer = owned(epoch, tostring(fence), last and 1 or 0)
 if last then
-  audit_note(prefix, ARGV[7], cmsgpack.pack({tonumber(ARGV[6]), 'audit', {
+  audit_note(prefix, ARGV[7], {cmsgpack.pack({tonumber(ARGV[6]), 'audit', {
     operation = 'take-over', outcome = answer[4] and 'resumed' or 'afresh', by = worker, source = held[3],
     digest = string.match(key, '^blob:(.+)$') or '', fence = fence,
-  }}), now)
+  }})}, now)
 end
 return answer

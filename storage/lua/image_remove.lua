@@ -40,5 +40,5 @@ for _, name in ipairs(names) do
   redis.call('DEL', prefix .. ':holders:image:' .. name)
 end
 redis.call('HDEL', prefix .. ':images:digest', manifest)
-audit_note(prefix, ARGV[3], ARGV[4], now)
+audit_note(prefix, ARGV[3], {ARGV[4]}, now)
 return {'removed', documents_release(prefix, manifest, image.config.digest, now, tonumber(ARGV[2]))}

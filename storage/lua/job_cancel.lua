@@ -17,7 +17,7 @@ if not state or ENDS[state] then
   return state
 end
 if redis.call('HGET', job_key(prefix, id), 'cancel') ~= '1' then
-  audit_note(prefix, ARGV[3], ARGV[4], now_ms())
+  audit_note(prefix, ARGV[3], {ARGV[4]}, now_ms())
 end
 redis.call('HSET', job_key(prefix, id), 'cancel', 1)
 if state == 'queued' then

@@ -75,5 +75,5 @@ end
 for manifest, image in pairs(documents) do
   freed = freed + documents_release(prefix, manifest, image.config.digest, now, grace)
 end
-audit_note(prefix, ARGV[3], ARGV[4], now)
+audit_note(prefix, ARGV[3], {ARGV[4]}, now)
 return {'removed', freed}
