@@ -29,6 +29,8 @@ from cluster.messages import AssembleRequest, ResolveRequest
 from cluster.progress import LayerPhase
 from cluster.provider import DescHandler, ProviderHandle
 from lazyfarm import blocking
+from lazyfarm.graph import image as graph_image
+from lazyfarm.graph import scratch
 from tests.doubles.program import program_image
 from tests.doubles.registry import (
     HTPASSWD_PASSWORD,
@@ -359,6 +361,9 @@ async def test_the_audit_stream_tells_who_had_what_as_whom_and_from_where(farm, 
             ]
             told = [(e.operation, e.outcome, e.who) for e in entries]
             explained = await first.audit(digest=image.layers[0].digest)
+            job = first.solve(scratch().copy(graph_image(name), "/data-0", "/copied"))
+            await job
+            built = await first.audit(job=job.id)
     one, two = first.session_id, second.session_id
     assert told.count(("pull", "ok", one)) == told.count(("pull", "ok", two)) == 1
     assert told.count(("unlazy", "fetched", one)) == told.count(("unlazy", "present", two)) == 2
@@ -368,6 +373,9 @@ async def test_the_audit_stream_tells_who_had_what_as_whom_and_from_where(farm, 
     assert sorted((e.outcome, e.who, e.source, e.moved_bytes) for e in fetches) == sorted(
         ("committed", one, f"{private.host}/audit/app", len(layer.data)) for layer in image.layers
     )
+    assert {"resolve", "unlazy", "extract"} <= {e.operation for e in built}
+    assert {e.who for e in built} == {f"{one}-{job.id}"}
+    assert all(e.vertex for e in built if e.operation == "unlazy")
     (handle,) = {e.credential for e in entries if e.operation in ("pull", "fetch", "push")}
     assert handle != "anonymous"
     assert HTPASSWD_PASSWORD not in repr(entries)

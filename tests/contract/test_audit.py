@@ -15,7 +15,9 @@ from cluster.flight.values import UploadState
 from storage.audit import RedisAudit
 from storage.connect import connect
 from storage.flights import RedisFlightStore
+from storage.jobs import RedisJobStore
 from tests.contract.test_flights import DIGEST, KEY, TTL_S, blob, join, own
+from tests.contract.test_jobs import DEFINITION, J, spec
 from tests.doubles.collect import GRACE_S, Bench, chain, layer
 from tests.doubles.redis import documented_rights
 from tests.doubles.stores import AUDIT
@@ -204,3 +206,14 @@ async def test_nothing_is_written_where_nothing_is_to_be_kept(redis_farm):
     audit.note(AuditEntry(operation=Operation.PULL))
     await asyncio.sleep(0)
     assert await link.execute("EXISTS", keys.audit) == 0
+
+
+async def test_a_job_s_cancellation_is_noted_once(redis_farm):
+    """However often it is asked for, with who asked first; that of a job that has ended is none."""
+    stores = redis_farm.stores()
+    link, keys = redis_farm.links[0], redis_farm.keys
+    jobs = [RedisJobStore(link, keys, RedisAudit(link, keys, AUDIT, by=by)) for by in ("first", "second")]
+    await jobs[0].submit(spec(), DEFINITION)
+    for asking in (*jobs, jobs[0]):
+        await asking.request_cancel(J)
+    assert [(entry.operation, entry.job, entry.by) for entry in await told(stores)] == [("cancel", J, "first")]
