@@ -172,8 +172,8 @@ class _Ownership:
         self.is_ending = False
         #: When it began to transfer; None: it waits for its turn.
         self.began_s: float | None = None
-        #: Callers whose credentials the transfer could use.
-        self.asked: set[Caller] = set()
+        #: Callers whose credentials the transfer could use, in the order in which they came.
+        self.asked: dict[Caller, None] = {}
         self._loop = asyncio.get_running_loop()
 
     def lose_from_thread(self) -> None:
@@ -573,7 +573,7 @@ class Unlazier:
         fence = ownership.fence
 
         def callers() -> Sequence[Caller]:
-            ownership.asked.update(context.callers)
+            ownership.asked.update(dict.fromkeys(context.callers))
             return context.callers
 
         async with self._slots.slot(context.key, (caller.tenant for caller in context.callers)):
