@@ -30,6 +30,7 @@ from cluster.messages import ActorRecord
 from cluster.metrics import ACTOR_STARTS
 from cluster.ports import ProgressStore
 from cluster.topology import Kind
+from storage.audit import RedisAudit
 from storage.blobs import S3ContentStore
 from storage.bucket_caches import BucketCaches, Probers
 from storage.connect import connect
@@ -85,6 +86,7 @@ class Stores:
     presence: Presence
     whereabouts: RedisWhereabouts
     traffic: RedisTraffic
+    audit: RedisAudit
     registry: RegistryClient
     buckets: BucketCaches
     access: AccessControl
@@ -97,27 +99,29 @@ class Stores:
         await self.link.close()
 
 
-def build_stores(config: Config) -> Stores:
-    """Build the adapters, for the running event loop."""
+def build_stores(config: Config, *, name: str = "") -> Stores:
+    """Build the adapters, for the running event loop of the actor *name*."""
     link = connect(config.redis)
     keys = Keys(config.farm.name)
+    audit = RedisAudit(link, keys, config.audit, by=name)
     limiter = RedisHostLimiter(link, keys, config)
     registry = RegistryClient(config, limiter=limiter)
     proofs = RedisProofStore(link, keys)
-    refs = RedisRefStore(link, keys)
+    refs = RedisRefStore(link, keys, audit)
     buckets = BucketCaches(S3ContentStore(config.s3))
     access = AccessControl(proofs, Probers(registry, buckets), proof_ttl_s=config.cache.proof_ttl_s)
     return Stores(
         link=link,
         refs=refs,
         leases=RedisLeaseStore(link, keys),
-        flights=RedisFlightStore(link, keys),
+        flights=RedisFlightStore(link, keys, audit),
         proofs=proofs,
         limiter=limiter,
         progress=JobProgress(RedisProgressStore(link, keys), RedisJobEvents(link, keys)),
         presence=Presence(link, keys),
         whereabouts=RedisWhereabouts(link, keys),
         traffic=RedisTraffic(link, keys),
+        audit=audit,
         registry=registry,
         buckets=buckets,
         access=access,

@@ -32,7 +32,7 @@ class CacheShard(SessionServer):
 
     async def _build(self) -> Presence:
         config = self._starter.boot.config
-        self._stores = build_stores(config)
+        self._stores = build_stores(config, name=self._starter.boot.name)
         for work in collecting(self._stores, config):
             self._starter.background.spawn(work)
         return self._stores.presence

@@ -83,7 +83,7 @@ class _Collection:
         self._config = config.collect
         self._keys = Keys(config.farm.name)
         self._objects = objects
-        self._store = RedisCollectStore(stores.link, self._keys)
+        self._store = RedisCollectStore(stores.link, self._keys, stores.audit)
         self._pace = Pace(config.collect.requests_per_s)
         self._collector = Collector(
             refs=stores.refs, leases=stores.leases, store=self._store, grace_s=config.collect.grace_s

@@ -7,7 +7,7 @@ import contextlib
 import platform
 import shutil
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,7 @@ from actors.scrubbing import scrub_copies_forever, scrub_forever
 from actors.session_host import SessionAuthorizer, SessionServer
 from actors.shell import answers
 from actors.version import VERSION
+from cluster.audit import AuditEntry, Operation, error_of, fault_entry, handle_of, outcome_of
 from cluster.cache.ring import ShardRing
 from cluster.cache.runner import usable_providers
 from cluster.cache_options import CacheKind, CacheTarget
@@ -52,6 +53,7 @@ from cluster.messages import (
     ImportCacheRequest,
     ImportCacheResult,
     LayerFetch,
+    LayerPush,
     NodePruneRequest,
     NodePruneResult,
     NodeUsageRequest,
@@ -72,7 +74,7 @@ from cluster.ports import Authorizer, Snapshotter
 from cluster.provider import DescHandler, ProviderHandle
 from cluster.ref import ImageRecord, RefId, RefRecord, RefState
 from cluster.reference import ImageReference, Platform, default_platform, parse_platform, parse_reference
-from cluster.traffic import fetch_traffic, push_traffic
+from cluster.traffic import blob_sizes, fetch_traffic, push_traffic
 from cluster.wire import decode
 from storage.blobs import S3ContentStore
 from storage.containers.caches import Caches
@@ -151,7 +153,7 @@ class FetchWorker(SessionServer):
         boot = self._starter.boot
         config = boot.config
         loop = asyncio.get_running_loop()
-        stores = build_stores(config)
+        stores = build_stores(config, name=boot.name)
         with contextlib.suppress(ClusterError):  # hints, here and below
             await stores.whereabouts.forget_node(boot.node)
         threads = ThreadPoolExecutor(_BYTE_THREADS, thread_name_prefix="bytes")
@@ -197,6 +199,7 @@ class FetchWorker(SessionServer):
             threads=threads,
             downloads=config.fetch.layers_per_node,
             disk=disk,
+            audit=stores.audit,
         )
         renewer = RedisFlightRenewer(config.redis, Keys(config.farm.name))
         transfers = ThreadedTransfers(
@@ -233,6 +236,7 @@ class FetchWorker(SessionServer):
             max_transfers=config.fetch.layers_per_node,
             clock=time.monotonic,
             disk=disk,
+            audit=stores.audit,
         )
         stored = StoredBlobs(store)
         keeper = Keeper(
@@ -337,12 +341,13 @@ class FetchWorker(SessionServer):
             async with self._sessions.serving(info) as authorizer:
                 yield authorizer, figures
         except BaseException as exc:
+            elapsed_s = time.monotonic() - started_s
             bound.warning(
-                f"{operation}.failed",
-                error_type=type(exc).__name__,
-                error=str(exc),
-                elapsed_s=round(time.monotonic() - started_s, 3),
+                f"{operation}.failed", error_type=type(exc).__name__, error=str(exc), elapsed_s=round(elapsed_s, 3)
             )
+            if self._parts is not None:
+                failed = replace(_entry(operation, info, **fields), outcome=outcome_of(exc), error=error_of(exc))
+                self._parts.stores.audit.note(replace(failed, seconds=elapsed_s))
             raise
         bound.info(f"{operation}.complete", **figures, elapsed_s=round(time.monotonic() - started_s, 3))
 
@@ -368,9 +373,9 @@ class FetchWorker(SessionServer):
                 reference, wanted, authorizer, plain_http=request.plain_http, lease_id=request.lease_id
             )
             figures.update({"digest": resolved.image.manifest.digest, "layers": len(resolved.image.layers)})
-            return ResolveResult(
-                image=resolved.record(None), config=resolved.image.config_bytes, handlers=resolved.handlers
-            )
+            image = resolved.record(None)
+            parts.stores.audit.note(_read(Operation.RESOLVE, request, reference, image, authorizer))
+            return ResolveResult(image=image, config=resolved.image.config_bytes, handlers=resolved.handlers)
 
     @answers("pull", PullRequest)
     async def pull(self, request: PullRequest) -> PullResult:
@@ -382,6 +387,7 @@ class FetchWorker(SessionServer):
                 reference, wanted, authorizer, plain_http=request.plain_http, lease_id=request.lease_id
             )
             count_pulled(pulled.layers)
+            parts.stores.audit.note(_read(Operation.PULL, request, reference, pulled.image, authorizer))
             figures.update(
                 {
                     "digest": pulled.image.manifest.digest,
@@ -407,6 +413,8 @@ class FetchWorker(SessionServer):
                 created_s=request.created_s,
             )
             figures.update({"digest": image.manifest.digest, "layers": len(image.layers)})
+            entry = _entry("assemble", request.session, ref=request.ref_id or "", image=image.name)
+            parts.stores.audit.note(replace(entry, digest=image.manifest.digest))
             return image
 
     @answers("unlazy", UnlazyRequest)
@@ -432,6 +440,13 @@ class FetchWorker(SessionServer):
             count_unlazied(chain, extracted.layers)
             parts.stores.traffic.note(fetch_traffic(extracted.layers, chain))
             figures.update(_figures(extracted.layers))
+            parts.stores.audit.note(
+                replace(
+                    _entry("extract", request.session, ref=request.ref_id),
+                    source=self._starter.boot.node,
+                    seconds=time.monotonic() - started_s,
+                )
+            )
             return ExtractResult(
                 ref_id=request.ref_id,
                 node=self._starter.boot.node,
@@ -488,6 +503,15 @@ class FetchWorker(SessionServer):
             pushed = await parts.pusher.push(request.image, target, caller, providers, plain_http=request.plain_http)
             count_pushed(pushed.layers)
             parts.stores.traffic.note(push_traffic(pushed.layers, chain))
+            entry = replace(
+                _entry("push", request.session),
+                credential=handle_of(authorizer.identity(target.host)),
+                source=target.handle(plain_http=request.plain_http).source,
+                image=target.name,
+            )
+            parts.stores.audit.note(
+                *_pushed(entry, pushed.layers, blob_sizes(chain)), replace(entry, digest=pushed.digest)
+            )
             figures.update(
                 {
                     "digest": pushed.digest,
@@ -501,15 +525,20 @@ class FetchWorker(SessionServer):
     async def verify(self, request: VerifyRequest) -> Verified:
         """Verify present blobs, or this node's copies; see :mod:`storage.verifier`."""
         parts = await self._started()
-        if not request.copies:
-            return await parts.verifier.verify(request.digests, repair=request.repair, bytes_per_s=request.bytes_per_s)
-        return await verify_copies(
-            parts.cache,
-            request.digests,
-            node=self._starter.boot.node,
-            threads=parts.verifiers,
-            bytes_per_s=request.bytes_per_s,
-        )
+        if request.copies:
+            verified = await verify_copies(
+                parts.cache,
+                request.digests,
+                node=self._starter.boot.node,
+                threads=parts.verifiers,
+                bytes_per_s=request.bytes_per_s,
+            )
+        else:
+            verified = await parts.verifier.verify(
+                request.digests, repair=request.repair, bytes_per_s=request.bytes_per_s
+            )
+        parts.stores.audit.note(*map(fault_entry, verified.faults))
+        return verified
 
     @answers("export-cache", ExportCacheRequest)
     async def export_cache(self, request: ExportCacheRequest) -> ExportCacheResult:
@@ -522,6 +551,8 @@ class FetchWorker(SessionServer):
             place = self._place_of(parts, target)
             exported = await exporter.export(place, target, request.candidates, request.handlers, caller)
             count_pushed(exported.layers)
+            entry = replace(_entry("export_cache", request.session), source=target.name)
+            parts.stores.audit.note(*_pushed(entry, exported.layers, {}), replace(entry, digest=exported.digest or ""))
             figures.update(
                 {
                     "results": exported.results,
@@ -542,6 +573,7 @@ class FetchWorker(SessionServer):
                 registry=parts.stores.registry, buckets=parts.stores.buckets, access=parts.stores.access
             )
             imported = await importer.read(request.source, wanted, authorizer)
+            parts.stores.audit.note(replace(_entry("import_cache", request.session), source=request.source.name))
             figures.update({"results": len(imported.cache.entries), "warning": imported.warning})
             return imported
 
@@ -585,6 +617,7 @@ class FetchWorker(SessionServer):
             lease_id=lease_id,
             providers=providers,
             tenant=session.tenant,
+            job=session.job,
             progress=(session.progress,) if session.progress else (),
             own_progress=progress_of(handlers),
             is_live=lambda: authorizer.is_live,
@@ -646,6 +679,41 @@ def _asked(request: PullRequest | ResolveRequest) -> tuple[ImageReference, Platf
     """Return which image is asked for, and for which platform: this node's own where none is named."""
     wanted = parse_platform(request.platform) if request.platform else default_platform(platform.machine())
     return parse_reference(request.image), wanted
+
+
+def _entry(operation: str, session: SessionInfo, *, ref: str = "", image: str = "", **_rest: str) -> AuditEntry:
+    """Return what the audit stream should know of every call."""
+    return AuditEntry(operation=operation, who=session.tenant, job=session.job, ref=ref, image=image)
+
+
+def _read(
+    operation: Operation,
+    request: PullRequest | ResolveRequest,
+    reference: ImageReference,
+    image: ImageRecord,
+    authorizer: Authorizer,
+) -> AuditEntry:
+    """Return the entry of an image whose manifest was read."""
+    return replace(
+        _entry(operation, request.session, ref=image.ref or "", image=reference.name),
+        credential=handle_of(authorizer.identity(reference.host)),
+        digest=image.manifest.digest,
+        source=reference.handle(plain_http=request.plain_http).source,
+        size_bytes=sum(layer.size_bytes for layer in image.layers),
+    )
+
+
+def _pushed(entry: AuditEntry, layers: Sequence[LayerPush], sizes: Mapping[Digest, int]) -> Iterator[AuditEntry]:
+    """Yield the entry of each layer of a push."""
+    for layer in layers:
+        yield replace(
+            entry,
+            operation=Operation.PUSH_LAYER,
+            outcome=layer.how,
+            digest=layer.digest,
+            size_bytes=sizes.get(layer.digest, 0),
+            moved_bytes=layer.bytes,
+        )
 
 
 def _top_of(descriptors: Sequence[Descriptor]) -> RefId:

@@ -16,6 +16,7 @@ from cluster.metrics import (
     PULLED_BYTES,
     PUSHED_BYTES,
     PUSHED_LAYERS,
+    REGISTRY_CIRCUIT_OPEN,
     UNLAZY_BYTES,
     UNLAZY_SECONDS,
     Counter,
@@ -27,6 +28,8 @@ from cluster.metrics import (
 from cluster.ref import RefState
 from cluster.topology import Kind
 from cluster.traffic import blob_sizes
+from storage.circuits import Circuits
+from storage.limits import RedisHostLimiter
 
 #: What every metric says of who keeps it. Ray leaves the worker's ID away, and would make one series of two actors'.
 _OWN = ("farm", "node", "actor")
@@ -97,6 +100,22 @@ def export_metrics(kind: Kind, *, farm: str, node: str, actor: str) -> RayMetric
     sink.start(kind)
     install(sink)
     return sink
+
+
+# -- what the supervisor sees ----------------------------------------------------------------------------------------
+
+
+async def show_circuits(limiter: RedisHostLimiter, circuits: Circuits, shown: set[str]) -> set[str]:
+    """Show of each registry that is known whether the cluster has given it up; return whose state is shown now.
+
+    Of one of *shown* that was forgotten meanwhile it is shown that it isn't: a gauge stands at what it was set to.
+    """
+    budgets, given_up = await asyncio.gather(limiter.budgets(), circuits.given_up())
+    is_open = {one.host for one in given_up}
+    known = shown | is_open | {budget.host for budget in budgets}
+    for host in known:
+        REGISTRY_CIRCUIT_OPEN.set(host in is_open, registry=host)
+    return known
 
 
 # -- what a fetch worker did -----------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class OpWorker(SessionServer):
     async def _build(self) -> Presence:
         boot = self._starter.boot
         config = boot.config
-        stores = build_stores(config)
+        stores = build_stores(config, name=boot.name)
         keys = Keys(config.farm.name)
         threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ops")
         # asyncio's own has six here, and an upload keeps one: ending a container must not wait for these.

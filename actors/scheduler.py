@@ -115,7 +115,7 @@ class SolverScheduler(SessionServer):
     async def _build(self) -> Presence:
         boot = self._starter.boot
         config = boot.config
-        stores = build_stores(config)
+        stores = build_stores(config, name=boot.name)
         keys = Keys(config.farm.name)
         token = new_token()
         sessions = JobSessions(self._sessions, config, prefix=f"scheduler-{token}")

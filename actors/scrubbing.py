@@ -10,6 +10,7 @@ import structlog
 
 from actors.boot import Stores
 from actors.rounds import again_and_again
+from cluster.audit import fault_entry
 from cluster.collect.verify import Verified
 from cluster.config import Config
 from cluster.digest import Digest
@@ -36,7 +37,7 @@ async def scrub_forever(stores: Stores, config: Config, verifier: Verifier) -> N
         return [blob.digest for blob in await store.blobs()]
 
     async def look(digests: Sequence[str]) -> None:
-        _tell(await verifier.verify([Digest(digest) for digest in digests], repair=True, bytes_per_s=rate))
+        _tell(stores, await verifier.verify([Digest(digest) for digest in digests], repair=True, bytes_per_s=rate))
 
     async def turn_round() -> None:
         async with store.turn("scrub") as is_mine:
@@ -61,7 +62,7 @@ async def scrub_copies_forever(
 
     async def look(digests: Sequence[str]) -> None:
         found = [Digest(digest) for digest in digests]
-        _tell(await verify_copies(cache, found, node=node, threads=threads, bytes_per_s=rate))
+        _tell(stores, await verify_copies(cache, found, node=node, threads=threads, bytes_per_s=rate))
 
     async def turn_round() -> None:
         every_s = config.collect.scrub_every_s
@@ -71,7 +72,8 @@ async def scrub_copies_forever(
         await again_and_again("scrub", turn_round, every_s=_LOOK_S)
 
 
-def _tell(verified: Verified) -> None:
+def _tell(stores: Stores, verified: Verified) -> None:
+    stores.audit.note(*map(fault_entry, verified.faults))
     for fault in verified.faults:
         log.warning(
             "scrub.fault",

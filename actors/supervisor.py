@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import ray
 import structlog
 
 from actors.boot import Boot, Starter, Stores, build_stores
+from actors.metrics import show_circuits
 from actors.nodes import live_nodes, observe_nodes, worth_telling
 from actors.options import namespace, options
 from actors.version import VERSION
@@ -20,12 +22,16 @@ from cluster.messages import NodeRecord
 from cluster.metrics import NODES, PULSE_MISSED
 from cluster.topology import ActorView, Kind, Retire, Spawn, Step, numbers, reconcile
 from cluster.wire import decode, encode
+from storage.circuits import Circuits
+from storage.keys import Keys
 from storage.presence import Presence
 from storage.services.ray_nodes import taken_down
 
 log = structlog.get_logger()
 
 _ROUND_S = 1.0
+#: Seconds between looks at which registries are given up.
+_CIRCUITS_S = 5.0
 #: Seconds between pulses; leases stand still 3 s after the last one (storage/lua/lib/lapse.lua).
 _PULSE_S = 1.0
 
@@ -43,7 +49,7 @@ class Supervisor:
         self._loop_task: asyncio.Task[object] | None = None
 
     async def _build(self) -> Presence:
-        self._stores = build_stores(self._starter.boot.config)
+        self._stores = build_stores(self._starter.boot.config, name=self._starter.boot.name)
         return self._stores.presence
 
     def config_digest(self) -> str:
@@ -56,6 +62,7 @@ class Supervisor:
         if self._loop_task is None or self._loop_task.done():
             self._loop_task = self._starter.background.spawn(self._reconcile_forever())
             self._starter.background.spawn(self._pulse_forever(self._built()))
+            self._starter.background.spawn(self._show_circuits_forever(self._built()))
         return True
 
     async def _pulse_forever(self, stores: Stores) -> None:
@@ -70,6 +77,14 @@ class Supervisor:
                 if stood_s:
                     log.warning("pulse.missed", stood_s=stood_s)
             await asyncio.sleep(_PULSE_S)
+
+    async def _show_circuits_forever(self, stores: Stores) -> None:
+        circuits = Circuits(stores.link, Keys(self._starter.boot.config.farm.name))
+        shown: set[str] = set()
+        while True:
+            with contextlib.suppress(ClusterError):  # Redis is away: what was shown last stands
+                shown = await show_circuits(stores.limiter, circuits, shown)
+            await asyncio.sleep(_CIRCUITS_S)
 
     def _built(self) -> Stores:
         if self._stores is None:

@@ -251,6 +251,16 @@ class WebConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuditConfig:
+    """The audit stream: who had what done with which layer."""
+
+    #: Entries kept at most; 0: none are written.
+    most_entries: int = 100_000
+    #: Seconds that an entry is kept.
+    retention_s: float = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
     """Logs."""
 
@@ -274,6 +284,7 @@ class Config:
     build: BuildConfig = field(default_factory=BuildConfig)
     web: WebConfig = field(default_factory=WebConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     #: By registry host; ``default`` for the rest.
     registries: dict[str, RegistryConfig] = field(default_factory=dict)
 

@@ -257,6 +257,8 @@ RANGES: dict[str, Range] = {
     "node.min_free_bytes": Range(0, 1024 * _TIB),
     "node.unused_s": Range(1, 3660 * _DAY_S),
     "node.disk_wait_s": Range(0, _DAY_S),
+    "audit.most_entries": Range(0, 10_000_000),
+    "audit.retention_s": Range(_MINUTE_S, 3660 * _DAY_S),
     "build.schedulers": Range(1, 64),
     "build.ops_per_node": Range(1, 1024),
     "build.op_timeout_s": Range(1, 7 * _DAY_S),

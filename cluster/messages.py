@@ -34,6 +34,8 @@ class SessionInfo:
     trace: str = ""
     #: The job's session where this one is for one thing that is done for a job; "" where it is a driver's.
     part_of: str = ""
+    #: The job that it is done for; "" for none.
+    job: str = ""
 
     @property
     def tenant(self) -> str:

@@ -216,6 +216,29 @@ REGISTRY_WAIT_SECONDS = Histogram(
     labels={"registry": ()},
     buckets=_REGISTRY_S,
 )
+REGISTRY_CIRCUIT_OPEN = Gauge(
+    name="lazyfarm_registry_circuit_open",
+    help="Whether the cluster has given a registry's host up, 1 or 0, of those that were asked of late",
+    by=_SUPERVISOR,
+    labels={"registry": ()},
+)
+REGISTRY_CIRCUIT_OPENED = Counter(
+    name="lazyfarm_registry_circuit_opened",
+    help="Times that the cluster gave a registry's host up, each told by whose request was one failure too many",
+    by=_EVERYBODY,
+)
+REGISTRY_QUOTA_REMAINING = Gauge(
+    name="lazyfarm_registry_quota_remaining",
+    help="Requests that a registry told this actor last are left of what it allows; nothing where it tells nothing",
+    by=_EVERYBODY,
+    labels={"registry": (), "kind": ("manifest", "blob", "push")},
+)
+REGISTRY_QUOTA_WAIT_SECONDS = Counter(
+    name="lazyfarm_registry_quota_wait_seconds",
+    help="Seconds that requests waited where a registry had said that little is left",
+    by=_EVERYBODY,
+    labels={"kind": ("manifest", "blob", "push")},
+)
 S3_SECONDS = Histogram(
     name="lazyfarm_s3_seconds",
     help="Seconds of calls to S3, tries again among them, up to the head of the answer",

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
+from cluster.audit import AuditEntry
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
 from cluster.disk_room import Spend, unbounded
@@ -568,8 +569,8 @@ class FlightStore(Protocol):
         """Tell waiters and late joiners how far the fetch is; StaleFenceError as above."""
         ...
 
-    async def commit(self, fence: Fence, blob: BlobRecord) -> None:
-        """Make *blob* present and end the flight, in one script, if the fence is valid.
+    async def commit(self, fence: Fence, blob: BlobRecord, *, entry: AuditEntry | None = None) -> None:
+        """Make *blob* present and end the flight, in one script, if the fence is valid; *entry* is noted with it.
 
         The blob is also held by a lease of the flight's own (``flight:…``, 120 s), so that every waiter
         has time to pin it in its own.
@@ -579,15 +580,18 @@ class FlightStore(Protocol):
         """
         ...
 
-    async def fail(self, fence: Fence, error: bytes) -> None:
-        """End the flight with an error for those who wait now; late arrivals start afresh.
+    async def fail(self, fence: Fence, error: bytes, *, entry: AuditEntry | None = None) -> None:
+        """End the flight with an error for those who wait now; late arrivals start afresh. *entry* as above.
 
         The recorded upload is kept for the next owner to resume. StaleFenceError as above.
         """
         ...
 
-    async def vacate(self, fence: Fence) -> None:
-        """Give the ownership up without an outcome; a waiter takes over and resumes. StaleFenceError as above."""
+    async def vacate(self, fence: Fence, *, entry: AuditEntry | None = None) -> None:
+        """Give the ownership up without an outcome; a waiter takes over and resumes.
+
+        *entry* and StaleFenceError as above.
+        """
         ...
 
     async def abort_if_unwanted(self, fence: Fence) -> bool:
@@ -611,6 +615,26 @@ class FlightStore(Protocol):
 
     def events(self, key: str) -> AbstractAsyncContextManager[AsyncIterator[FlightEvent]]:
         """Subscribe to a flight's events; entered means subscribed. Messages may be lost: poll outcome too."""
+        ...
+
+
+class AuditNotes(Protocol):
+    """Where is noted what was done; see :mod:`cluster.audit`."""
+
+    def note(self, *entries: AuditEntry) -> None:
+        """Append entries, soon. Nobody waits for it: what can't be written is lost."""
+        ...
+
+
+class AuditLog(AuditNotes, Protocol):
+    """The audit stream of a farm: cut to a number of entries, and to a time."""
+
+    def entries(self, *, last_s: float | None = None) -> AsyncIterator[AuditEntry]:
+        """Yield what is kept of the last *last_s* seconds, None for all, oldest first; raises UnavailableError."""
+        ...
+
+    def follow(self, *, last_s: float | None = None) -> AsyncIterator[AuditEntry]:
+        """Yield the same, and then what comes, for ever."""
         ...
 
 

@@ -376,6 +376,7 @@ class Farm(_Twin[asynchronous.Farm]):
     prune_nodes = _blocking(asynchronous.Farm.prune_nodes)
     verify = _blocking(asynchronous.Farm.verify)
     kept = _blocking(asynchronous.Farm.kept)
+    audit = _blocking(asynchronous.Farm.audit)
     unpin = _blocking(asynchronous.Farm.unpin)
     leases = _blocking(asynchronous.Farm.leases)
     nodes = _blocking(asynchronous.Farm.nodes)

@@ -35,6 +35,7 @@ from lazyfarm.jobs import FarmJobs
 from lazyfarm.operation import ProgressCallback
 from lazyfarm.outputs import Output, OutputKind, parse_output
 from lazyfarm.ref import Ref, RefFarm
+from storage.audit import RedisAudit
 from storage.job_events import RedisJobEvents
 from storage.jobs import RedisJobStore
 from storage.keys import Keys
@@ -115,13 +116,15 @@ class BuildingFarm(RefFarm, Protocol):
 class Builds:
     """The jobs of one driver."""
 
-    def __init__(self, farm: BuildingFarm, config: Config, session: Session, link: RedisLink) -> None:
+    def __init__(
+        self, farm: BuildingFarm, config: Config, session: Session, link: RedisLink, audit: RedisAudit | None = None
+    ) -> None:
         self._farm = farm
         self._config = config
         self._session = session
         self._link = link
         self._keys = Keys(config.farm.name)
-        self._store = RedisJobStore(link, self._keys)
+        self._store = RedisJobStore(link, self._keys, audit)
         self._jobs = FarmJobs(self._store, RedisJobEvents(link, self._keys))
         #: By job: what it may ask for, and the config of what is built.
         self._secrets: dict[JobId, Mapping[str, bytes]] = {}
@@ -208,7 +211,7 @@ class Builds:
             id=job,
             definition=digest_of(payload),
             targets=definition.targets,
-            session=session,
+            session=replace(session, job=job),
             no_cache=tuple(d for d in rerun if not isinstance(definition.vertices[d].op, _SOURCES)),
             cache_from=tuple(options.cache_from),
             cache_to=tuple(options.cache_to),

@@ -19,7 +19,8 @@ from cluster.config import CollectConfig
 from cluster.errors import InvalidArgumentError, NoLayersError
 from cluster.ports import RefStore
 from cluster.settings import FarmSettings
-from lazyfarm.redis_only import connection
+from lazyfarm.redis_only import connection, own_audit
+from storage.audit import RedisAudit
 from storage.collect import RedisCollectStore
 from storage.keys import Keys
 from storage.leases import RedisLeaseStore
@@ -35,10 +36,10 @@ class FarmCollection:
         self._collector = collector
 
     @classmethod
-    def over(cls, link: RedisLink, keys: Keys, config: CollectConfig) -> Self:
-        """Return that of a farm whose Redis a client is connected to."""
+    def over(cls, link: RedisLink, keys: Keys, config: CollectConfig, audit: RedisAudit) -> Self:
+        """Return that of a farm whose Redis a client is connected to; *audit* notes what is removed."""
         refs = RedisRefStore(link, keys)
-        leases, store = RedisLeaseStore(link, keys), RedisCollectStore(link, keys)
+        leases, store = RedisLeaseStore(link, keys), RedisCollectStore(link, keys, audit)
         return cls(refs, Collector(refs=refs, leases=leases, store=store, grace_s=config.grace_s))
 
     async def usage(self) -> Usage:
@@ -99,4 +100,4 @@ async def open_collection(settings: FarmSettings) -> AsyncIterator[FarmCollectio
         FarmNotRunningError: the settings name no Redis.
     """
     async with connection(settings) as (link, keys):
-        yield FarmCollection.over(link, keys, settings.config.collect)
+        yield FarmCollection.over(link, keys, settings.config.collect, own_audit(link, keys, settings.config.audit))

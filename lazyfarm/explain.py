@@ -9,18 +9,21 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
+from cluster.audit import AuditEntry, Operation
 from cluster.cache.names import find_ref
+from cluster.config import AuditConfig
 from cluster.digest import Digest, is_digest
-from cluster.errors import JobNotFoundError, NoLayersError
+from cluster.errors import JobNotFoundError, NoLayersError, RefNotFoundError
 from cluster.job import JobId, VertexLayers
 from cluster.lease import blob_resource
-from cluster.ports import FlightStore, RefStore
+from cluster.ports import AuditLog, FlightStore, RefStore
 from cluster.settings import FarmSettings
 from cluster.solver_ports import JobEvents, JobStore
 from cluster.tree import Tree
 from lazyfarm.jobs import FarmJobs
 from lazyfarm.miss import Miss, OpenTree, explain_miss
 from lazyfarm.redis_only import connection
+from storage.audit import RedisAudit
 from storage.flights import RedisFlightStore
 from storage.job_events import RedisJobEvents
 from storage.jobs import RedisJobStore
@@ -65,27 +68,81 @@ class LayerWait:
         return (self.total_bytes - self.current_bytes) / self.rate if self.rate > 0 and self.total_bytes else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerStory:
+    """How one blob came into the content store, or why it has not."""
+
+    #: How it stands now; its state is ``gone`` where nothing is known of it but what was noted.
+    wait: LayerWait
+    #: ``registry/repository`` that its bytes came from, and the fence of who brought them; "" and 0 where they aren't.
+    came_from: str = ""
+    fence: int = 0
+    #: Where it could be fetched from, as far as the farm knows.
+    providers: tuple[str, ...] = ()
+    #: What the audit stream has of it, oldest first.
+    entries: tuple[AuditEntry, ...] = ()
+
+    @property
+    def digest(self) -> Digest:
+        """Return the blob's digest."""
+        return self.wait.digest
+
+    @property
+    def asked(self) -> list[AuditEntry]:
+        """Return who needed its bytes, and what that came to."""
+        return [entry for entry in self.entries if entry.operation == Operation.UNLAZY]
+
+    @property
+    def attempts(self) -> list[AuditEntry]:
+        """Return owners' attempts to bring it, and take-overs."""
+        return [entry for entry in self.entries if entry.operation in (Operation.FETCH, Operation.TAKE_OVER)]
+
+    @property
+    def others(self) -> list[AuditEntry]:
+        """Return what else became of it: it was pushed, brought to a node, collected and so on."""
+        return [entry for entry in self.entries if entry not in self.asked and entry not in self.attempts]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullStory:
+    """How an image, a ref or a blob was pulled."""
+
+    #: Who pulled or resolved the image, or had the ref extracted, oldest first; none for a blob.
+    pulls: tuple[AuditEntry, ...]
+    #: Lowest first.
+    layers: tuple[LayerStory, ...]
+
+
 class FarmExplain:
     """Explains one farm. Every method may raise UnavailableError: Redis doesn't answer."""
 
     def __init__(
-        self, refs: RefStore, flights: FlightStore, jobs: JobStore, events: JobEvents, open_tree: OpenTree
+        self,
+        refs: RefStore,
+        flights: FlightStore,
+        jobs: JobStore,
+        events: JobEvents,
+        *,
+        audit: AuditLog,
+        open_tree: OpenTree,
     ) -> None:
         self._refs = refs
         self._flights = flights
         self._jobs = jobs
         self._events = events
+        self._audit = audit
         self._open_tree = open_tree
 
     @classmethod
-    def over(cls, link: RedisLink, keys: Keys, open_tree: OpenTree) -> Self:
+    def over(cls, link: RedisLink, keys: Keys, audit: AuditConfig, open_tree: OpenTree) -> Self:
         """Return that of a farm whose Redis a client is connected to; *open_tree* reads what drivers sent to it."""
         return cls(
             RedisRefStore(link, keys),
             RedisFlightStore(link, keys),
             RedisJobStore(link, keys),
             RedisJobEvents(link, keys),
-            open_tree,
+            audit=RedisAudit(link, keys, audit),
+            open_tree=open_tree,
         )
 
     async def miss(self, step: str, *, job: str = "", against: str = "") -> Miss:
@@ -119,7 +176,9 @@ class FarmExplain:
             RefNotFoundError, AmbiguousRefError: it names none, or several.
             NoLayersError: it names an image without layers.
         """
-        digests = await self._digests(name)
+        return await self._waits((await self._named(name)).digests, watch_s)
+
+    async def _waits(self, digests: Sequence[Digest], watch_s: float) -> list[LayerWait]:
         before = await self._flights_of(digests)
         if any(before):
             await asyncio.sleep(watch_s)
@@ -138,15 +197,62 @@ class FarmExplain:
                 found.append(_flying(digest, flight, rate=came / watch_s if came else 0.0, asked_by=asked[digest]))
         return found
 
-    async def _digests(self, name: str) -> list[Digest]:
-        if is_digest(name) and (
-            await self._refs.blobs([Digest(name)]) != [None] or await self._flights.state(_key(name))
-        ):
-            return [Digest(name)]
+    async def pull(self, name: str, *, watch_s: float = 1.0) -> PullStory:
+        """Tell for each layer of a ref or an image, lowest first, or for one blob, how it came here, or why not.
+
+        That is told of what the audit stream has, as far back as it goes, and of the flight where there is one.
+
+        Args:
+            name: As of :meth:`wait`; also a blob's that was collected since.
+            watch_s: As of :meth:`wait`.
+
+        Raises:
+            RefNotFoundError, AmbiguousRefError, NoLayersError: as :meth:`wait`.
+        """
+        try:
+            named = await self._named(name)
+            waits = await self._waits(named.digests, watch_s)
+        except RefNotFoundError:
+            if not is_digest(name):
+                raise
+            named, waits = _Named([Digest(name)]), [LayerWait(digest=Digest(name), state="gone")]
+        noted: dict[str, list[AuditEntry]] = {digest: [] for digest in named.digests}
+        pulls: list[AuditEntry] = []
+        async for entry in self._audit.entries():
+            if entry.digest in noted:
+                noted[entry.digest].append(entry)
+            elif named.is_pulled_by(entry):
+                pulls.append(entry)
+        if waits[0].state == "gone" and not noted[waits[0].digest]:
+            raise RefNotFoundError(name)
+        blobs, providers = await asyncio.gather(self._refs.blobs(named.digests), self._refs.providers(named.digests))
+        return PullStory(
+            pulls=tuple(pulls),
+            layers=tuple(
+                LayerStory(
+                    wait=wait,
+                    came_from=blob.source if blob else "",
+                    fence=blob.fence if blob else 0,
+                    providers=tuple(handle.source for handle in handles),
+                    entries=tuple(noted[wait.digest]),
+                )
+                for wait, blob, handles in zip(waits, blobs, providers, strict=True)
+            ),
+        )
+
+    async def _named(self, name: str) -> _Named:
+        if is_digest(name) and await self._is_known(Digest(name)):
+            return _Named([Digest(name)])
         image, ref_id = await find_ref(self._refs, name)
         if ref_id is None:
             raise NoLayersError(image.name if image is not None else name)
-        return list(dict.fromkeys(state.record.blob.digest for state in await self._refs.chain(ref_id)))
+        digests = list(dict.fromkeys(state.record.blob.digest for state in await self._refs.chain(ref_id)))
+        return _Named(digests, ref_id, image.name if image is not None else "")
+
+    async def _is_known(self, digest: Digest) -> bool:
+        """Tell whether it is a blob's: present, on its way, or known to be somewhere."""
+        blobs, providers = await asyncio.gather(self._refs.blobs([digest]), self._refs.providers([digest]))
+        return blobs != [None] or providers != [()] or await self._flights.state(_key(digest)) is not None
 
     async def _flights_of(self, digests: Sequence[Digest]) -> list[_Flight | None]:
         return await asyncio.gather(*(self._flights.state(_key(digest)) for digest in digests))
@@ -166,6 +272,20 @@ class FarmExplain:
                 if is_moving and work == "fetch" and digest in found:
                     found[Digest(digest)].append(Waiting(job=job.id, vertex=vertex))
         return {digest: tuple(waiting) for digest, waiting in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """What a name stands for."""
+
+    digests: Sequence[Digest]
+    ref: str = ""
+    image: str = ""
+
+    def is_pulled_by(self, entry: AuditEntry) -> bool:
+        """Tell whether somebody got at the image, or at the ref, and at no layer in particular."""
+        is_own = bool(self.ref) and (entry.ref == self.ref or entry.image == self.image != "")
+        return is_own and entry.operation in (Operation.PULL, Operation.RESOLVE, Operation.UNLAZY, Operation.EXTRACT)
 
 
 def _came(before: _Flight | None, now: _Flight) -> int:
@@ -214,4 +334,4 @@ async def open_explain(settings: FarmSettings) -> AsyncIterator[FarmExplain]:
             finally:
                 store.close()
 
-        yield FarmExplain.over(link, keys, open_tree)
+        yield FarmExplain.over(link, keys, settings.config.audit, open_tree)

@@ -17,6 +17,7 @@ from typing import BinaryIO, Self, TypeVar
 from actors.handles import CacheShardHandle, FetchWorkerHandle, SessionServerHandle
 from actors.join import join_in_time
 from actors.version import VERSION
+from cluster.audit import AuditEntry, AuditFilter
 from cluster.cache.names import find_ref
 from cluster.cache.ring import ShardRing
 from cluster.cache_options import CacheSource, CacheTarget, parse_cache_source, parse_cache_target
@@ -71,6 +72,7 @@ from lazyfarm.ref import Ref
 from lazyfarm.session import Session
 from lazyfarm.settings import load_settings
 from lazyfarm.verify import FarmVerify
+from storage.audit import RedisAudit
 from storage.collect import RedisCollectStore
 from storage.connect import connect
 from storage.keys import Keys
@@ -107,10 +109,11 @@ class Farm:
         self._session = session
         self._link = connect(config.redis)
         keys = Keys(config.farm.name)
-        self._refs = RedisRefStore(self._link, keys)
+        self._audit = RedisAudit(self._link, keys, config.audit, by=session.session_id)
+        self._refs = RedisRefStore(self._link, keys, self._audit)
         self._leases = RedisLeaseStore(self._link, keys)
         self._pins = FarmLeases.over(self._link, keys, config.cache)
-        self._collection = FarmCollection.over(self._link, keys, config.collect)
+        self._collection = FarmCollection.over(self._link, keys, config.collect, self._audit)
         self._presence = Presence(self._link, keys)
         self._verify = FarmVerify(
             refs=self._refs,
@@ -122,7 +125,7 @@ class Farm:
         self._progress = RedisProgressStore(self._link, keys)
         self._ring = ShardRing(config.cache.shards)
         self._handles: dict[str, FetchWorkerHandle] = {}
-        self._builds = Builds(self, config, session, self._link)
+        self._builds = Builds(self, config, session, self._link, self._audit)
         self._ends: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -646,6 +649,24 @@ class Farm:
         """
         self._raise_if_closed()
         return await self._collection.kept(ref)
+
+    async def audit(
+        self, *, last_s: float | None = None, job: str = "", digest: str = "", operation: str = ""
+    ) -> list[AuditEntry]:
+        """Return what the audit stream has: who had what done with which layer, as whom and from where. Oldest first.
+
+        Args:
+            last_s: Of the last so many seconds; None: all that is kept, which ``audit`` in the configuration says.
+            job: Of this job alone: its ID, or how that begins.
+            digest: Of this blob or manifest alone: its digest, or how that begins.
+            operation: One of :class:`cluster.audit.Operation`.
+
+        Raises:
+            UnavailableError: Redis doesn't answer.
+        """
+        self._raise_if_closed()
+        wanted = AuditFilter(job=job, digest=digest, operation=operation)
+        return [entry async for entry in self._audit.entries(last_s=last_s) if wanted.matches(entry)]
 
     async def leases(self) -> list[Lease]:
         """Return the live leases."""

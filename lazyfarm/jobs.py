@@ -19,7 +19,8 @@ from cluster.graph import Definition, decode_definition, decode_targets
 from cluster.job import JobEnded, JobEvent, JobId, JobRecord, JobState
 from cluster.settings import FarmSettings
 from cluster.solver_ports import JobEvents, JobStore
-from lazyfarm.redis_only import connection
+from lazyfarm.redis_only import connection, own_audit
+from storage.audit import RedisAudit
 from storage.job_events import RedisJobEvents
 from storage.jobs import RedisJobStore
 from storage.keys import Keys
@@ -39,9 +40,9 @@ class FarmJobs:
         self._events = events
 
     @classmethod
-    def over(cls, link: RedisLink, keys: Keys) -> Self:
-        """Return those of a farm whose Redis a client is connected to."""
-        return cls(RedisJobStore(link, keys), RedisJobEvents(link, keys))
+    def over(cls, link: RedisLink, keys: Keys, audit: RedisAudit | None = None) -> Self:
+        """Return those of a farm whose Redis a client is connected to; *audit* notes what is done to them."""
+        return cls(RedisJobStore(link, keys, audit), RedisJobEvents(link, keys))
 
     async def newest(self) -> list[JobRecord]:
         """Return the last jobs submitted, newest first."""
@@ -142,4 +143,4 @@ async def open_jobs(settings: FarmSettings) -> AsyncIterator[FarmJobs]:
         FarmNotRunningError: the settings name no Redis.
     """
     async with connection(settings) as (link, keys):
-        yield FarmJobs.over(link, keys)
+        yield FarmJobs.over(link, keys, own_audit(link, keys, settings.config.audit))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from cluster.config import Config
+from cluster.config import AuditConfig, Config
 from cluster.errors import FarmNotRunningError
 from cluster.settings import FarmSettings
+from storage.audit import RedisAudit
 from storage.connect import connect
 from storage.keys import Keys
 from storage.link import RedisLink
@@ -23,6 +26,18 @@ def connected(settings: FarmSettings) -> tuple[RedisLink, Keys]:
     if not config.redis.url:
         raise FarmNotRunningError(str(settings.state_dir), "nothing was brought up there")
     return connect(config.redis), Keys(config.farm.name)
+
+
+def own_audit(link: RedisLink, keys: Keys, config: AuditConfig) -> RedisAudit:
+    """Return the audit stream of a farm, in which this process is named as it is to people: ``HOST:PID``."""
+    return RedisAudit(link, keys, config, by=f"{socket.gethostname()}:{os.getpid()}")
+
+
+@asynccontextmanager
+async def open_audit(settings: FarmSettings) -> AsyncIterator[RedisAudit]:
+    """Connect to a farm's audit stream for as long as the body runs; raises as :func:`connected`."""
+    async with connection(settings) as (link, keys):
+        yield own_audit(link, keys, settings.config.audit)
 
 
 @asynccontextmanager

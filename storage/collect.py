@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
+from cluster.audit import AuditEntry, Operation, deletion
 from cluster.collect.ports import Doomed, Locals, LocalTree, Outcome, Removal
 from cluster.collect.rounds import Round
 from cluster.collect.sweep import Suspect
@@ -12,9 +13,11 @@ from cluster.digest import Digest
 from cluster.graph import LocalOp, decode_definition
 from cluster.job import JobId
 from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefUsage
+from storage.audit import RedisAudit, noted
 from storage.codec import Codec
 from storage.keys import Keys
 from storage.link import RedisLink
+from storage.protocol import Argument
 from storage.refs import BLOB, IMAGE
 from storage.turns import turn
 
@@ -31,10 +34,11 @@ _ROUND: Codec[Round] = Codec("round", Round)
 class RedisCollectStore:
     """Implements :class:`cluster.collect.ports.CollectStore`."""
 
-    def __init__(self, link: RedisLink, keys: Keys) -> None:
+    def __init__(self, link: RedisLink, keys: Keys, audit: RedisAudit | None = None) -> None:
         self._link = link
         self._keys = keys
         self._prefix = keys.prefix
+        self._audit = audit
 
     async def now_wall_s(self) -> float:
         """Return Redis's time."""
@@ -119,7 +123,14 @@ class RedisCollectStore:
         """Remove a driver's directory."""
         used_ms = _ms(tree.last_used_wall_s)
         reply = await self._link.run("local_remove", self._prefix, tree.digest, used_ms, _ms(grace_s), may_repeat=True)
-        return _removal(reply)
+        removal = _removal(reply)
+        if removal.outcome is Outcome.REMOVED:
+            self._note(AuditEntry(operation=Operation.PRUNE, digest=tree.digest, size_bytes=removal.freed_bytes))
+        return removal
+
+    def _note(self, *entries: AuditEntry) -> None:
+        if self._audit is not None:
+            self._audit.note(*entries)
 
     async def remove_local_object(self, key: str, *, grace_s: float) -> Removal:
         """Remove an object of drivers' files."""
@@ -144,13 +155,17 @@ class RedisCollectStore:
         """Remove a ref, unless it is held or stood on."""
         names = {image.name for image in images}
         manifests = {image.manifest.digest for image in images}
-        arguments: list[str | int] = [ref_id, _ms(grace_s), len(names), *sorted(names), *sorted(manifests)]
+        entry = AuditEntry(operation=Operation.PRUNE, ref=ref_id, image=min(names, default=""))
+        noting = noted(self._audit, entry)
+        arguments: list[Argument] = [ref_id, _ms(grace_s), *noting, len(names), *sorted(names), *sorted(manifests)]
         return _removal(await self._link.run("ref_remove", self._prefix, *arguments, may_repeat=True))
 
     async def remove_image(self, images: Sequence[ImageRecord], *, grace_s: float) -> Removal:
         """Remove an image that has no ref, under all its names."""
         names = sorted({image.name for image in images})
-        arguments: list[str | int] = [images[0].manifest.digest, _ms(grace_s), *names]
+        manifest = images[0].manifest.digest
+        entry = AuditEntry(operation=Operation.PRUNE, digest=manifest, image=min(names))
+        arguments: list[Argument] = [manifest, _ms(grace_s), *noted(self._audit, entry), *names]
         return _removal(await self._link.run("image_remove", self._prefix, *arguments, may_repeat=True))
 
     async def condemn(self, digests: Sequence[Digest], *, grace_s: float) -> list[int | None]:
@@ -160,6 +175,13 @@ class RedisCollectStore:
             batch = digests[start : start + _BATCH]
             found = await self._link.run("blobs_condemn", self._prefix, _ms(grace_s), *batch, may_repeat=True)
             freed += [None if size < 0 else size for size in found]
+            self._note(
+                *(
+                    AuditEntry(operation=Operation.PRUNE, digest=digest, size_bytes=size)
+                    for digest, size in zip(batch, found, strict=True)
+                    if size >= 0
+                )
+            )
         return freed
 
     async def due(self, most: int) -> list[Doomed]:
@@ -175,6 +197,7 @@ class RedisCollectStore:
         """Forget objects that are deleted."""
         if doomed:
             members = [f"{one.digest} {one.key}" for one in doomed]
+            self._note(*map(deletion, doomed))
             await self._link.execute("ZREM", self._keys.deleting, *members, may_repeat=True)
 
     async def strays(self, suspects: Sequence[Suspect], *, stray_s: float) -> list[Suspect]:

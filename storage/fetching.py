@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
+from cluster.audit import handle_of
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest, digest_of, hex_of
 from cluster.errors import (
@@ -103,9 +104,11 @@ class _RegistrySource:
     ) -> None:
         self.name = endpoint.source
         self.origin = origin
+        self.caller = caller
+        #: Who the caller is to this registry.
+        self.identity = caller.authorizer.identity(endpoint.registry)
         self._endpoint = endpoint
         self._descriptor = descriptor
-        self._caller = caller
         self._blobs = blobs
         self._limiter = limiter
         self._bridge = bridge
@@ -113,7 +116,7 @@ class _RegistrySource:
     @contextlib.contextmanager
     def open(self, offset: int, length: int | None) -> Iterator[SourceResponse]:
         registry = self._endpoint.registry
-        budget = Budget(kind=RequestKind.BLOB, account=self._caller.authorizer.identity(registry))
+        budget = Budget(kind=RequestKind.BLOB, account=self.identity)
         holding = self._limiter.slot(registry, deadline_s=_SLOT_DEADLINE_S, budget=budget)
         slot = self._bridge.ask(holding.__aenter__(), _SLOT_DEADLINE_S + 10)
         try:
@@ -164,7 +167,7 @@ class _RegistrySource:
 
     def _authorize(self, *, challenge: str | None, was_refused: bool) -> Authorization | None:
         return self._bridge.ask(
-            self._caller.authorizer.authorize(
+            self.caller.authorizer.authorize(
                 AuthRequest(
                     registry=self._endpoint.registry,
                     plain_http=self._endpoint.plain_http,
@@ -293,6 +296,7 @@ class ThreadedTransfers:
                 late.staging.discard()
             raise
         self._arrived[done.object.key] = done
+        used = sources[done.source_index]
         return Fetched(
             blob=BlobRecord(
                 digest=digest,
@@ -304,6 +308,8 @@ class ThreadedTransfers:
             ),
             bytes_fetched=done.bytes_fetched,
             source=done.source,
+            caller=used.caller if isinstance(used, _RegistrySource) else None,
+            credential=handle_of(used.identity) if isinstance(used, _RegistrySource) else "",
         )
 
     def _sources_at(

@@ -10,6 +10,7 @@ from typing import Any
 import msgpack
 
 from cluster import wire
+from cluster.audit import AuditEntry
 from cluster.errors import InternalError, StaleFenceError, UnknownVersionError, WireError
 from cluster.flight.values import (
     Aborting,
@@ -29,6 +30,7 @@ from cluster.flight.values import (
 from cluster.lease import LeaseId, blob_resource
 from cluster.metrics import COMMITTED_BYTES, FLIGHT_ENDS, FLIGHT_JOINS, FLIGHT_TAKE_OVERS, FLIGHT_WRITES_REFUSED
 from cluster.ref import BlobRecord
+from storage.audit import RedisAudit, noted
 from storage.codec import Codec
 from storage.keys import Keys
 from storage.link import RedisLink
@@ -66,10 +68,11 @@ class RedisFlightStore:
     that it reaches who waited and nobody else.
     """
 
-    def __init__(self, link: RedisLink, keys: Keys) -> None:
+    def __init__(self, link: RedisLink, keys: Keys, audit: RedisAudit | None = None) -> None:
         self._link = link
         self._keys = keys
         self._prefix = keys.prefix
+        self._audit = audit
 
     async def join(self, key: str, *, worker: str, token: str, ttl_s: float) -> JoinOutcome:
         """Join or own the flight of *key*; safe to repeat with the same token."""
@@ -98,6 +101,7 @@ class RedisFlightStore:
             round(ttl_s * 1000),
             secrets.token_hex(8),
             wire.VERSION,
+            self._audit.limits if self._audit else "",
             may_repeat=True,
         )
         FLIGHT_JOINS.add(outcome=reply[0].decode())
@@ -125,7 +129,7 @@ class RedisFlightStore:
         event = Progressed(fence_number=fence.number, current_bytes=current_bytes, total_bytes=total_bytes)
         await self._own("flight_report", fence, current_bytes, total_bytes, _PROGRESSED.encode(event))
 
-    async def commit(self, fence: Fence, blob: BlobRecord) -> None:
+    async def commit(self, fence: Fence, blob: BlobRecord, *, entry: AuditEntry | None = None) -> None:
         """Make *blob* present and end the flight; a repetition that finds it done is content."""
         if fence.key != blob_resource(blob.digest):
             raise InternalError(f"a flight for {fence.key} commits {blob.digest}")
@@ -138,20 +142,21 @@ class RedisFlightStore:
             flight_lease_id(blob.digest),
             FLIGHT_LEASE_S * 1000,
             _LABELS.encode({"kind": "flight"}),
+            *noted(self._audit, entry),
         )
         FLIGHT_ENDS.add(how="committed")
         COMMITTED_BYTES.add(blob.size_bytes)
 
-    async def fail(self, fence: Fence, error: bytes) -> None:
+    async def fail(self, fence: Fence, error: bytes, *, entry: AuditEntry | None = None) -> None:
         """End the flight with an error for those who wait now."""
         event = Failed(fence_number=fence.number, error=error)
-        await self._own("flight_end", fence, _FAILED.encode(event), 0, may_repeat=False)
+        await self._own("flight_end", fence, _FAILED.encode(event), 0, *noted(self._audit, entry), may_repeat=False)
         FLIGHT_ENDS.add(how="failed")
 
-    async def vacate(self, fence: Fence) -> None:
+    async def vacate(self, fence: Fence, *, entry: AuditEntry | None = None) -> None:
         """Give the ownership up without an outcome."""
         event = Vacated(fence_number=fence.number)
-        await self._own("flight_end", fence, _VACATED.encode(event), 1, may_repeat=False)
+        await self._own("flight_end", fence, _VACATED.encode(event), 1, *noted(self._audit, entry), may_repeat=False)
         FLIGHT_ENDS.add(how="vacated")
 
     async def abort_if_unwanted(self, fence: Fence) -> bool:

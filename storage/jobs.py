@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.audit import AuditEntry, Operation
 from cluster.digest import Digest
 from cluster.errors import JobEndedError, JobIdTakenError, JobNotFoundError, StaleFenceError
 from cluster.job import (
@@ -19,6 +20,7 @@ from cluster.job import (
     encode_event,
 )
 from cluster.solver_ports import ATTENDED_S
+from storage.audit import RedisAudit, noted
 from storage.codec import Codec
 from storage.keys import Keys
 from storage.link import RedisLink
@@ -31,10 +33,11 @@ _US = 1_000_000
 class RedisJobStore:
     """Implements :class:`cluster.solver_ports.JobStore`; each method is one script, so one atomic step."""
 
-    def __init__(self, link: RedisLink, keys: Keys) -> None:
+    def __init__(self, link: RedisLink, keys: Keys, audit: RedisAudit | None = None) -> None:
         self._link = link
         self._keys = keys
         self._prefix = keys.prefix
+        self._audit = audit
 
     async def submit(self, spec: JobSpec, definition: bytes) -> JobRecord:
         """Record a job with its definition's payload."""
@@ -84,7 +87,8 @@ class RedisJobStore:
     async def request_cancel(self, job: JobId) -> JobState:
         """Ask for a job to be cancelled."""
         _, event = encode_event(JobEnded(state=JobState.CANCELLED))
-        return _state(job, await self._link.run("job_cancel", self._prefix, job, event, may_repeat=True))
+        noting = noted(self._audit, AuditEntry(operation=Operation.CANCEL, job=job))
+        return _state(job, await self._link.run("job_cancel", self._prefix, job, event, *noting, may_repeat=True))
 
     async def attend(self, job: JobId) -> JobState:
         """Tell that a job's driver is there."""

@@ -68,6 +68,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``ops:NODE`` | zset | run of an op there → until when that is believed, milliseconds |
 | ``traffic`` | hash | a figure of :class:`cluster.traffic.Traffic` → its sum |
 | ``traffic:SECONDS`` | hash, a week | the same, of the five minutes that began then |
+| ``audit`` | stream, ``audit.retention_s`` | payloads ``audit`` (:class:`cluster.audit.AuditEntry`) |
 | ``mark`` | string | ID of these records: with the farm's name, its mark in the bucket |
 | ``nodes`` | string | payload ``nodes``: the nodes as the supervisor last saw them |
 | ``actors`` | hash | actor name → payload ``actor`` |
@@ -215,6 +216,11 @@ class Keys:
     def traffic_slot(self, wall_s: int) -> str:
         """Name what was moved and was not in the slot of time that began then."""
         return f"{self.prefix}:traffic:{wall_s}"
+
+    @property
+    def audit(self) -> str:
+        """Name the audit stream."""
+        return f"{self.prefix}:audit"
 
     @property
     def nodes(self) -> str:

@@ -20,7 +20,12 @@ import structlog
 from cluster.circuit import BURST_S, BreakerLimits
 from cluster.config import Config
 from cluster.errors import CircuitOpenError, DeadlineExceededError, RateLimitedError, UnavailableError
-from cluster.metrics import REGISTRY_WAIT_SECONDS
+from cluster.metrics import (
+    REGISTRY_CIRCUIT_OPENED,
+    REGISTRY_QUOTA_REMAINING,
+    REGISTRY_QUOTA_WAIT_SECONDS,
+    REGISTRY_WAIT_SECONDS,
+)
 from cluster.ports import Slot
 from cluster.quota import ANYBODYS, Budget, Quota, pace_of
 from storage.keys import Keys
@@ -104,7 +109,10 @@ class RedisHostLimiter:
                 raise DeadlineExceededError(
                     f"a request slot for {host}", f"none came free in {deadline_s:g} s"
                 ) from exc
-            REGISTRY_WAIT_SECONDS.observe(time.monotonic() - began_s, registry=host)
+            waited_s = time.monotonic() - began_s
+            REGISTRY_WAIT_SECONDS.observe(waited_s, registry=host)
+            if (host, budget) in self._low:
+                REGISTRY_QUOTA_WAIT_SECONDS.add(waited_s, kind=budget.kind.value)
             self._held[slot.name] = host
             self._renew_while_held()
             yield replace(slot, is_probe=is_probe)
@@ -116,6 +124,9 @@ class RedisHostLimiter:
 
     async def quoted(self, slot: Slot, quotas: Sequence[Quota]) -> None:
         """Record what is left."""
+        if quotas:
+            left = min(quota.remaining for quota in quotas)
+            REGISTRY_QUOTA_REMAINING.set(left, registry=slot.host, kind=slot.budget.kind.value)
         pace = pace_of(quotas, slowest_s=registry_config(self._config, slot.host).quota_pace_s)
         was_low = (slot.host, slot.budget) in self._low
         if pace is None and not was_low:
@@ -160,6 +171,7 @@ class RedisHostLimiter:
         times_ms = int(limits.open_s * 1000), int(BURST_S * 1000)
         told = failure[:_FAILURE_CHARS]
         if await self._link.run("host_failed", self._prefix, slot.host, slot.name, told, limits.failures, *times_ms):
+            REGISTRY_CIRCUIT_OPENED.add()
             _log.warning("registry.given_up", host=slot.host, failures=limits.failures, last_failure=told)
 
     def _log_back(self, slot: Slot, was_given_up: bool) -> None:  # noqa: FBT001 - an answer of Redis

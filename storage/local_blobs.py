@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import copy
 import hashlib
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from cluster.audit import AuditEntry, NoAudit, Operation
 from cluster.digest import Digest
 from cluster.disk_room import BoundlessDisk, NodeDisk, Part
 from cluster.errors import (
@@ -22,7 +24,7 @@ from cluster.errors import (
 )
 from cluster.fair.runner import FairSlots
 from cluster.metrics import READ_BYTES
-from cluster.ports import ByteStream, ContentStore, RefStore
+from cluster.ports import AuditNotes, ByteStream, ContentStore, RefStore
 from cluster.ref import BlobRecord
 from storage.node_cache import CachedBlob, NodeCache
 from storage.staging import StagingFile
@@ -165,6 +167,7 @@ class NodeBlobs:
         threads: Executor,
         downloads: int,
         disk: NodeDisk | None = None,
+        audit: AuditNotes | None = None,
     ) -> None:
         self._cache = cache
         self._store = store
@@ -172,6 +175,7 @@ class NodeBlobs:
         self._loop = loop
         self._threads = threads
         self._disk = disk or BoundlessDisk()
+        self._audit = audit or NoAudit()
         self._slots = FairSlots(downloads)
         self._arriving: dict[Digest, ArrivingBlob] = {}
         self._wanted: dict[Digest, _Wanted] = {}
@@ -314,7 +318,15 @@ class NodeBlobs:
         """
         try:
             async with self._slots.slot(blob.digest, tenants):
+                began_s = time.monotonic()
                 await self._loop.run_in_executor(self._threads, self._copy, blob)
+            entry = AuditEntry(
+                operation=Operation.DOWNLOAD, who=next(iter(tenants), ""), digest=blob.digest, source="s3"
+            )
+            size = blob.size_bytes
+            self._audit.note(
+                replace(entry, size_bytes=size, moved_bytes=size, seconds=time.monotonic() - began_s, fence=blob.fence)
+            )
         except (BlobNotFoundError, DigestMismatchError) as exc:
             # Who waits goes on waiting: whoever wants the blob drives a fetch from where it came from.
             await self._refs.mark_absent(blob, str(exc))

@@ -16,10 +16,12 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+from cluster.audit import AuditEntry, Operation, absence
 from cluster.circuit import BURST_S, BreakerLimits, Circuit, HostCircuit
 from cluster.collect.ports import Doomed
 from cluster.collect.rounds import Round
 from cluster.collect.sweep import NAMELESS, Suspect
+from cluster.config import AuditConfig
 from cluster.digest import Digest, is_digest
 from cluster.errors import (
     CircuitOpenError,
@@ -110,6 +112,18 @@ class Memory:
         self.proofs: dict[tuple[str, str, Digest], float] = {}
         self.streams: dict[str, list[ProgressItem]] = {}
         self.hosts: dict[str, _Host] = {}
+        self.audit: deque[AuditEntry] = deque()
+        #: How many entries there have ever been.
+        self.audited = 0
+
+    def note(self, entry: AuditEntry | None, *, most: int) -> None:
+        """Append to the audit stream, which has *most* entries at most."""
+        if entry is None or not most:
+            return
+        self.audit.append(replace(entry, wall_s=self.now_s()))
+        self.audited += 1
+        while len(self.audit) > most:
+            self.audit.popleft()
 
     def is_live(self, lease_id: LeaseId) -> bool:
         """Tell whether a lease is live."""
@@ -182,8 +196,9 @@ class MemoryLeaseStore:
 class MemoryRefStore:
     """Fake of :class:`storage.refs.RedisRefStore`."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, audit: AuditConfig | None = None) -> None:
         self._memory = memory
+        self._audited = audit.most_entries if audit else 0
 
     async def get_or_create(
         self,
@@ -326,6 +341,7 @@ class MemoryRefStore:
         del self._memory.blobs[blob.digest]
         if delete_after_s is not None:
             self._memory.deleting[Doomed(blob.digest, blob.key)] = self._memory.now_s() + delete_after_s
+        self._memory.note(absence(blob), most=self._audited)
         return True
 
     def _state(self, ref_id: RefId) -> RefState:
@@ -344,8 +360,9 @@ class MemoryFlightStore:
     see that it is noticed.
     """
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, audit: AuditConfig | None = None) -> None:
         self._memory = memory
+        self._audited = audit.most_entries if audit else 0
 
     async def join(self, key: str, *, worker: str, token: str, ttl_s: float) -> JoinOutcome:
         """Join or own the flight of *key*."""
@@ -360,7 +377,18 @@ class MemoryFlightStore:
         fence = Fence(key=key, epoch=memory.epoch, number=self._next_fence(), token=token)
         memory.flights[key] = _Flight(fence=fence, owner=worker, expires_s=memory.now_s() + ttl_s)
         memory.waiters.get(key, {}).pop(worker, None)
-        return Owned(fence=fence, upload=self._upload(key))
+        upload = self._upload(key)
+        if flight is not None:
+            entry = AuditEntry(
+                operation=Operation.TAKE_OVER,
+                outcome="afresh" if upload is None else "resumed",
+                by=worker,
+                source=flight.owner,
+                digest=_digest(key) if key.startswith("blob:") else "",
+                fence=fence.number,
+            )
+            memory.note(entry, most=self._audited)
+        return Owned(fence=fence, upload=upload)
 
     async def join_another(self, key: str, *, worker: str, ttl_s: float) -> Elsewhere | None:
         """Join another's flight of *key*; None where nobody has one."""
@@ -417,7 +445,7 @@ class MemoryFlightStore:
         flight.current_bytes, flight.total_bytes = current_bytes, total_bytes
         self._publish(fence.key, _progress(flight))
 
-    async def commit(self, fence: Fence, blob: BlobRecord) -> None:
+    async def commit(self, fence: Fence, blob: BlobRecord, *, entry: AuditEntry | None = None) -> None:
         """Make *blob* present and end the flight."""
         if fence.key != blob_resource(blob.digest):
             raise InternalError(f"a flight for {fence.key} commits {blob.digest}")
@@ -439,17 +467,20 @@ class MemoryFlightStore:
         memory.uploads.pop(fence.key, None)
         self._end(fence.key, Committed(fence_number=fence.number, blob=blob))
         memory.waiters.pop(fence.key, None)
+        memory.note(entry, most=self._audited)
 
-    async def fail(self, fence: Fence, error: bytes) -> None:
+    async def fail(self, fence: Fence, error: bytes, *, entry: AuditEntry | None = None) -> None:
         """End the flight with an error."""
         self._owned(fence)
         self._end(fence.key, Failed(fence_number=fence.number, error=error))
         self._memory.waiters.pop(fence.key, None)
+        self._memory.note(entry, most=self._audited)
 
-    async def vacate(self, fence: Fence) -> None:
+    async def vacate(self, fence: Fence, *, entry: AuditEntry | None = None) -> None:
         """Give the ownership up without an outcome."""
         self._owned(fence)
         self._end(fence.key, Vacated(fence_number=fence.number))
+        self._memory.note(entry, most=self._audited)
 
     async def abort_if_unwanted(self, fence: Fence) -> bool:
         """Start aborting if no live waiter is recorded."""

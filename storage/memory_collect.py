@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
+from cluster.audit import AuditEntry, Operation, deletion
 from cluster.collect.ports import Doomed, Locals, LocalTree, Outcome, Removal
 from cluster.collect.rounds import Round
 from cluster.collect.sweep import NAMELESS, Suspect
+from cluster.config import AuditConfig
 from cluster.digest import Digest
 from cluster.lease import LeaseId, blob_resource, image_resource, object_resource, ref_resource
 from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord, RefUsage
@@ -20,8 +22,9 @@ class MemoryCollectStore:
     What decides that something stays is in small methods of its own, so that tests can break one at a time.
     """
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, audit: AuditConfig | None = None) -> None:
         self._memory = memory
+        self._audited = audit.most_entries if audit else 0
 
     async def now_wall_s(self) -> float:
         """Return the memory's time."""
@@ -80,6 +83,7 @@ class MemoryCollectStore:
         documents = {i.manifest.digest: i for i in (*gone, *known) if i is not None and i.ref == ref_id}
         for manifest in documents:
             memory.images_by_digest.pop(manifest, None)
+        self._note(AuditEntry(operation=Operation.PRUNE, ref=ref_id, image=min(names, default="")))
         return Removal(Outcome.REMOVED, freed + sum(self._release(i, grace_s) for i in documents.values()))
 
     async def remove_image(self, images: Sequence[ImageRecord], *, grace_s: float) -> Removal:
@@ -99,11 +103,19 @@ class MemoryCollectStore:
         for one in named:
             memory.images.pop(one.name, None)
         memory.images_by_digest.pop(manifest, None)
+        self._note(AuditEntry(operation=Operation.PRUNE, digest=manifest, image=min(i.name for i in images)))
         return Removal(Outcome.REMOVED, self._release(image, grace_s))
+
+    def _note(self, entry: AuditEntry) -> None:
+        self._memory.note(entry, most=self._audited)
 
     async def condemn(self, digests: Sequence[Digest], *, grace_s: float) -> list[int | None]:
         """Turn blobs absent that nothing needs."""
-        return [self._condemn(digest, grace_s) for digest in digests]
+        freed = [self._condemn(digest, grace_s) for digest in digests]
+        for digest, size in zip(digests, freed, strict=True):
+            if size is not None:
+                self._note(AuditEntry(operation=Operation.PRUNE, digest=digest, size_bytes=size))
+        return freed
 
     async def due(self, most: int) -> list[Doomed]:
         """Return objects that may be deleted now."""
@@ -118,6 +130,7 @@ class MemoryCollectStore:
         """Forget objects that are deleted."""
         for one in doomed:
             self._memory.deleting.pop(one, None)
+            self._note(deletion(one))
 
     async def strays(self, suspects: Sequence[Suspect], *, stray_s: float) -> list[Suspect]:
         """Return those that nothing has named for long."""

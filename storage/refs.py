@@ -12,11 +12,13 @@ import msgpack
 import msgspec
 
 from cluster import wire
+from cluster.audit import absence
 from cluster.digest import Digest, is_digest
 from cluster.errors import LeaseLostError, NonAddressableParentError, RefNotFoundError
 from cluster.lease import LeaseId
 from cluster.provider import ProviderHandle
 from cluster.ref import BlobRecord, ChainUse, ImageRecord, RefId, RefRecord, RefState, RefUsage
+from storage.audit import RedisAudit, noted
 from storage.codec import Codec
 from storage.keys import Keys
 from storage.link import RedisLink
@@ -46,9 +48,10 @@ class RedisRefStore:
     a digest's providers, to which values are only ever added.
     """
 
-    def __init__(self, link: RedisLink, keys: Keys) -> None:
+    def __init__(self, link: RedisLink, keys: Keys, audit: RedisAudit | None = None) -> None:
         self._link = link
         self._keys = keys
+        self._audit = audit
         self._prefix = keys.prefix
 
     async def get_or_create(
@@ -198,9 +201,8 @@ class RedisRefStore:
 
     async def mark_absent(self, blob: BlobRecord, reason: str, *, delete_after_s: float | None = None) -> bool:
         """Turn a blob lazy again, if it is still that very upload."""
-        told: list[str | int] = [blob.digest, blob.key, reason]
-        if delete_after_s is not None:
-            told.append(round(delete_after_s * 1000))
+        delete_after_ms = "" if delete_after_s is None else round(delete_after_s * 1000)
+        told = (blob.digest, blob.key, reason, delete_after_ms, *noted(self._audit, absence(blob)))
         return bool(await self._link.run("blob_absent", self._prefix, *told))
 
 

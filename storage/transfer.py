@@ -183,8 +183,9 @@ class Transferred(Generic[StagingT]):
     object: ObjectInfo
     #: Bytes read from registries by this transfer.
     bytes_fetched: int
-    #: Source that was read from last.
+    #: Source that was read from last, and its place among those that the transfer was given.
     source: str
+    source_index: int
     #: :attr:`Source.origin` of every byte; empty where they are of several, or were fetched by an earlier owner.
     origin: str
     staging: StagingT
@@ -478,6 +479,7 @@ class BlobTransfer(Generic[StagingT]):
             object=info,
             bytes_fetched=self._fetched_bytes,
             source=self._sources[self._state.index].name,
+            source_index=self._state.index,
             origin=origins.pop() if is_all_ours and len(origins) == 1 else "",
             staging=staging,
         )

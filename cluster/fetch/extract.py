@@ -242,6 +242,7 @@ class Extractor:
         # Used: whoever removes it has asked before this whether the caller's lease holds it, and asks again.
         if await self._in_thread(lambda: self._snapshotter.use(record.chain)):
             await self._unlazier.admit(record.blob, caller, state.present.source if state.present else "")
+            self._unlazier.note(record.blob, caller, "present", "snapshot", self._clock() - started_s)
             await self._tell(caller, record, LayerPhase.PRESENT)
             return LayerFetch(
                 digest=record.blob.digest,

@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, assert_never
 
+from cluster.audit import AuditEntry, NoAudit, Operation, error_of, handle_of, outcome_of
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
 from cluster.disk_room import BoundlessDisk, NodeDisk, Part
@@ -45,9 +46,10 @@ from cluster.flight.values import (
     UploadState,
     Vacated,
 )
+from cluster.job import parse_layer_stream
 from cluster.lease import LeaseId, blob_resource
 from cluster.messages import LayerFetch
-from cluster.ports import Authorizer, FlightRenewer, FlightStore, LeaseStore, ProgressStore, RefStore
+from cluster.ports import AuditNotes, Authorizer, FlightRenewer, FlightStore, LeaseStore, ProgressStore, RefStore
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.provider import DescHandler, ProviderHandle
 from cluster.ref import BlobRecord
@@ -64,6 +66,8 @@ class Caller:
     providers: Mapping[Digest, Sequence[ProviderHandle]]
     #: Whose share of a node its work uses; see :mod:`cluster.fair.state`.
     tenant: str = ""
+    #: ID of the job that it calls for; "" for none.
+    job: str = ""
     #: Progress streams of the call.
     progress: tuple[str, ...] = ()
     #: Those of digests whose handlers name their own.
@@ -74,6 +78,22 @@ class Caller:
     def streams(self, digest: Digest) -> tuple[str, ...]:
         """Return the progress streams of a blob: those that its handlers name, else those of the call."""
         return self.own_progress.get(digest, self.progress)
+
+    def entry(self, operation: Operation, blob: Descriptor) -> AuditEntry:
+        """Return what the audit stream should know of this caller, who needs *blob*."""
+        vertices = (parse_layer_stream(stream) for stream in self.streams(blob.digest))
+        job, vertex = next((found for found in vertices if found is not None), (self.job, ""))
+        known = (handle for handle in self.providers.get(blob.digest, ()) if not handle.is_farm)
+        proven = next((self.authorizer.identity(handle.registry) for handle in known), "")
+        return AuditEntry(
+            operation=operation,
+            who=self.tenant,
+            job=job,
+            vertex=vertex,
+            credential=handle_of(proven),
+            digest=blob.digest,
+            size_bytes=blob.size_bytes,
+        )
 
 
 def progress_of(handlers: Iterable[DescHandler]) -> dict[Digest, tuple[str, ...]]:
@@ -92,6 +112,9 @@ class Fetched:
     blob: BlobRecord
     bytes_fetched: int
     source: str
+    #: Whose credentials were used last, and their handle; None and "" where it was the farm itself.
+    caller: Caller | None = None
+    credential: str = ""
 
 
 class Transfers(Protocol):
@@ -159,8 +182,10 @@ class _Ownership:
         self.is_lost = False
         #: True once the flight is told how it ended: then there is nothing left to stop.
         self.is_ending = False
-        #: Callers whose credentials the transfer could use.
-        self.asked: set[Caller] = set()
+        #: When it began to transfer; None: not yet.
+        self.began_s: float | None = None
+        #: Callers whose credentials the transfer could use, in the order in which they came.
+        self.asked: dict[Caller, None] = {}
         self._loop = asyncio.get_running_loop()
 
     def lose_from_thread(self) -> None:
@@ -196,6 +221,7 @@ class Unlazier:
         max_transfers: int,
         clock: Callable[[], float],
         disk: NodeDisk | None = None,
+        audit: AuditNotes | None = None,
     ) -> None:
         self._worker = worker
         self._refs = refs
@@ -211,6 +237,7 @@ class Unlazier:
         self._deadline_s = deadline_s
         self._clock = clock
         self._disk = disk or BoundlessDisk()
+        self._audit = audit or NoAudit()
         self._flights: Flights[_Arrival, Caller] = Flights("unlazy")
         self._slots = FairSlots(max_transfers)
         self._background: set[asyncio.Task[Any]] = set()
@@ -233,21 +260,27 @@ class Unlazier:
                 outcome = await self._bring_and_pin(descriptor, caller, item)
         except TimeoutError as exc:
             error = DeadlineExceededError(f"unlazy of {digest}", f"not done after {self._deadline_s:.0f} s")
+            self._note_failure(descriptor, caller, error, started_s)
             await item.end(LayerPhase.FAILED, str(error))
             raise error from exc
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as exc:
+            self._note_failure(descriptor, caller, exc, started_s)
             self._spawn(item.end(LayerPhase.CANCELLED))
             raise
         except ClusterError as exc:
+            self._note_failure(descriptor, caller, exc, started_s)
             await item.end(LayerPhase.FAILED, str(exc))
             raise
         if outcome is None:
+            self.note(descriptor, caller, "present", "s3", self._clock() - started_s)
             await item.end(LayerPhase.PRESENT)
             return LayerFetch(
                 digest=digest, source="present", bytes_fetched=0, seconds=self._clock() - started_s, joined=False
             )
         arrival = outcome.value
         joined = outcome.joined or arrival.elsewhere
+        how = "joined" if joined else "fetched"
+        self.note(descriptor, caller, how, arrival.source, self._clock() - started_s)
         await item.end(LayerPhase.JOINED if joined else LayerPhase.DONE, arrival.source)
         return LayerFetch(
             digest=digest,
@@ -288,6 +321,16 @@ class Unlazier:
             (blob,) = await self._refs.blobs([digest])
             if blob is not None:
                 return outcome
+
+    def note(self, blob: Descriptor, caller: Caller, outcome: str, source: str, seconds: float) -> None:
+        """Note in the audit stream how a caller got *blob*."""
+        entry = caller.entry(Operation.UNLAZY, blob)
+        self._audit.note(replace(entry, outcome=outcome, source=source, seconds=seconds))
+
+    def _note_failure(self, blob: Descriptor, caller: Caller, error: BaseException, started_s: float) -> None:
+        entry = caller.entry(Operation.UNLAZY, blob)
+        seconds = self._clock() - started_s
+        self._audit.note(replace(entry, outcome=outcome_of(error), error=error_of(error), seconds=seconds))
 
     async def admit(self, descriptor: Descriptor, caller: Caller, came_from: str) -> None:
         """Let *caller* have the blob's bytes; see :class:`cluster.fetch.access.Admission`."""
@@ -529,30 +572,32 @@ class Unlazier:
             return await self._fetch_and_commit(descriptor, ownership, context)
         except (StaleFenceError, _OwnershipLostError) as exc:
             raise _OwnershipLostError from exc
-        except asyncio.CancelledError:
-            await self._end(ownership, self._store.vacate(fence))
+        except asyncio.CancelledError as exc:
+            await self._end(ownership, self._store.vacate(fence, entry=self._given_up(descriptor, ownership, exc)))
             if ownership.is_lost:
                 raise _OwnershipLostError from None
             raise
         except (AccessDeniedError, NeedsRemoteProvidersError, SessionGoneError) as exc:
             # Our callers may not, or can't answer any more; a waiter elsewhere may: it takes over and resumes.
-            await self._end(ownership, self._store.vacate(fence))
+            await self._end(ownership, self._store.vacate(fence, entry=self._given_up(descriptor, ownership, exc)))
             if any(caller.is_live() for caller in context.callers if caller not in ownership.asked):
                 raise _OwnershipLostError from exc  # somebody joined meanwhile whose credentials weren't tried
             if isinstance(exc, SessionGoneError):
                 raise NeedsRemoteProvidersError((descriptor.digest,)) from exc
             raise
-        except NodeDiskError:
+        except NodeDiskError as exc:
             # Nobody else's affair: a waiter on another node takes over and resumes.
-            await self._end(ownership, self._store.vacate(fence))
+            await self._end(ownership, self._store.vacate(fence, entry=self._given_up(descriptor, ownership, exc)))
             raise
         except ClusterError as exc:
-            await self._end(ownership, self._store.fail(fence, encode_error(exc)))
+            entry = replace(self._given_up(descriptor, ownership, exc), outcome="failed")
+            await self._end(ownership, self._store.fail(fence, encode_error(exc), entry=entry))
             raise
         except Exception as exc:
             # Our bug: nobody shall wait until the lease lapses, only to meet it again.
             error = InternalError(f"unlazy of {descriptor.digest}: {type(exc).__name__}: {exc}")
-            await self._end(ownership, self._store.fail(fence, encode_error(error)))
+            entry = replace(self._given_up(descriptor, ownership, exc), outcome="failed")
+            await self._end(ownership, self._store.fail(fence, encode_error(error), entry=entry))
             raise error from exc
         finally:
             self._renewer.drop(fence)
@@ -563,9 +608,10 @@ class Unlazier:
         fence = ownership.fence
 
         def callers() -> Sequence[Caller]:
-            ownership.asked.update(context.callers)
+            ownership.asked.update(dict.fromkeys(context.callers))
             return context.callers
 
+        ownership.began_s = self._clock()
         fetched = await self._transfers.fetch(descriptor, callers, fence, ownership.upload, context.report)
         is_committed = False
         try:
@@ -573,7 +619,7 @@ class Unlazier:
             # t=0  the store commits, and forgets the flight; its answer is on its way
             # t=1  a renewal finds no flight: that is not a loss, and the commit itself says if it came too late
             ownership.is_ending = True
-            await self._store.commit(fence, fetched.blob)
+            await self._store.commit(fence, fetched.blob, entry=self._attempt(descriptor, ownership, fetched))
             is_committed = True
         except UnavailableError as exc:
             if ownership.is_lost:
@@ -583,6 +629,28 @@ class Unlazier:
             self._transfers.settle(fetched, committed=is_committed)
         await ahit(FaultPoint.COMMIT_AFTER)
         return _Arrival(blob=fetched.blob, bytes_fetched=fetched.bytes_fetched, source=fetched.source, elsewhere=False)
+
+    def _given_up(self, blob: Descriptor, ownership: _Ownership, error: BaseException) -> AuditEntry:
+        return replace(self._attempt(blob, ownership), outcome="vacated", error=error_of(error))
+
+    def _attempt(self, blob: Descriptor, ownership: _Ownership, fetched: Fetched | None = None) -> AuditEntry:
+        """Return what the audit stream should know of an owner's attempt, at its end."""
+        caller = (fetched and fetched.caller) or next(iter(ownership.asked), None)
+        entry = (
+            AuditEntry(operation=Operation.FETCH, digest=blob.digest, size_bytes=blob.size_bytes)
+            if caller is None
+            else caller.entry(Operation.FETCH, blob)
+        )
+        if fetched is not None:
+            entry = replace(
+                entry,
+                outcome="committed",
+                credential=fetched.credential,
+                source=fetched.source,
+                moved_bytes=fetched.bytes_fetched,
+            )
+        seconds = 0.0 if ownership.began_s is None else self._clock() - ownership.began_s
+        return replace(entry, by=self._worker, fence=ownership.fence.number, seconds=seconds)
 
     async def _end(self, ownership: _Ownership, step: Coroutine[object, object, None]) -> None:
         """Tell the flight store how it ended; where that can't be told, the lease lapses and says so."""

@@ -8,6 +8,7 @@ import typer
 
 from cluster.job import VertexState
 from lazyfarm.cli import parts
+from lazyfarm.cli.audit_lines import audit_document, audit_line
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import count, duration, short, size
 from lazyfarm.cli.leases import document as lease_document
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cluster.collect.stock import Hold
-    from lazyfarm.explain import LayerWait
+    from lazyfarm.explain import LayerStory, LayerWait
     from lazyfarm.miss import Miss
 
 app = command_app()
 
 
-@app.callback(epilog=example("lazyfarm explain kept debian:12", "lazyfarm explain wait debian:12"))
+@app.callback(epilog=example("lazyfarm explain pull debian:12", "lazyfarm explain kept debian:12"))
 def explain() -> None:
     """Say why things are as they are. Reads records only: Ray is not joined."""
 
@@ -47,6 +48,74 @@ def wait(
             out.line(f"{short(layer.digest)}  {_told(layer)}")
             for waiting in layer.asked_by:
                 out.line(f"  for vertex {short(waiting.vertex)} of job {waiting.job}")
+
+
+@app.command("pull", epilog=example("lazyfarm explain pull debian:12", "lazyfarm explain pull sha256:3ab1…"))
+def pull(
+    *,
+    name: Annotated[
+        str,
+        typer.Argument(metavar="DIGEST|REF", help="A blob's digest, a ref, or an image.", show_default=False),
+    ],
+    state_dir: StateDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how a layer came here, or why it has not: who asked, who fetched it, from where, as whom, how fast.
+
+    Told of the audit stream, as far back as that goes; `lazyfarm audit --digest` has all of it.
+    """
+    with reporting(as_json=as_json, state_dir=state_dir) as out:
+        found = parts.with_explain(parts.running_settings(state_dir), lambda farm: farm.pull(name))
+        out.document(
+            {
+                "pulls": [audit_document(entry) for entry in found.pulls],
+                "layers": [_story_document(layer) for layer in found.layers],
+            }
+        )
+        for entry in found.pulls:
+            out.line(audit_line(entry))
+        for layer in found.layers:
+            out.line(f"{short(layer.digest)}  {_arrival(layer)}")
+            for entry in layer.entries:
+                out.line(f"  {audit_line(entry, of_digest=True)}")
+
+
+def _arrival(layer: LayerStory) -> str:
+    """Return in words where a layer is, and how it got there."""
+    if layer.wait.state == "present":
+        came = next((entry for entry in reversed(layer.attempts) if entry.fence == layer.fence), None)
+        told = [f"present, {size(layer.wait.total_bytes)}"]
+        told.append(f"from {layer.came_from}" if layer.came_from else "made or put together here")
+        if came is not None and came.moved_bytes:
+            told.append(f"in {duration(came.seconds)} ({size(came.rate)}/s)")
+        owners = len({entry.fence for entry in layer.attempts})
+        if owners > 1:
+            told.append(f"by the {count(owners, 'owner')}, one after the other")
+        joined = sum(entry.outcome == "joined" for entry in layer.asked)
+        if joined:
+            told.append(f"{joined} of {count(len(layer.asked), 'caller')} joined")
+        return ", ".join(told)
+    if layer.wait.state == "gone":
+        return "gone: nothing has it any more"
+    if layer.wait.state != "lazy":
+        return _told(layer.wait)
+    if failed := [entry for entry in layer.attempts if entry.outcome == "failed"]:
+        why = f"the last try failed ({failed[-1].error})"
+    else:
+        why = "whoever asked for it gave up" if layer.asked else "nobody has needed its bytes"
+    return f"lazy: {why}" + (f"; it would come from {' or '.join(layer.providers)}" if layer.providers else "")
+
+
+def _story_document(layer: LayerStory) -> dict[str, object]:
+    return {
+        **_document(layer.wait),
+        "came_from": layer.came_from or None,
+        "fence": layer.fence or None,
+        "providers": [*layer.providers],
+        "asked": [audit_document(entry) for entry in layer.asked],
+        "attempts": [audit_document(entry) for entry in layer.attempts],
+        "others": [audit_document(entry) for entry in layer.others],
+    }
 
 
 @app.command("miss", epilog=example("lazyfarm explain miss 'RUN make'", "lazyfarm explain miss 81ff --job 4f2a"))

@@ -16,7 +16,7 @@ from lazyfarm.cli.reach import accepts, url_address
 from lazyfarm.settings import FarmSettings, load_settings
 
 if TYPE_CHECKING:
-    from cluster.ports import ObjectInfo
+    from cluster.ports import AuditLog, ObjectInfo
     from lazyfarm.collection import FarmCollection
     from lazyfarm.explain import FarmExplain
     from lazyfarm.farm import Farm
@@ -105,6 +105,18 @@ def open_explain(settings: FarmSettings) -> contextlib.AbstractAsyncContextManag
     from lazyfarm.explain import open_explain  # noqa: PLC0415 - see the module
 
     return open_explain(settings)
+
+
+def with_audit(settings: FarmSettings, act: Callable[[AuditLog], Coroutine[None, None, T]]) -> T:
+    """*act* on the farm's audit stream; raises as :func:`with_leases`."""
+    return _over_redis(settings, open_audit, act)
+
+
+def open_audit(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager[AuditLog]:
+    """Return the farm's audit stream."""
+    from lazyfarm.redis_only import open_audit  # noqa: PLC0415 - see the module
+
+    return open_audit(settings)
 
 
 def with_collection(settings: FarmSettings, act: Callable[[FarmCollection], Coroutine[None, None, T]]) -> T:

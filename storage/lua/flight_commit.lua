@@ -9,12 +9,15 @@
 -- ARGV[8]    lease that holds the blob until those who waited hold it themselves
 -- ARGV[9]    milliseconds that this lease lives
 -- ARGV[10]   its labels, payload
+-- ARGV[11]   limits of the audit stream (lib/audit.lua); '' to note nothing
+-- ARGV[12]   entry for it, payload
 -- return     1, or 0 if it owns no more: then nothing has changed
 -- Safe to repeat: an object key is one upload's own, so a blob that is recorded under it was committed by
 -- this very call, whose answer was lost.
 -- include: time
 -- include: lease
 -- include: flight
+-- include: audit
 local prefix, key = KEYS[1], ARGV[1]
 local now = now_ms()
 local blob = prefix .. ':' .. key
@@ -36,4 +39,5 @@ lease_hold(prefix, lease, key)
 upload_forget(prefix, key)
 redis.call('DEL', flight_key(prefix, key), waiters_key(prefix, key))
 flight_settle(prefix, key, ARGV[3], ARGV[7])
+audit_note(prefix, ARGV[11], {ARGV[12]}, now)
 return 1

@@ -7,6 +7,7 @@
 -- ARGV[4] milliseconds that an owner or a waiter lives without renewing
 -- ARGV[5] a random name, for a data set that has no epoch yet
 -- ARGV[6] version of payloads
+-- ARGV[7] limits of the audit stream (lib/audit.lua), which tells of a take-over
 -- return  {'present', blob record}
 --         {'owned', epoch, fence, upload, parts, taken over}: upload is [key, upload ID, part bytes] or nil, parts
 --             a flat list of numbers and ETags; taken over is 1 where another's hold had lapsed, else 0
@@ -16,6 +17,7 @@
 -- Safe to repeat: who owns already, by the same token, is told so again.
 -- include: time
 -- include: flight
+-- include: audit
 local prefix, key, worker, token, ttl = KEYS[1], ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local now = now_ms()
 
@@ -67,4 +69,11 @@ redis.call('HSET', flight,
 redis.call('EXPIRE', flight, DAY_S)
 redis.call('ZREM', waiters, worker)
 flight_note(prefix, key, now)
-return owned(epoch, tostring(fence), last and 1 or 0)
+local answer = owned(epoch, tostring(fence), last and 1 or 0)
+if last then
+  audit_note(prefix, ARGV[7], {cmsgpack.pack({tonumber(ARGV[6]), 'audit', {
+    operation = 'take-over', outcome = answer[4] and 'resumed' or 'afresh', by = worker, source = held[3],
+    digest = string.match(key, '^blob:(.+)$') or '', fence = fence,
+  }})}, now)
+end
+return answer

@@ -3,17 +3,20 @@
 -- KEYS[1]  prefix of the farm's keys
 -- ARGV[1]  digest of its manifest
 -- ARGV[2]  milliseconds until objects that nothing names any more may be deleted
--- ARGV[3…] names that stood for it when last seen
+-- ARGV[3]  limits of the audit stream (lib/audit.lua); '' to note nothing
+-- ARGV[4]  entry for it, payload
+-- ARGV[5…] names that stood for it when last seen
 -- return   {'removed', bytes of objects that are to be deleted}, or {'held'} (by a live lease, by one of its names),
 --          {'stood-on'} (its top ref is there) or {'missing'}: then nothing has changed
 -- Safe to repeat.
 -- include: time
 -- include: collect
+-- include: audit
 local prefix, manifest, now = KEYS[1], ARGV[1], now_ms()
 local known = redis.call('HGET', prefix .. ':images:digest', manifest)
 local image = known and cmsgpack.unpack(known)[3]
 local names = {}
-for i = 3, #ARGV do
+for i = 5, #ARGV do
   local named = redis.call('HGET', prefix .. ':images', ARGV[i])
   local fields = named and cmsgpack.unpack(named)[3]
   if fields and fields.manifest.digest == manifest then
@@ -37,4 +40,5 @@ for _, name in ipairs(names) do
   redis.call('DEL', prefix .. ':holders:image:' .. name)
 end
 redis.call('HDEL', prefix .. ':images:digest', manifest)
+audit_note(prefix, ARGV[3], {ARGV[4]}, now)
 return {'removed', documents_release(prefix, manifest, image.config.digest, now, tonumber(ARGV[2]))}

@@ -3,14 +3,17 @@
 -- KEYS[1]  prefix of the farm's keys
 -- ARGV[1]  ref ID
 -- ARGV[2]  milliseconds until objects that nothing names any more may be deleted
--- ARGV[3]  number of image names
--- ARGV[4…] image names, then manifest digests, of images whose top it was when last seen
+-- ARGV[3]  limits of the audit stream (lib/audit.lua); '' to note nothing
+-- ARGV[4]  entry for it, payload
+-- ARGV[5]  number of image names
+-- ARGV[6…] image names, then manifest digests, of images whose top it was when last seen
 -- return   {'removed', bytes of objects that are to be deleted}, or {'held'} (by a live lease, it or one of the
 --          images), {'stood-on'} (another ref is on top of it) or {'missing'}: then nothing has changed
 -- Safe to repeat.
 -- include: time
 -- include: collect
-local prefix, id, grace, names = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+-- include: audit
+local prefix, id, grace, names = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[5])
 local now = now_ms()
 local key = prefix .. ':ref:' .. id
 local value = redis.call('GET', key)
@@ -31,7 +34,7 @@ local function images_of(tbl, first, last)
   return found
 end
 
-local named = images_of(':images', 4, 3 + names)
+local named = images_of(':images', 6, 5 + names)
 local held = is_held(prefix, 'ref:' .. id, now)
 for name in pairs(named) do
   held = held or is_held(prefix, 'image:' .. name, now)
@@ -60,7 +63,7 @@ local freed = blob_condemn(prefix, digest, now, grace) or 0
 if redis.call('EXISTS', users_key(prefix, digest)) == 0 then
   redis.call('DEL', prefix .. ':providers:' .. digest)
 end
-local documents = images_of(':images:digest', 4 + names, #ARGV)
+local documents = images_of(':images:digest', 6 + names, #ARGV)
 for name, image in pairs(named) do
   redis.call('HDEL', prefix .. ':images', name)
   redis.call('DEL', prefix .. ':holders:image:' .. name)
@@ -72,4 +75,5 @@ end
 for manifest, image in pairs(documents) do
   freed = freed + documents_release(prefix, manifest, image.config.digest, now, grace)
 end
+audit_note(prefix, ARGV[3], {ARGV[4]}, now)
 return {'removed', freed}

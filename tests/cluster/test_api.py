@@ -29,6 +29,8 @@ from cluster.messages import AssembleRequest, ResolveRequest
 from cluster.progress import LayerPhase
 from cluster.provider import DescHandler, ProviderHandle
 from lazyfarm import blocking
+from lazyfarm.graph import image as graph_image
+from lazyfarm.graph import scratch
 from tests.doubles.program import program_image
 from tests.doubles.registry import (
     HTPASSWD_PASSWORD,
@@ -335,6 +337,51 @@ async def test_a_second_driver_proves_its_own_access(farm, tmp_path):
             found = await third.get(ref.id)
             assert found.id == ref.id
             assert {layer.source for layer in (await found.unlazy()).layers} == {"present"}
+
+
+# -- the audit stream ----------------------------------------------------------------------------------------
+
+
+async def test_the_audit_stream_tells_who_had_what_as_whom_and_from_where(farm, tmp_path):
+    """Each driver by its session, each account by a handle; what moved is told once, and no login anywhere."""
+    login = (HTPASSWD_USER, HTPASSWD_PASSWORD)
+    with docker_registry(htpasswd_config(tmp_path), authorize=lambda _scope: BASIC) as private:
+        private.push("audit/app", "1", image := fresh_image(layers=2))
+        name = f"{private.host}/audit/app:1"
+        async with (
+            await farm.connect(credentials={private.host: login}) as first,
+            await farm.connect(credentials={private.host: login}) as second,
+        ):
+            await (await first.pull(name)).unlazy()
+            await (await second.pull(name)).extract("n1")
+            await first.push(await first.get(name), f"{private.host}/audit/copy:1")
+            layers = {layer.digest for layer in image.layers}
+            entries = [
+                e for e in await first.audit(last_s=300) if e.digest in layers or e.image.startswith(private.host)
+            ]
+            told = [(e.operation, e.outcome, e.who) for e in entries]
+            explained = await first.audit(digest=image.layers[0].digest)
+            job = first.solve(scratch().copy(graph_image(name), "/data-0", "/copied"))
+            await job
+            built = await first.audit(job=job.id)
+    one, two = first.session_id, second.session_id
+    assert told.count(("pull", "ok", one)) == told.count(("pull", "ok", two)) == 1
+    assert told.count(("unlazy", "fetched", one)) == told.count(("unlazy", "present", two)) == 2
+    assert told.count(("push-layer", "mounted", one)) + told.count(("push-layer", "exists", one)) == 2
+    assert told.count(("push", "ok", one)) == 1
+    fetches = [e for e in entries if e.operation == "fetch"]
+    assert sorted((e.outcome, e.who, e.source, e.moved_bytes) for e in fetches) == sorted(
+        ("committed", one, f"{private.host}/audit/app", len(layer.data)) for layer in image.layers
+    )
+    assert {"resolve", "unlazy", "extract"} <= {e.operation for e in built}
+    assert {e.who for e in built} == {f"{one}-{job.id}"}
+    assert all(e.vertex for e in built if e.operation == "unlazy")
+    (handle,) = {e.credential for e in entries if e.operation in ("pull", "fetch", "push")}
+    assert handle != "anonymous"
+    assert HTPASSWD_PASSWORD not in repr(entries)
+    assert {e.digest for e in explained} == {image.layers[0].digest}
+    document = await asyncio.to_thread(farm.cli_json, "explain", "pull", name)
+    assert [layer["attempts"][0]["who"] for layer in document["layers"]] == [one, one]
 
 
 # -- leases --------------------------------------------------------------------------------------------------

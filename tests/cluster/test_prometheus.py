@@ -20,12 +20,13 @@ import pytest
 from cluster.metrics import METRICS
 from lazyfarm.graph import image, scratch
 from storage.services.loopback import choose_ports
-from tests.doubles.registry import random_image
+from tests.doubles.registry import docker_registry, random_image
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CONFIGS = _ROOT / "configs"
 _RULES = _CONFIGS / "prometheus/alerts.yml"
 _OURS = re.compile(r"\bray_lazyfarm_\w+")
+_TELLS_WHAT_IS_LEFT = {"http": {"headers": {"RateLimit-Limit": ["1000;w=60"], "RateLimit-Remaining": ["976;w=60"]}}}
 #: Ray's workers hand their metrics over every ten seconds.
 _HANDED_OVER_S = 60.0
 _START_S = 30.0
@@ -164,6 +165,9 @@ async def test_all_that_alerts_and_dashboard_name_is_there(farm, registry, prome
     registry.push("metrics/app", "1", made)
     name = f"{registry.host}/metrics/app:1"
     async with await farm.connect() as driver:
+        with docker_registry(_TELLS_WHAT_IS_LEFT) as telling:
+            telling.push("metrics/told", "1", random_image(4712, layers=1))
+            await driver.pull(f"{telling.host}/metrics/told:1")
         ref = await driver.pull(name)
         await ref.unlazy()
         await driver.solve(scratch().copy(image(name, plain_http=True), "/data-0", "/copied"))
@@ -181,6 +185,8 @@ async def test_all_that_alerts_and_dashboard_name_is_there(farm, registry, prome
     names = prometheus.names()
     shown = {metric.exported for metric in METRICS}
     assert {re.sub("_(bucket|count|sum)$", "", name) for name in names if name.startswith("ray_lazyfarm")} == shown
+    left = prometheus.query(f'ray_lazyfarm_registry_quota_remaining{{registry="{telling.host}", kind="manifest"}}')
+    assert [one["value"][1] for one in left] == ["976"]
     read = prometheus.query('sum(ray_lazyfarm_read_bytes_total{source="registry"})')
     assert float(read[0]["value"][1]) >= sum(len(layer.data) for layer in made.layers)
     rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]

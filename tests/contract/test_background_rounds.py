@@ -27,7 +27,9 @@ DIGESTS = [digest_of(data) for data in DATA]
 @pytest.fixture
 def stores(redis_farm):
     found = redis_farm.stores()
-    return SimpleNamespace(link=redis_farm.links[0], refs=found.refs, leases=found.leases, flights=found.flights)
+    return SimpleNamespace(
+        link=redis_farm.links[0], refs=found.refs, leases=found.leases, flights=found.flights, audit=found.audit
+    )
 
 
 @pytest.fixture
@@ -81,6 +83,12 @@ async def test_workers_scrub_the_bucket_by_turns_and_each_its_own_disk(
     assert await present(stores) == [False, True, True]
     assert [info.key for info in bucket.objects(QUARANTINE_PREFIX)] == [QUARANTINE_PREFIX + damaged.key]
     assert [state.digest for state in cache.states()] == DIGESTS[2:]
+    noted = {(entry.operation, entry.outcome, entry.digest, entry.source) async for entry in stores.audit.entries()}
+    assert noted == {
+        ("absent", "ok", damaged.digest, damaged.key),
+        ("verify", "damaged", damaged.digest, QUARANTINE_PREFIX + damaged.key),
+        ("verify", "damaged", DIGESTS[1], "n0"),
+    }
     # Off: they end at once.
     off = config_of(redis_farm, scrub_bytes_per_s=0)
     await scrubbing.scrub_forever(stores, off, verifier)

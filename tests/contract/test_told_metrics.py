@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 
 import pytest
 
+from actors.metrics import show_circuits
 from cluster import metrics
 from cluster.config import S3Config
 from cluster.digest import digest_of
-from cluster.errors import LeaseLostError, StaleFenceError, UnavailableError
+from cluster.errors import CircuitOpenError, LeaseLostError, StaleFenceError, UnavailableError
 from cluster.flight.values import UploadState
 from cluster.lease import LeaseId, blob_resource
+from cluster.quota import Budget, Quota, RequestKind
 from cluster.ref import BlobRecord
 from storage.blobs import S3ContentStore
+from storage.circuits import Circuits
 from storage.registry.answers import count_answer
-from tests.doubles.stores import RedisFarm
+from tests.doubles.stores import BREAKER, RedisFarm
 
 DIGEST = digest_of(b"layer")
 KEY = blob_resource(DIGEST)
@@ -23,14 +27,17 @@ TTL_S = 6.0
 
 
 class _Told:
-    """A sink that keeps sums, and how often histograms were told."""
+    """A sink that keeps sums, how often histograms were told, and what gauges stand at."""
 
     def __init__(self):
         self.sums = {}
 
     def record(self, metric, value, labels):
         key = (metric.name.removeprefix("lazyfarm_"), *labels.values())
-        self.sums[key] = self.sums.get(key, 0) + (1 if isinstance(metric, metrics.Histogram) else value)
+        if isinstance(metric, metrics.Gauge):
+            self.sums[key] = value
+        else:
+            self.sums[key] = self.sums.get(key, 0) + (1 if isinstance(metric, metrics.Histogram) else value)
 
 
 @pytest.fixture
@@ -115,3 +122,33 @@ def test_answers_are_told_by_what_they_ask_for(told):
         "2xx": 2, "3xx": 1, "401": 1, "403": 1, "404": 1, "4xx": 2, "429": 1, "5xx": 2, "none": 1,
     }  # fmt: skip
     assert set(answers) == set(metrics.REGISTRY_ANSWERS.labels["answer"])
+
+
+async def test_a_registry_that_is_given_up_is_told(redis_farm, told):
+    """Once by whose request was one too many; by the supervisor for as long as it is, and that it is no more."""
+    limiter, circuits, host = redis_farm.stores().limiter, Circuits(redis_farm.links[0], redis_farm.keys), "r.example"
+    for _ in range(BREAKER.failures + 1):
+        with contextlib.suppress(CircuitOpenError):
+            async with limiter.slot(host, deadline_s=5.0) as slot:
+                await limiter.failed(slot, "no answer")
+        redis_farm.pass_time(2.0)
+    assert told["registry_circuit_opened",] == 1
+    shown = await show_circuits(limiter, circuits, set())
+    assert (shown, told["registry_circuit_open", host]) == ({host}, 1)
+    redis_farm.pass_time(7200.0)  # by then the host is forgotten
+    assert await show_circuits(limiter, circuits, shown) == {host}
+    assert told["registry_circuit_open", host] == 0
+
+
+async def test_the_wait_for_what_a_registry_allows_is_told_by_its_kind(redis_farm, told):
+    """Of requests of a budget of which little is left; others wait for other things."""
+    limiter, host = redis_farm.stores().limiter, "r.example"
+    budget = Budget(kind=RequestKind.MANIFEST)
+    for _ in range(2):
+        async with limiter.slot(host, deadline_s=5.0, budget=budget) as slot:
+            await limiter.quoted(slot, [Quota(remaining=10, limit=100, reset_s=2.0, window_s=2.0)])
+    async with limiter.slot(host, deadline_s=5.0):
+        pass
+    assert told["registry_quota_remaining", host, "manifest"] == 10
+    assert 0 < told["registry_quota_wait_seconds", "manifest"] < 5
+    assert ("registry_quota_wait_seconds", "blob") not in told

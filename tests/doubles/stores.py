@@ -12,9 +12,19 @@ import pytest
 
 from cluster.circuit import BreakerLimits
 from cluster.collect.ports import CollectStore
-from cluster.config import Config, RedisConfig, RegistryConfig
-from cluster.ports import FlightRenewer, FlightStore, HostLimiter, LeaseStore, ProgressStore, ProofStore, RefStore
+from cluster.config import AuditConfig, Config, RedisConfig, RegistryConfig
+from cluster.ports import (
+    AuditLog,
+    FlightRenewer,
+    FlightStore,
+    HostLimiter,
+    LeaseStore,
+    ProgressStore,
+    ProofStore,
+    RefStore,
+)
 from cluster.settings import Running
+from storage.audit import RedisAudit
 from storage.collect import RedisCollectStore
 from storage.connect import connect
 from storage.farm_file import write_running
@@ -32,6 +42,7 @@ from storage.memory import (
     MemoryProofStore,
     MemoryRefStore,
 )
+from storage.memory_audit import MemoryAudit
 from storage.memory_collect import MemoryCollectStore
 from storage.progress import RedisProgressStore
 from storage.proofs import RedisProofStore
@@ -50,6 +61,9 @@ SLOW_RATE = 0.5
 
 #: When each host is given up, and for how long.
 BREAKER = BreakerLimits(failures=3, open_s=31.0)
+
+#: What the audit stream keeps.
+AUDIT = AuditConfig(most_entries=200, retention_s=3600.0)
 
 _BREAKER = {"breaker_failures": BREAKER.failures, "breaker_open_s": BREAKER.open_s}
 _REGISTRIES = {
@@ -88,6 +102,16 @@ for _, key in ipairs(redis.call('KEYS', prefix .. ':*')) do
       end
     end
   end
+  if name == 'audit' then
+    local entries = redis.call('XRANGE', key, '-', '+')
+    local left = redis.call('PTTL', key)
+    redis.call('DEL', key)
+    for _, entry in ipairs(entries) do
+      local at, number = string.match(entry[1], '^(%d+)-(%d+)$')
+      redis.call('XADD', key, string.format('%.0f-%s', tonumber(at) - ms, number), unpack(entry[2]))
+    end
+    redis.call('PEXPIRE', key, left)
+  end
   local left = redis.call('PTTL', key)
   if left > 0 then
     redis.call('PEXPIRE', key, left - ms)
@@ -124,6 +148,7 @@ class Stores:
     limiter: HostLimiter
     progress: ProgressStore
     collect: CollectStore
+    audit: AuditLog
     #: Lets seconds pass by the store's clock.
     pass_time: Callable[[float], None]
     new_renewer: Callable[[], FlightRenewer]
@@ -133,9 +158,9 @@ class Stores:
 
 def memory_stores(memory: Memory, clock: FakeClock) -> Stores:
     """Return the fakes over *memory*."""
-    flights, config = MemoryFlightStore(memory), Config(registries=_REGISTRIES)
+    flights, config = MemoryFlightStore(memory, AUDIT), Config(registries=_REGISTRIES)
     return Stores(
-        refs=MemoryRefStore(memory),
+        refs=MemoryRefStore(memory, AUDIT),
         leases=MemoryLeaseStore(memory),
         flights=flights,
         proofs=MemoryProofStore(memory),
@@ -143,7 +168,8 @@ def memory_stores(memory: Memory, clock: FakeClock) -> Stores:
             memory, lambda _host: LIMIT, lambda host: config.registry(host).max_requests_per_s, BREAKER
         ),
         progress=MemoryProgressStore(memory),
-        collect=MemoryCollectStore(memory),
+        collect=MemoryCollectStore(memory, AUDIT),
+        audit=MemoryAudit(memory, AUDIT, by="tests"),
         pass_time=clock.advance,
         new_renewer=lambda: MemoryFlightRenewer(flights),
         other=lambda: memory_stores(memory, clock),
@@ -169,14 +195,16 @@ class RedisFarm:
         link = connect(self.config)
         self.links.append(link)
         config = Config(registries=_REGISTRIES)
+        audit = RedisAudit(link, self.keys, AUDIT, by="tests")
         return Stores(
-            refs=RedisRefStore(link, self.keys),
+            refs=RedisRefStore(link, self.keys, audit),
             leases=RedisLeaseStore(link, self.keys),
-            flights=RedisFlightStore(link, self.keys),
+            flights=RedisFlightStore(link, self.keys, audit),
             proofs=RedisProofStore(link, self.keys),
             limiter=RedisHostLimiter(link, self.keys, config),
             progress=RedisProgressStore(link, self.keys),
-            collect=RedisCollectStore(link, self.keys),
+            collect=RedisCollectStore(link, self.keys, audit),
+            audit=audit,
             pass_time=self.pass_time,
             new_renewer=lambda: RedisFlightRenewer(self.config, self.keys),
             other=self.stores,

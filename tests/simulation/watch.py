@@ -256,8 +256,8 @@ class WatchedFlights:
         self._watch.wrote("abort_if_unwanted", fence)
         return is_unwanted
 
-    async def commit(self, fence, blob):
-        await self._flights.commit(fence, blob)
+    async def commit(self, fence, blob, *, entry=None):
+        await self._flights.commit(fence, blob, entry=entry)
         self._watch.wrote("commit", fence, blob)
 
     async def begin_upload(self, fence, upload):
@@ -276,12 +276,12 @@ class WatchedFlights:
         await self._flights.report(fence, current_bytes, total_bytes)
         self._watch.wrote("report", fence)
 
-    async def fail(self, fence, error):
-        await self._flights.fail(fence, error)
+    async def fail(self, fence, error, *, entry=None):
+        await self._flights.fail(fence, error, entry=entry)
         self._watch.failed(fence, error)
 
-    async def vacate(self, fence):
-        await self._flights.vacate(fence)
+    async def vacate(self, fence, *, entry=None):
+        await self._flights.vacate(fence, entry=entry)
         self._watch.wrote("vacate", fence)
 
 

@@ -569,6 +569,8 @@ def test_an_error_with_json_is_the_document(farm):
         ["leases", "leaks"],
         ["explain", "wait", "x"],
         ["explain", "kept", "x"],
+        ["explain", "pull", "x"],
+        ["audit", "--follow"],
         ["du"],
         ["du", "--nodes"],
         ["prune", "--dry-run"],
@@ -735,7 +737,7 @@ def test_every_command_has_help_with_an_example():
             "refs": [["ls"], ["show"]],
             "leases": [["ls"], ["show"], ["pin"], ["release"], ["leaks"]],
             "jobs": [["ls"], ["show"], ["logs"], ["cancel"]],
-            "explain": [["wait"], ["kept"]],
+            "explain": [["pull"], ["wait"], ["kept"]],
             "config": [["explain"], ["show"]],
         }.get(name, [[]])
         for sub in subcommands:

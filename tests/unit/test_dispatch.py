@@ -94,6 +94,7 @@ class Bench:
             proofs=None,
             limiter=None,
             traffic=None,
+            audit=None,
             progress=None,
             presence=self.presence,
             whereabouts=MemoryWhereabouts(self.solver_memory),

@@ -6,6 +6,7 @@ from itertools import count
 
 import pytest
 
+from cluster.audit import Operation
 from cluster.digest import digest_of
 from cluster.errors import (
     AccessDeniedError,
@@ -22,9 +23,10 @@ from cluster.errors import (
 from cluster.fetch.access import AccessControl
 from cluster.fetch.runner import Unlazier, progress_of
 from cluster.flight.values import Owned, UploadState
+from cluster.job import JobId, layer_stream
 from cluster.lease import LeaseId, blob_resource
 from cluster.progress import LayerPhase
-from cluster.provider import DescHandler
+from cluster.provider import DescHandler, ProviderHandle
 from storage.memory import (
     Memory,
     MemoryFlightStore,
@@ -33,6 +35,7 @@ from storage.memory import (
     MemoryProofStore,
     MemoryRefStore,
 )
+from storage.memory_audit import MemoryAudit
 from tests.doubles.disks import CrowdedDisk
 from tests.doubles.fetch import (
     HANDLE,
@@ -45,7 +48,7 @@ from tests.doubles.fetch import (
     handle,
     layer_of,
 )
-from tests.doubles.stores import FakeClock, eventually
+from tests.doubles.stores import AUDIT, FakeClock, eventually
 
 LAYER = layer_of(b"the layer's blob")
 KEY = f"blob:{LAYER.digest}"
@@ -68,7 +71,7 @@ class Process:
     def __init__(self, cluster, name, *, deadline_s=30.0, poll_s=0.5, max_transfers=4, access=None, disk=None):
         self.name = name
         self.cluster = cluster
-        self.flights = DeafFlights(cluster.memory)
+        self.flights = DeafFlights(cluster.memory, AUDIT)
         self.renewer = ManualRenewer(self.flights)
         self.transfers = FakeTransfers(name)
         tokens = count()
@@ -81,6 +84,7 @@ class Process:
             progress=cluster.progress,
             transfers=self.transfers,
             access=access or OpenDoors(),
+            audit=MemoryAudit(cluster.memory, AUDIT, by=name),
             new_token=lambda: f"{name}-{next(tokens)}",
             ttl_s=TTL_S,
             poll_s=poll_s,
@@ -555,7 +559,7 @@ async def test_a_flight_that_is_lost_while_it_fails_still_fails_well(cluster):
     process.transfers.plan = [BlobNotFoundError(LAYER.digest, "r.example/app")]
     telling, told = asyncio.Event(), asyncio.Event()
 
-    async def fail(fence, error):
+    async def fail(fence, error, *, entry):
         telling.set()
         await told.wait()
 
@@ -761,8 +765,8 @@ async def test_a_renewal_that_meets_the_commit_is_no_loss(cluster, monkeypatch):
     process = cluster.process("a")
     commit = process.flights.commit
 
-    async def committed_and_renewed(fence, blob):
-        await commit(fence, blob)
+    async def committed_and_renewed(fence, blob, **noted):
+        await commit(fence, blob, **noted)
         process.renewer.lose()
         await asyncio.sleep(0)
 
@@ -887,3 +891,60 @@ async def test_a_hundred_callers_of_five_processes_come_and_go(cluster):
         assert task.result().digest == LAYER.digest
         assert await cluster.pinned(f"l{n}")
     await eventually(lambda: all(cluster.end_of(f"l{n}") for n in range(100) if cluster.phases(f"l{n}")))
+
+
+# -- the audit stream ---------------------------------------------------------------------------------------
+
+
+def audited(cluster, operation):
+    return [entry for entry in cluster.memory.audit if entry.operation == operation]
+
+
+async def test_every_caller_is_noted_and_every_attempt(cluster):
+    """Who needed it, for which job and vertex, and how it came; who brought it, as whom; who finds it there."""
+    a, b = cluster.process("a"), cluster.process("b")
+    providers = {LAYER.digest: (ProviderHandle(registry="r.example", repository="app"),)}
+    vertex = digest_of(b"vertex")
+    own = {LAYER.digest: (layer_stream(JobId("j1"), vertex),)}
+    first = await a.call("l1", tenant="driver-1", providers=providers)
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2", tenant="s-j1", name="bob", providers=providers, own_progress=own)
+    await b.is_waiting()
+    cluster.clock.advance(2.0)
+    fetch.proceed.set()
+    await asyncio.gather(first, second)
+    await (await a.call("l3"))
+    (fetched,) = audited(cluster, Operation.FETCH)
+    assert (fetched.outcome, fetched.who, fetched.by, fetched.source) == ("committed", "driver-1", "a", "registry of a")
+    assert (fetched.moved_bytes, fetched.seconds, fetched.fence) == (LAYER.size_bytes, 2.0, fetch.fence.number)
+    asked = {entry.who: entry for entry in audited(cluster, Operation.UNLAZY)}
+    assert {who: (e.outcome, e.source, e.moved_bytes) for who, e in asked.items()} == {
+        "driver-1": ("fetched", "registry of a", 0),
+        "s-j1": ("joined", "flight of a", 0),
+        "": ("present", "s3", 0),
+    }
+    assert {e.credential for e in asked.values()} == {"alice@r.exam", "bob@r.exampl", ""}
+    assert (asked["s-j1"].job, asked["s-j1"].vertex) == ("j1", vertex)
+    assert {e.digest for e in cluster.memory.audit} == {LAYER.digest}
+
+
+async def test_failures_and_cancellations_are_noted_without_a_word_of_what_they_say(cluster):
+    """An error may quote what a registry was sent, or what it answered: its type is all that the stream keeps."""
+    process = cluster.process("a")
+    process.transfers.plan = [BlobNotFoundError(LAYER.digest, "Bearer s3cr3t")]
+    failing = await process.call("l1", tenant="one")
+    (await process.transfers.arrival()).proceed.set()
+    await failure(failing, BlobNotFoundError)
+    leaving = await process.call("l2", tenant="two")
+    await process.transfers.arrival(2)
+    leaving.cancel()
+    await ended(leaving)
+    await eventually(lambda: len(audited(cluster, Operation.FETCH)) == 2)
+    told = [(e.operation, e.outcome, e.error, e.who) for e in cluster.memory.audit]
+    assert sorted(told) == [
+        ("fetch", "failed", "BlobNotFoundError", "one"),
+        ("fetch", "vacated", "", "two"),
+        ("unlazy", "cancelled", "", "two"),
+        ("unlazy", "failed", "BlobNotFoundError", "one"),
+    ]
+    assert "s3cr3t" not in repr(cluster.memory.audit)

@@ -110,7 +110,7 @@ class Farm:
         memory = SolverMemory(self.clock)
         self.store, self.events = MemoryJobStore(memory), MemoryJobEvents(memory)
         self.trees = dict(TREES)
-        self.explain = FarmExplain(None, None, self.store, self.events, self.open_tree)
+        self.explain = FarmExplain(None, None, self.store, self.events, audit=None, open_tree=self.open_tree)
 
     async def open_tree(self, digest):
         if digest not in self.trees:

@@ -1,0 +1,45 @@
+"""Entries of the audit stream, for people and for programs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from lazyfarm.cli.human import duration, short, size
+
+if TYPE_CHECKING:
+    from cluster.audit import AuditEntry
+
+
+def audit_document(entry: AuditEntry) -> dict[str, object]:
+    """Return an entry for programs: every field, under its own name."""
+    return asdict(entry)
+
+
+def audit_line(entry: AuditEntry, *, of_digest: bool = False) -> str:
+    """Return an entry in words; without its digest where *of_digest* says that it is told already."""
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.wall_s))
+    told = [f"{at}  {entry.operation} {entry.outcome}"]
+    if entry.error:
+        told.append(f"({entry.error})")
+    told += [] if of_digest or not entry.digest else [short(entry.digest)]
+    told += [f"ref {short(entry.ref)}"] if entry.ref else []
+    told += [entry.image] if entry.image else []
+    if entry.moved_bytes:
+        told.append(size(entry.moved_bytes))
+    if entry.source:
+        told.append(f"{'to' if entry.operation in _TO else 'from'} {entry.source}")
+    if entry.seconds:
+        told.append(f"in {duration(entry.seconds)}" + (f" ({size(entry.rate)}/s)" if entry.moved_bytes else ""))
+    if entry.job:
+        told.append(f"for job {entry.job}" + (f", vertex {short(entry.vertex)}" if entry.vertex else ""))
+    elif entry.who:
+        told.append(f"for driver {entry.who}")
+    told += [f"as {entry.credential}"] if entry.credential else []
+    told += [f"by {entry.by}"] if entry.by else []
+    return " ".join(told)
+
+
+#: What goes to its source, as the entry calls the other end.
+_TO = frozenset({"push", "push-layer", "export_cache", "extract"})
