@@ -376,6 +376,8 @@ class Farm(_Twin[asynchronous.Farm]):
     prune_nodes = _blocking(asynchronous.Farm.prune_nodes)
     verify = _blocking(asynchronous.Farm.verify)
     kept = _blocking(asynchronous.Farm.kept)
+    drain = _blocking(asynchronous.Farm.drain)
+    undrain = _blocking(asynchronous.Farm.undrain)
     unpin = _blocking(asynchronous.Farm.unpin)
     leases = _blocking(asynchronous.Farm.leases)
     nodes = _blocking(asynchronous.Farm.nodes)

@@ -17,7 +17,7 @@ COMMANDS = (
     *("up", "down", "status", "top", "doctor", "page"),
     *("pull", "refs", "unlazy", "extract", "push"),
     *("build", "jobs", "attach", "report", "submit"),
-    *("du", "prune", "verify", "leases", "explain", "config"),
+    *("du", "prune", "verify", "leases", "explain", "drain", "config"),
 )
 
 
