@@ -77,6 +77,7 @@ async def test_a_node_drains_while_it_builds_and_fetches(farm, registry, registr
             with pytest.raises(NodeDrainingError):
                 await shell.extract(node)
             assert {each.node for each in await shell.extract_everywhere()} == others
+            assert {(await shell.extract()).node for _ in range(8)} <= others
             assert not draining.done()
             assert not fetching.done()
 
