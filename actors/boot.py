@@ -165,6 +165,8 @@ class Starter:
     def __init__(self, boot: Boot) -> None:
         self.boot = boot
         self.background = Background()
+        #: Tells how many calls the actor has under way; replaced by one that counts them.
+        self.calls: Callable[[], int] = lambda: 0
         self._lock: asyncio.Lock | None = None
         self._is_started = False
         self._is_exported = False
@@ -211,6 +213,7 @@ class Starter:
             version=VERSION,
             ray_id=self.boot.ray_id,
             config=actor_digest(self.boot.config),
+            calls=self.calls(),
         )
 
     async def _keep_announcing(self, presence: Presence) -> None:

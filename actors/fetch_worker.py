@@ -139,6 +139,7 @@ class FetchWorker(SessionServer):
         super().__init__()
         self._starter = Starter(decode("boot", Boot, boot))
         self._quota = CallQuota(self._starter.boot.config.fetch.calls_per_node)
+        self._starter.calls = lambda: self._quota.calls
         self._parts: _Parts | None = None
 
     # -- starting --------------------------------------------------------------------------------------

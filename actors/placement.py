@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Collection, Sequence
 
 from actors.boot import new_token
 from cluster.digest import Digest
-from cluster.errors import ClusterError, NodeNotFoundError
+from cluster.drain import taking_work
+from cluster.errors import ClusterError
 from cluster.ref import RefState
 from cluster.solver.placement import NodeLoad, PlacedLayer, choose
 from cluster.solver_ports import Whereabouts
@@ -39,7 +40,7 @@ class Placement:
         self._running: dict[str, str] = {}
 
     async def any_node(self) -> str:
-        """Return a live node, another one each time; NodeNotFoundError where there is none."""
+        """Return a live node that doesn't drain, another one each time; NodeNotFoundError where there is none."""
         return random.choice(await self._live())  # noqa: S311  # spreads load, keeps no secret
 
     @contextlib.asynccontextmanager
@@ -51,7 +52,7 @@ class Placement:
         One of *avoided* only where there is no other.
 
         Raises:
-            NodeNotFoundError: no node is alive.
+            NodeNotFoundError: no node is alive. NodeDrainingError: all that are drain.
         """
         run_id = new_token()
         try:
@@ -89,10 +90,7 @@ class Placement:
         )
 
     async def _live(self) -> list[str]:
-        nodes = [record.id for record in await self._presence.nodes() if record.alive]
-        if not nodes:
-            raise NodeNotFoundError("any")
-        return nodes
+        return taking_work(await self._presence.nodes())
 
     # Hints: where one can't be told, there is one less.
 

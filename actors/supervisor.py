@@ -106,7 +106,8 @@ class Supervisor:
         stores = self._built()
         observed = await asyncio.to_thread(observe_nodes)
         actors = await self._observe_actors(stores)
-        steps = reconcile(live_nodes(observed), actors, numbers=numbers(config), version=VERSION)
+        draining = [node.id for node in await stores.presence.nodes() if node.draining]
+        steps = reconcile(live_nodes(observed), actors, numbers=numbers(config), version=VERSION, draining=draining)
         for step in steps:
             await asyncio.to_thread(self._perform, step)
             if isinstance(step, Retire):

@@ -1298,6 +1298,15 @@ class NodeNotFoundError(FarmError):
         return f"no live node {self.node!r}"
 
 
+class NodeDrainingError(NodeNotFoundError):
+    """The node, or every live one (``any``), drains: it gets nothing new to do."""
+
+    _hint = "`lazyfarm drain NODE --undo` has it take work again"
+
+    def __str__(self) -> str:
+        return "every live node drains" if self.node == "any" else f"node {self.node!r} drains: it takes nothing new"
+
+
 class SessionGoneError(FarmError):
     """The session that was to answer for credentials is gone."""
 

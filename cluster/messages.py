@@ -393,6 +393,8 @@ class ActorRecord:
     ray_id: str = ""
     #: Digest of the configuration it was started with (:func:`cluster.config_record.actor_digest`).
     config: str = ""
+    #: Calls that a fetch worker has under way; 0 for all others.
+    calls: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -405,3 +407,10 @@ class NodeRecord:
     ray_id: str
     address: str
     alive: bool
+    #: It gets nothing new to do, and ends what it has. Told by Redis, not by the supervisor.
+    draining: bool = False
+
+    @property
+    def state(self) -> str:
+        """Return ``alive``, ``draining`` or ``dead``, for people; one that is dead may drain, too."""
+        return ("draining" if self.draining else "alive") if self.alive else "dead"

@@ -101,7 +101,12 @@ def supervisor_name(version: str) -> str:
 
 
 def reconcile(
-    nodes: Sequence[NodeView], actors: Collection[ActorView], *, numbers: Mapping[Kind, int], version: str
+    nodes: Sequence[NodeView],
+    actors: Collection[ActorView],
+    *,
+    numbers: Mapping[Kind, int],
+    version: str,
+    draining: Collection[str] = (),
 ) -> list[Step]:
     """Return what must be done so that there is one worker of each kind a live node, and the numbered ones somewhere.
 
@@ -115,6 +120,7 @@ def reconcile(
         actors: Those that Ray knows by name.
         numbers: How many there are to be of each of :data:`NUMBERED`.
         version: Of this release.
+        draining: Names of nodes where no numbered one is spawned, unless all drain.
     """
     live = {n.ray_id for n in nodes}
     known = {a.name: a for a in actors}
@@ -123,8 +129,9 @@ def reconcile(
         Spawn(kind=kind, name=_name(kind, n.name, version), node=n, index=0) for kind in ON_EACH_NODE for n in by_name
     ]
     if by_name:
+        open_ = [n for n in by_name if n.name not in draining] or by_name
         wanted += [
-            Spawn(kind=kind, name=_name(kind, i, version), node=by_name[i % len(by_name)], index=i)
+            Spawn(kind=kind, name=_name(kind, i, version), node=open_[i % len(open_)], index=i)
             for kind in NUMBERED
             for i in range(numbers.get(kind, 0))
         ]

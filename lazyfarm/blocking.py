@@ -377,6 +377,8 @@ class Farm(_Twin[asynchronous.Farm]):
     verify = _blocking(asynchronous.Farm.verify)
     kept = _blocking(asynchronous.Farm.kept)
     audit = _blocking(asynchronous.Farm.audit)
+    drain = _blocking(asynchronous.Farm.drain)
+    undrain = _blocking(asynchronous.Farm.undrain)
     unpin = _blocking(asynchronous.Farm.unpin)
     leases = _blocking(asynchronous.Farm.leases)
     nodes = _blocking(asynchronous.Farm.nodes)

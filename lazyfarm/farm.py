@@ -28,10 +28,12 @@ from cluster.collect.verify import Verified
 from cluster.config import Config
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
+from cluster.drain import UnderWay, taking_work
 from cluster.errors import (
     ActorLostError,
     FarmClosedError,
     FarmNotRunningError,
+    NodeDrainingError,
     NodeNotFoundError,
     NotAnImageError,
     first_error,
@@ -62,6 +64,7 @@ from cluster.ref import ImageRecord, RefId, RefRecord, RefState
 from cluster.reference import parse_reference
 from lazyfarm.builds import BuildOptions, Builds, ResolvedImage
 from lazyfarm.collection import FarmCollection, keep_policy
+from lazyfarm.drain import DRAIN_S, FarmDrain
 from lazyfarm.graph import Resolved, State
 from lazyfarm.job import EventCallback, Job, Result
 from lazyfarm.lease import FarmLease
@@ -115,6 +118,7 @@ class Farm:
         self._pins = FarmLeases.over(self._link, keys, config.cache)
         self._collection = FarmCollection.over(self._link, keys, config.collect, self._audit)
         self._presence = Presence(self._link, keys)
+        self._drain = FarmDrain.over(self._link, keys)
         self._verify = FarmVerify(
             refs=self._refs,
             store=RedisCollectStore(self._link, keys),
@@ -673,6 +677,33 @@ class Farm:
         self._raise_if_closed()
         return await self._leases.leases()
 
+    async def drain(
+        self, node: str, *, timeout_s: float = DRAIN_S, on_left: Callable[[UnderWay], object] = lambda _: None
+    ) -> UnderWay:
+        """Have a node get no new ops, fetches or extracts, and wait until those that it has are over.
+
+        It drains until :meth:`undrain`, also when it, or anything else of the farm, is started again. What is left
+        at the timeout goes on; when the node is stopped, others take it over.
+
+        Args:
+            node: Its name.
+            timeout_s: Seconds to wait for.
+            on_left: Told what is under way there, at each look.
+
+        Returns:
+            What is left under way there.
+
+        Raises:
+            NodeNotFoundError: there is no such node. InvalidArgumentError: *timeout_s* is below 0.
+        """
+        self._raise_if_closed()
+        return await self._drain.drain(node, timeout_s=timeout_s, on_left=on_left)
+
+    async def undrain(self, node: str) -> None:
+        """Have a node take work again; NodeNotFoundError where there is no such node."""
+        self._raise_if_closed()
+        await self._drain.undrain(node)
+
     async def nodes(self) -> list[NodeRecord]:
         """Return the cluster's nodes."""
         self._raise_if_closed()
@@ -694,7 +725,9 @@ class Farm:
         return result
 
     async def extract_chain(self, ref: Ref, node: str | None, stream: str | None) -> ExtractResult:
-        """Extract a ref's chain on a node."""
+        """Extract a ref's chain on a node; NodeDrainingError where that takes nothing new."""
+        if node in {record.id for record in await self.nodes() if record.draining}:
+            raise NodeDrainingError(str(node))
         request = ExtractRequest(
             session=await self._info(_registries(ref), stream),
             ref_id=ref.id,
@@ -804,12 +837,10 @@ class Farm:
             return await call
 
     async def _worker(self, node: str | None) -> FetchWorkerHandle:
-        live = [record.id for record in await self.nodes() if record.alive]
+        nodes = await self.nodes()
         if node is None:
-            if not live:
-                raise NodeNotFoundError("any")
-            node = random.choice(live)  # noqa: S311  # spreads load, keeps no secret
-        elif node not in live:
+            node = random.choice(taking_work(nodes))  # noqa: S311  # spreads load, keeps no secret
+        elif node not in {record.id for record in nodes if record.alive}:
             raise NodeNotFoundError(node)
         if node not in self._handles:
             self._handles[node] = FetchWorkerHandle.of_node(node, farm=self._config.farm.name, version=VERSION)

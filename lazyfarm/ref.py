@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from cluster.digest import EMPTY_CHAIN
+from cluster.drain import taking_work
 from cluster.errors import RefReleasedError
 from cluster.messages import ExtractResult, NodeRecord, UnlazyResult
 from cluster.provider import DescHandler
@@ -121,7 +122,7 @@ class Ref:
         return Operation(self._farm, lambda stream: self._extract(node, stream), progress)
 
     def extract_everywhere(self, *, progress: ProgressCallback | None = None) -> Operation[list[ExtractResult]]:
-        """Extract on every live node at once; each blob is fetched once for all of them."""
+        """Extract on every live node that doesn't drain, at once; each blob is fetched once for all of them."""
         return Operation(self._farm, self._extract_everywhere, progress)
 
     async def _extract(self, node: str | None, stream: str | None) -> ExtractResult:
@@ -132,7 +133,7 @@ class Ref:
 
     async def _extract_everywhere(self, stream: str | None) -> list[ExtractResult]:
         self.raise_if_released()
-        nodes = [node.id for node in await self._farm.nodes() if node.alive]
+        nodes = taking_work(await self._farm.nodes())
         tasks = [asyncio.ensure_future(self._farm.extract_chain(self, node, stream)) for node in nodes]
         try:
             results = list(await asyncio.gather(*tasks))

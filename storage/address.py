@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,10 @@ from storage.redis_tls import trust
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisAddress:
-    """A server, a database in it, and the password; the password is never shown."""
+    """A server, a database in it, and the password, which is never shown.
+
+    A password from a file is read again for each connection: it may be exchanged while the farm runs.
+    """
 
     host: str = ""
     port: int = 0
@@ -31,7 +35,10 @@ class RedisAddress:
     primary: str = ""
     database: int = 0
     username: str = ""
+    #: As it was when this was made, where it is from a file.
     password: str = field(default="", repr=False)
+    #: Where it is from; "" for nowhere but here.
+    password_file: str = ""
     #: Seconds that one command may take.
     timeout_s: float = 10.0
     #: Replicas that must have what is to survive a fail-over.
@@ -52,9 +59,18 @@ class RedisAddress:
 
     def login(self) -> list[Command]:
         """Return the command that shows the password; none where there is none."""
-        if not self.password:
+        password = self._password_now()
+        if not password:
             return []
-        return [("AUTH", self.username, self.password) if self.username else ("AUTH", self.password)]
+        return [("AUTH", self.username, password) if self.username else ("AUTH", password)]
+
+    def _password_now(self) -> str:
+        """Return what the file says; what it said, where it is no good just now, because it is being written."""
+        if not self.password_file:
+            return self.password
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            return _read_password(self.password_file) or self.password
+        return self.password
 
     def greeting(self) -> list[Command]:
         """Return the commands that open a connection. PING is what a loading server refuses."""
@@ -80,7 +96,7 @@ def redis_address(config: RedisConfig) -> RedisAddress:
     password = url.password
     if config.password_file:
         try:
-            password = Path(config.password_file).read_text(encoding="utf-8").strip()
+            password = _read_password(config.password_file)
         except OSError as exc:
             faults.append(f"redis.password_file: {exc.strerror} ({config.password_file})")
     context: ssl.SSLContext | None = None
@@ -103,6 +119,11 @@ def redis_address(config: RedisConfig) -> RedisAddress:
         database=url.database,
         username=config.username or url.username,
         password=password,
+        password_file=config.password_file,
         timeout_s=config.timeout_s,
         wait_replicas=config.wait_replicas,
     )
+
+
+def _read_password(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8").strip()

@@ -71,6 +71,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``audit`` | stream, ``audit.retention_s`` | payloads ``audit`` (:class:`cluster.audit.AuditEntry`) |
 | ``mark`` | string | ID of these records: with the farm's name, its mark in the bucket |
 | ``nodes`` | string | payload ``nodes``: the nodes as the supervisor last saw them |
+| ``draining`` | zset | node that gets no new work → when it was last one of the nodes, milliseconds |
 | ``actors`` | hash | actor name → payload ``actor`` |
 | ``actor:NAME`` | string, seconds | there while the actor says that it is |
 """
@@ -226,6 +227,11 @@ class Keys:
     def nodes(self) -> str:
         """Name the list of nodes."""
         return f"{self.prefix}:nodes"
+
+    @property
+    def draining(self) -> str:
+        """Name the set of nodes that get no new work."""
+        return f"{self.prefix}:draining"
 
     @property
     def actors(self) -> str:

@@ -204,7 +204,7 @@ class LocalTrees:
         try:
             payload = await self._in_thread(lambda _: self._read(key.decode()))
         except BlobNotFoundError as exc:
-            await self._forget_object(key.decode())
+            await self._forget_gone(digest, key.decode())
             raise TreeLostError(digest, str(exc)) from exc
         if (actual := digest_of(payload)) != digest:
             raise await self._lost(self._keys.local_trees, digest, f"{key.decode()} holds {actual}")
@@ -240,7 +240,7 @@ class LocalTrees:
         except TreeLostError as exc:
             digest = Digest(exc.digest)
             if isinstance(exc.__cause__, BlobNotFoundError):
-                await self._forget_object(records[digest].key)
+                await self._forget_gone(digest_of(encode_tree(tree)), records[digest].key)
             raise await self._lost(self._keys.local_files, digest, exc.reason) from exc
         await self._in_thread(lambda _: writer.end())
 
@@ -260,9 +260,17 @@ class LocalTrees:
         await self._link.execute("HDEL", index, digest, may_repeat=True)
         return TreeLostError(digest, reason)
 
-    async def _forget_object(self, key: str) -> None:
-        """Forget an object that is gone, and with it all contents in it."""
-        await self._link.execute("HDEL", self._keys.local_objects, key, may_repeat=True)
+    async def _forget_gone(self, tree: Digest, key: str) -> None:
+        """Forget an object that is gone, and with it all contents in it; so each other that the directory stands on.
+
+        Where a whole bucket was lost, the next build sends the directory again, rather than fail at its next object.
+        """
+        stands = await self._link.execute("SMEMBERS", self._keys.local_stands(tree), may_repeat=True)
+        others = [each.decode() for each in stands if each.decode() != key]
+        gone = await self._in_thread(
+            lambda stop: [each for each in others if not stop.is_set() and self._is_gone(each)]
+        )
+        await self._link.execute("HDEL", self._keys.local_objects, key, *gone, may_repeat=True)
 
     # -- in threads ---------------------------------------------------------------------------------------
 
@@ -296,6 +304,12 @@ class LocalTrees:
             with suppress(ClusterError):  # the sweeper aborts what is left
                 self._store.abort_upload(key, upload_id)
             raise
+
+    def _is_gone(self, key: str) -> bool:
+        try:
+            return self._store.head(key) is None
+        except ClusterError:
+            return False  # not known: who reads it finds out
 
     def _read(self, key: str) -> bytes:
         content, buffer = bytearray(), memoryview(bytearray(_CHUNK_BYTES))

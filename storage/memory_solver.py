@@ -30,11 +30,13 @@ from cluster.job import (
     VertexLogDropped,
     encode_event,
 )
+from cluster.messages import ActorRecord, NodeRecord
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.solver.values import CacheRecord, Result
 from cluster.solver_ports import ARRIVING_S, ATTENDED_S, HERE_S, Located
 from storage.cache_keys import RECORDS, name_result
 from storage.job_events import GIVEN_UP, LOG_BYTES, STEPS
+from storage.presence import DRAIN_GONE_S, PRESENCE_TTL_S
 
 #: What one publication is later than the one before at least: a Redis does one script at a time.
 _TICK_S = 1e-6
@@ -75,6 +77,11 @@ class SolverMemory:
         self.arriving: dict[tuple[Digest, str], float] = {}
         #: Node to its runs of ops, each with the time until which it is believed.
         self.ops: dict[str, dict[str, float]] = {}
+        #: The nodes as they were announced; and those that drain, each with when it was last one of them.
+        self.nodes: list[NodeRecord] = []
+        self.draining: dict[str, float] = {}
+        #: Actors by name, each with the time until which it is taken to be there.
+        self.actors: dict[str, tuple[ActorRecord, float]] = {}
         self._jobs: dict[JobId, _Job] = {}
         self.came = asyncio.Event()
 
@@ -398,3 +405,40 @@ class MemoryWhereabouts:
         for chain in chains:
             noted[chain, node] = self._memory.now_s()
             other.pop((chain, node), None)
+
+
+class MemoryPresence:
+    """Fake of :class:`storage.presence.Presence`, but for its pulse."""
+
+    def __init__(self, memory: SolverMemory) -> None:
+        self._memory = memory
+
+    async def announce(self, actor: ActorRecord) -> None:
+        """Say that *actor* is there, for the next few seconds."""
+        self._memory.actors[actor.name] = actor, self._memory.now_s() + PRESENCE_TTL_S
+
+    async def actors(self) -> list[ActorRecord]:
+        """Return the actors, ``lost`` where one has been silent for too long."""
+        now_s = self._memory.now_s()
+        judged = (r if until_s > now_s else replace(r, state="lost") for r, until_s in self._memory.actors.values())
+        return sorted(judged, key=lambda r: (r.kind, r.name))
+
+    async def announce_nodes(self, nodes: Sequence[NodeRecord]) -> None:
+        """Say which nodes the cluster has; one that has been none of them for an hour drains no more."""
+        memory, now_s = self._memory, self._memory.now_s()
+        memory.nodes = list(nodes)
+        named = {node.id for node in nodes}
+        seen = {node: now_s if node in named else seen_s for node, seen_s in memory.draining.items()}
+        memory.draining = {node: seen_s for node, seen_s in seen.items() if seen_s >= now_s - DRAIN_GONE_S}
+
+    async def nodes(self) -> list[NodeRecord]:
+        """Return the nodes as they were announced last, and which of them drain."""
+        return [replace(node, draining=node.id in self._memory.draining) for node in self._memory.nodes]
+
+    async def drain(self, node: str) -> None:
+        """Have a node get nothing new to do, until :meth:`undrain`."""
+        self._memory.draining[node] = self._memory.now_s()
+
+    async def undrain(self, node: str) -> bool:
+        """Have a node take work again; tell whether it drained."""
+        return self._memory.draining.pop(node, None) is not None

@@ -12,6 +12,8 @@ from storage.link import RedisLink
 
 #: Seconds after which an actor that says nothing counts as lost; it speaks every third of it.
 PRESENCE_TTL_S = 6.0
+#: Seconds after which a node that is gone is forgotten to drain: a cluster that is started anew has it back by then.
+DRAIN_GONE_S = 3600.0
 
 
 class Presence:
@@ -42,13 +44,32 @@ class Presence:
             await self._link.execute("HDEL", self._keys.actors, *names, may_repeat=True)
 
     async def announce_nodes(self, nodes: Sequence[NodeRecord]) -> None:
-        """Say which nodes the cluster has."""
-        await self._link.execute("SET", self._keys.nodes, encode("nodes", list(nodes)), may_repeat=True)
+        """Say which nodes the cluster has; one that has been none of them for an hour drains no more."""
+        await self._link.run(
+            "nodes_announce",
+            self._keys.prefix,
+            encode("nodes", list(nodes)),
+            int(DRAIN_GONE_S * 1000),
+            *(node.id for node in nodes),
+            may_repeat=True,
+        )
 
     async def nodes(self) -> list[NodeRecord]:
-        """Return the nodes as the supervisor last saw them."""
-        payload = await self._link.execute("GET", self._keys.nodes, may_repeat=True)
-        return [] if payload is None else decode("nodes", list[NodeRecord], payload)
+        """Return the nodes as the supervisor last saw them, and which of them drain."""
+        payload, draining = await self._link.execute_many(
+            [("GET", self._keys.nodes), ("ZRANGE", self._keys.draining, 0, -1)], may_repeat=True
+        )
+        nodes = [] if payload is None else decode("nodes", list[NodeRecord], payload)
+        named = {node.decode() for node in draining}
+        return [replace(node, draining=node.id in named) for node in nodes]
+
+    async def drain(self, node: str) -> None:
+        """Have a node get nothing new to do, whatever is restarted, until :meth:`undrain`."""
+        await self._link.run("node_drain", self._keys.prefix, node, may_repeat=True)
+
+    async def undrain(self, node: str) -> bool:
+        """Have a node take work again; tell whether it drained."""
+        return bool(await self._link.execute("ZREM", self._keys.draining, node, may_repeat=True))
 
     async def actors(self) -> list[ActorRecord]:
         """Return the actors, ``lost`` where one has been silent for too long."""

@@ -17,7 +17,7 @@ COMMANDS = (
     *("up", "down", "status", "top", "doctor", "page"),
     *("pull", "refs", "unlazy", "extract", "push"),
     *("build", "jobs", "attach", "report", "submit"),
-    *("du", "prune", "verify", "leases", "explain", "audit", "config"),
+    *("du", "prune", "verify", "leases", "explain", "audit", "drain", "config"),
 )
 
 

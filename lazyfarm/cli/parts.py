@@ -18,6 +18,7 @@ from lazyfarm.settings import FarmSettings, load_settings
 if TYPE_CHECKING:
     from cluster.ports import AuditLog, ObjectInfo
     from lazyfarm.collection import FarmCollection
+    from lazyfarm.drain import FarmDrain
     from lazyfarm.explain import FarmExplain
     from lazyfarm.farm import Farm
     from lazyfarm.jobs import FarmJobs
@@ -129,6 +130,18 @@ def open_collection(settings: FarmSettings) -> contextlib.AbstractAsyncContextMa
     from lazyfarm.collection import open_collection  # noqa: PLC0415 - see the module
 
     return open_collection(settings)
+
+
+def with_drain(settings: FarmSettings, act: Callable[[FarmDrain], Coroutine[None, None, T]]) -> T:
+    """*act* on what drains the farm's nodes; raises as :func:`with_leases`."""
+    return _over_redis(settings, open_drain, act)
+
+
+def open_drain(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager[FarmDrain]:
+    """Return what drains the farm's nodes."""
+    from lazyfarm.drain import open_drain  # noqa: PLC0415 - see the module
+
+    return open_drain(settings)
 
 
 def quarantined(settings: FarmSettings) -> list[ObjectInfo]:

@@ -53,9 +53,7 @@ def show(settings: FarmSettings, out: Output, more: Mapping[str, object] | None 
     started = [("jobs", _jobs_url(settings)), ("page", page_url(settings.state_dir))]
     out.table(("SERVICE", "ADDRESS"), [*services, *((name, url) for name, url in started if url)])
     out.line("")
-    out.table(
-        ("NODE", "ADDRESS", "STATE"), [(node.id, node.address, "alive" if node.alive else "dead") for node in nodes]
-    )
+    out.table(("NODE", "ADDRESS", "STATE"), [(node.id, node.address, node.state) for node in nodes])
     out.line("")
     out.table(
         ("ACTOR", "KIND", "NODE", "PID", "STATE"),
@@ -69,7 +67,9 @@ def document(settings: FarmSettings, nodes: Sequence[NodeRecord], actors: Sequen
     """Return the JSON document of ``status`` and ``up``."""
     config = settings.config
     return {
-        "nodes": [{"id": node.id, "address": node.address, "alive": node.alive} for node in nodes],
+        "nodes": [
+            {"id": node.id, "address": node.address, "alive": node.alive, "draining": node.draining} for node in nodes
+        ],
         "redis": config.redis.url,
         "s3": config.s3.endpoint,
         "ray": config.ray.address,
@@ -86,6 +86,8 @@ def find_problems(settings: FarmSettings, nodes: Sequence[NodeRecord], actors: S
     """Return what is wrong, each as one clause. That Redis answers is known: it was read from."""
     problems = [] if any(node.alive for node in nodes) else ["no node is alive"]
     problems += [f"node {node.id} is dead" for node in nodes if not node.alive]
+    if {node.state for node in nodes if node.alive} == {"draining"}:
+        problems.append("every live node drains")
     problems += [f"actor {actor.name} is {actor.state}" for actor in actors if actor.state != "ready"]
     if not any(actor.kind == "supervisor" for actor in actors):
         problems.append("no supervisor runs")

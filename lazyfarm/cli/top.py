@@ -101,7 +101,7 @@ def show(out: Output, now: Now) -> None:
         [
             (
                 node.id,
-                "alive" if node.alive else "dead",
+                node.state,
                 str(now.ops.get(node.id, 0)),
                 str(sum(flight.owner.startswith(f"{node.id}/") for flight in now.flights)),
             )
@@ -170,7 +170,10 @@ def _more(out: Output, number: int) -> None:
 
 def _document(now: Now) -> dict[str, object]:
     return {
-        "nodes": [{"id": node.id, "alive": node.alive, "ops": now.ops.get(node.id, 0)} for node in now.nodes],
+        "nodes": [
+            {"id": node.id, "alive": node.alive, "draining": node.draining, "ops": now.ops.get(node.id, 0)}
+            for node in now.nodes
+        ],
         "flights": [
             {
                 "key": flight.key,

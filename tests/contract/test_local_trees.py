@@ -257,6 +257,27 @@ async def test_what_is_lost_in_the_store_is_sent_again(trees, store, tmp_path, k
     assert (await fetch(trees, sent.tree, tmp_path / "again") / "file").read_text() == "content"
 
 
+async def test_where_all_is_lost_one_failure_is_enough(trees, store, tmp_path):
+    """Manifest and packs, as where a bucket was emptied: the next build sends all of them; what is there stays."""
+    root = tmp_path / "source"
+    root.mkdir()
+    for number in range(3):
+        (root / f"{number}").write_bytes(random.Random(number).randbytes(6 * MIB))  # noqa: S311
+    sent = await send(trees, root)
+    kept, *lost = [info.key for info in store.objects("local/packs/")]
+    (manifest,) = [info.key for info in store.objects("local/trees/")]
+    for key in (*lost, manifest):
+        store.delete(key)
+
+    with pytest.raises(TreeLostError):
+        await fetch(trees, sent.tree, tmp_path / "out")
+
+    assert (await send(trees, root)).files == len(lost) == 2
+    again = await fetch(trees, sent.tree, tmp_path / "again")
+    assert all((again / f"{number}").read_bytes() == (root / f"{number}").read_bytes() for number in range(3))
+    assert kept in {info.key for info in store.objects("local/packs/")}
+
+
 async def test_nothing_in_the_way_is_written_to(trees, source, tmp_path):
     """Where something is in the directory already, also a symlink to elsewhere, that is an error of the disk."""
     sent = await send(trees, source)

@@ -126,8 +126,9 @@ async def test_the_farm_page_tells_what_runs_and_what_is_wrong(farm):
     """As `lazyfarm status` does, and what is stored."""
     presence = Presence(farm.link, farm.keys)
     await presence.announce_nodes(
-        [NodeRecord(id=f"n{n}", ray_id=str(n), address=f"127.0.0.{n + 2}", alive=n == 0) for n in range(2)]
+        [NodeRecord(id=f"n{n}", ray_id=str(n), address=f"127.0.0.{n + 2}", alive=n != 1) for n in range(3)]
     )
+    await presence.drain("n2")
     await presence.announce(
         ActorRecord(name="fetch-worker-n0", kind="fetch-worker", node="n0", pid=4711, state="ready")
     )
@@ -137,6 +138,7 @@ async def test_the_farm_page_tells_what_runs_and_what_is_wrong(farm):
         "no supervisor runs",
         "fetch-worker-n0 fetch-worker n0 4711 ● ready".replace("● ", ""),
         "n0 127.0.0.2 alive",
+        "n2 127.0.0.4 draining",
         "2 refs, 1 lazy",
         "1 image ",
         "100 B lazy: not pulled",

@@ -319,6 +319,38 @@ async def test_passwords_users_databases_and_sockets(tmp_path):
             sync.close()
 
 
+async def test_a_password_that_is_exchanged_is_used_without_a_restart(tmp_path, redis_any):
+    """By the next connection of either client; a file that is no good just now leaves the password as it was."""
+    secret, user = tmp_path / "password", f"rotated-{os.getpid()}"
+    admin = redis_any.link()
+    admin.execute("ACL", "SETUSER", user, "reset", "on", ">old", "~*", "+@all")
+    secret.write_text("old\n")
+    config = RedisConfig(url=redis_any.config.url, username=user, password_file=str(secret))
+    link, sync = connect(config), connect_sync(config)
+
+    async def ask():
+        """Ask by connections of their own: what was open is closed."""
+        admin.execute("CLIENT", "KILL", "USER", user)
+        assert await link.execute("ECHO", "x", may_repeat=True) == b"x"
+        assert sync.execute("ECHO", "x", may_repeat=True) == b"x"
+
+    try:
+        await ask()
+        admin.execute("ACL", "SETUSER", user, ">new")
+        secret.write_text("")
+        await ask()
+        secret.unlink()
+        await ask()
+        secret.write_text("new\n")
+        admin.execute("ACL", "SETUSER", user, "<old")
+        await ask()
+    finally:
+        await link.close()
+        sync.close()
+        admin.execute("ACL", "DELUSER", user)
+        admin.close()
+
+
 async def test_a_refusal_is_told_at_once_and_shows_no_password():
     """A wrong password ends in UnavailableError without waiting for the deadline, and is never repeated."""
     with redis_server(BINARY) as server:

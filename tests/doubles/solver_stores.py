@@ -13,7 +13,15 @@ from storage.cache_keys import RedisKeyStore
 from storage.job_events import RedisJobEvents
 from storage.jobs import RedisJobStore
 from storage.memory import Memory, MemoryProgressStore
-from storage.memory_solver import MemoryJobEvents, MemoryJobStore, MemoryKeyStore, MemoryWhereabouts, SolverMemory
+from storage.memory_solver import (
+    MemoryJobEvents,
+    MemoryJobStore,
+    MemoryKeyStore,
+    MemoryPresence,
+    MemoryWhereabouts,
+    SolverMemory,
+)
+from storage.presence import Presence
 from storage.progress import JobProgress, RedisProgressStore
 from storage.whereabouts import RedisWhereabouts
 from tests.doubles.stores import FakeClock, RedisFarm
@@ -31,6 +39,7 @@ class SolverStores:
     jobs: JobStore
     events: JobEvents
     whereabouts: Whereabouts
+    presence: Presence | MemoryPresence
     progress: ProgressStore
     #: Lets seconds pass by the store's clock.
     pass_time: Callable[[float], None]
@@ -48,6 +57,7 @@ async def solver_stores(request, redis_servers) -> AsyncIterator[SolverStores]:
             jobs=MemoryJobStore(memory),
             events=events,
             whereabouts=MemoryWhereabouts(memory),
+            presence=MemoryPresence(memory),
             progress=JobProgress(MemoryProgressStore(Memory(clock)), events),
             pass_time=clock.advance,
         )
@@ -68,6 +78,7 @@ def redis_solver_stores(farm: RedisFarm) -> SolverStores:
         jobs=RedisJobStore(link, farm.keys),
         events=events,
         whereabouts=RedisWhereabouts(link, farm.keys),
+        presence=Presence(link, farm.keys),
         progress=JobProgress(RedisProgressStore(link, farm.keys), events),
         pass_time=farm.pass_time,
     )

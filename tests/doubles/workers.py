@@ -15,17 +15,21 @@ from cluster.job import JobId
 from cluster.messages import ExportCacheResult, ExtractResult, NodeRecord, SessionQuestion
 from cluster.op_messages import ContentKeyResult, RunOpResult
 from cluster.solver.values import HoldId
+from storage.memory_solver import MemoryPresence, SolverMemory
+from tests.doubles.stores import FakeClock
 
 
-class FakePresence:
+class FakePresence(MemoryPresence):
     """Who is there: nodes by name, alive unless a test says otherwise."""
 
     def __init__(self, *nodes):
+        super().__init__(SolverMemory(FakeClock()))
         self.alive = dict.fromkeys(nodes, True)
 
     async def nodes(self):
         await asyncio.sleep(0)  # as an answer of a store, it comes when others have had their turn
-        return [NodeRecord(id=n, ray_id=n, address=n, alive=alive) for n, alive in self.alive.items()]
+        await self.announce_nodes([NodeRecord(id=n, ray_id=n, address=n, alive=a) for n, a in self.alive.items()])
+        return await super().nodes()
 
 
 class FakeServer:

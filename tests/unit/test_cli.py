@@ -386,7 +386,7 @@ def test_status_tells_nodes_services_and_actors(records, running):
     told, code = document("status")
     assert code == 0
     assert told == {
-        "nodes": [{"id": "n0", "address": "127.0.0.1", "alive": True}],
+        "nodes": [{"id": "n0", "address": "127.0.0.1", "alive": True, "draining": False}],
         "redis": running.redis_url,
         "s3": running.s3_endpoint,
         "ray": running.ray_address,
@@ -674,6 +674,10 @@ def test_faults_of_the_environment_are_errors_of_every_command(records, monkeypa
     [
         ({"node_records": []}, "no node is alive"),
         ({"node_records": [NODE, NodeRecord(id="n1", ray_id="", address="", alive=False)]}, "node n1 is dead"),
+        (
+            {"node_records": [NodeRecord(id="n0", ray_id="f00", address="127.0.0.1", alive=True, draining=True)]},
+            "every live node drains",
+        ),
         ({"actor_records": []}, "no supervisor runs"),
         (
             {"actor_records": [SUPERVISOR, ActorRecord(name="w", kind="fetch-worker", node="n0", pid=1, state="lost")]},

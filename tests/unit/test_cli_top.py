@@ -54,7 +54,7 @@ class Reader:
         Reader.last = self
 
     async def nodes(self):
-        return [NodeRecord(id=f"n{n}", ray_id="f", address="127.0.0.1", alive=n < 2) for n in range(3)]
+        return [NodeRecord(id=f"n{n}", ray_id="f", address="127.0.0.1", alive=n < 2, draining=n == 1) for n in range(3)]
 
     async def ops(self, nodes):
         return {"n0": 2, "n1": 1, "n2": 0}
@@ -92,7 +92,7 @@ def test_in_a_pipe_it_looks_long_enough_to_tell_a_rate_and_ends(top):
     lines = [line.split() for line in top().splitlines() if line]
     assert " ".join(lines[0]) == "1 flight, 976.6 KiB/s; 2 jobs going on"
     assert ["n0", "alive", "2", "0"] in lines
-    assert ["n1", "alive", "1", "1"] in lines
+    assert ["n1", "draining", "1", "1"] in lines
     assert ["n2", "dead", "0", "0"] in lines
     (told,) = (line for line in lines if line[0] == "blob")
     assert told[2:] == ["n1/fetch", "976.6", "KiB", "2.9", "MiB", "976.6", "KiB", "2.00", "s", "3"]
@@ -120,7 +120,7 @@ def test_as_a_document_it_is_all_there_is(top, monkeypatch):
     monkeypatch.setattr(Reader, "flying", [flight(number) for number in range(20)])
     document = json.loads(top("--json"))
     assert len(document["flights"]) == 20
-    assert document["nodes"][0] == {"id": "n0", "alive": True, "ops": 2}
+    assert document["nodes"][0] == {"id": "n0", "alive": True, "draining": False, "ops": 2}
     assert [each["job"] for each in document["jobs"]] == ["j-running", "j-queued"]
 
 

@@ -9,7 +9,7 @@ from actors import placement as placement_module
 from actors import workers as workers_module
 from actors.placement import Placement
 from cluster.digest import digest_of
-from cluster.errors import ActorLostError, NodeNotFoundError, UnavailableError
+from cluster.errors import ActorLostError, NodeDrainingError, NodeNotFoundError, UnavailableError
 from cluster.ref import RefRecord, RefState
 from storage.memory_solver import MemoryWhereabouts, SolverMemory
 from tests.doubles.fetch import layer_of
@@ -106,6 +106,24 @@ async def test_dead_nodes_get_nothing(bench):
     bench.presence.alive |= {"n0": False, "n1": False}
     async with bench.placed([[BIG]]) as node:
         assert node == await bench.placement.any_node() == "n2"
+
+
+async def test_nodes_that_drain_get_nothing(bench):
+    """Whatever they have; an op avoids what it must, and would rather fail where it was than go there."""
+    await bench.hints.note_here("n1", [BIG.record.chain])
+    await bench.presence.drain("n1")
+    async with bench.placed([[BIG]]) as node:
+        assert node != "n1"
+    async with bench.placed([[BIG]], {"n0", "n2"}) as node:
+        assert node != "n1"
+    assert "n1" not in {await bench.placement.any_node() for _ in range(30)}
+    for other in ("n0", "n2"):
+        await bench.presence.drain(other)
+    with pytest.raises(NodeDrainingError):
+        await bench.placement.any_node()
+    await bench.presence.undrain("n1")
+    async with bench.placed([[BIG]]) as node:
+        assert node == "n1"
 
 
 async def test_avoided_nodes_get_an_op_only_where_there_is_no_other(bench):

@@ -182,3 +182,20 @@ def test_an_actor_whose_place_is_not_known_yet_is_waited_for():
         shard_name(0, VERSION),
         scheduler_name(0, VERSION),
     ]
+
+
+def test_nothing_new_that_is_numbered_comes_to_a_node_that_drains():
+    """Its own workers do; where all drain, one is better than none. What is there stays."""
+
+    def placed(draining, actors=()):
+        steps = reconcile([N1, N2], actors, numbers=numbers(4), version=VERSION, draining=draining)
+        assert all(isinstance(step, Spawn) for step in steps)
+        ours = {step.node.name for step in steps if step.kind in (Kind.CACHE_SHARD, Kind.SCHEDULER)}
+        assert {step.node.name for step in steps if step.kind is Kind.FETCH_WORKER} == {"n1", "n2"}
+        return ours
+
+    assert placed([]) == {"n1", "n2"}
+    assert placed(["n1"]) == {"n2"}
+    assert placed(["n1", "n2"]) == {"n1", "n2"}
+    there = [ActorView(name=shard_name(n, VERSION), ray_id="ray1") for n in range(4)]
+    assert placed(["n1"], there) == {"n2"}, "the scheduler"
