@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import secrets
 import shutil
 import subprocess
@@ -15,10 +14,10 @@ import pytest
 from storage.services.process import FARM_MARK, marked_pids
 from tests.doubles.farm import FAST
 from tests.doubles.registry import random_image
+from tests.doubles.wheels import build_wheel, install, uv
 
 pytestmark = [pytest.mark.cluster, pytest.mark.registry, pytest.mark.timeout(400)]
 
-ROOT = Path(__file__).parents[2]
 NEXT = "0.1.1"
 
 
@@ -26,31 +25,8 @@ NEXT = "0.1.1"
 class Installed:
     """An environment that has lazyfarm, and a farm that is brought up from it."""
 
-    uv: str
     venv: Path
     state_dir: Path
-
-    def install(self, wheel, *options):
-        """Install a wheel, with what it needs in the versions that the project is tested with."""
-        constraints = self.venv.parent / "constraints"
-        pins = re.findall(r"^[\w.-]+(?:\[.*\])?==[^ ]+", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
-        constraints.write_text("\n".join(pins))
-        command = ["pip", "install", "-q", "--index-strategy", "unsafe-best-match", "-c", constraints, *options, wheel]
-        self._uv(*command, "--python", self.venv / "bin" / "python")
-
-    def wheel(self, version=""):
-        """Build a wheel of the project, of another *version* where one is given."""
-        source = Path(tempfile.mkdtemp(dir=self.venv.parent))
-        for name in ("actors", "cluster", "configs", "lazyfarm", "storage"):
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("LICENSE", "README.md", "pyproject.toml"):
-            shutil.copy(ROOT / name, source / name)
-        if version:
-            project = source / "pyproject.toml"
-            project.write_text(re.sub(r'(?m)^version = ".*"$', f'version = "{version}"', project.read_text()))
-        self._uv("build", "-q", "--wheel", "-o", source / "dist", source)
-        (built,) = (source / "dist").glob("*.whl")
-        return built
 
     def run(self, *arguments):
         """Run the command line, from a directory that is not the project's."""
@@ -85,20 +61,15 @@ class Installed:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "PYTHON"))}
         return {**kept, **FAST, "LAZYFARM_STATE_DIR": str(self.state_dir)}
 
-    def _uv(self, *arguments):
-        done = subprocess.run([self.uv, *arguments], capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr
-
 
 @pytest.fixture
 def installed():
     """An environment with this release, where nothing runs in the end."""
-    uv = shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
     # Short, for the sake of Unix sockets.
     root = Path(tempfile.mkdtemp(prefix="lf-inst-"))
-    made = Installed(uv, root / "venv", root / "farm")
-    made._uv("venv", "-q", "--python", shutil.which("python3") or "python3", made.venv)
-    made.install(made.wheel())
+    made = Installed(root / "venv", root / "farm")
+    uv("venv", "-q", "--python", shutil.which("python3") or "python3", made.venv)
+    install(made.venv, build_wheel(root))
     yield made
     made.run("down", "--purge")
     shutil.rmtree(root, ignore_errors=True)
@@ -135,7 +106,7 @@ def test_a_farm_is_installed_upgraded_while_it_works_and_taken_away(installed, r
     with installed.driver(_DRIVER, lazy) as driver:
         assert driver.stdout.readline().strip() == lazy_ref
 
-        installed.install(installed.wheel(NEXT), "--no-deps")
+        install(installed.venv, build_wheel(installed.venv.parent, NEXT), "--no-deps")
         assert installed.run("--version").stdout == f"lazyfarm {NEXT}\n"
         again = installed.json("up")
         assert {actor["name"].partition("@")[2] for actor in again["actors"]} == {"0.1.0", NEXT}
