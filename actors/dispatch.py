@@ -22,6 +22,7 @@ from actors.job_sessions import JobSessions, WorkSession
 from actors.placement import Placement
 from actors.remote_caches import RemoteCaches
 from actors.workers import RETRY_PAUSE_S, RETRY_S, Workers
+from cluster.cache.origins import origin_of
 from cluster.cache.runner import usable_providers
 from cluster.config import Config
 from cluster.digest import Digest, digest_of
@@ -42,11 +43,12 @@ from cluster.errors import (
     first_error,
 )
 from cluster.flight.values import Aborting, Failed, Fence, Joined, Owned, Present, Progressed
-from cluster.graph import DiffOp, ImageOp, MergeOp, Vertex, content_inputs, encode_vertex, op_digest
+from cluster.graph import DiffOp, FileOp, ImageOp, MergeOp, RunOp, Vertex, content_inputs, encode_vertex, op_digest
 from cluster.job import JobId, layer_stream
 from cluster.lease import LeaseId
 from cluster.messages import ExtractRequest, ResolveRequest, ResolveResult
 from cluster.op_messages import ContentKeyRequest, RunOpRequest, WatchOpRequest
+from cluster.origin import merge_origins
 from cluster.ports import FlightRenewer
 from cluster.provider import FARM, DescHandler
 from cluster.ref import RefId, RefRecord, RefState
@@ -206,7 +208,7 @@ class OpDispatcher:
                 lower, upper = [await self._chain(each) for each in inputs]
                 if _ids(upper[: len(lower)]) == _ids(lower):
                     use.began()
-                    made = await self._stack(use, upper[len(lower) :], opts)
+                    made = await self._stack(use, upper[len(lower) :], opts, lower)
                     return OpResult(result=await self._publish(keys, Result(ref=made)))
             case _:
                 pass
@@ -294,18 +296,46 @@ class OpDispatcher:
         )
         return Result(ref=states[-1].record.id, config=resolved.config)
 
-    async def _stack(self, use: VertexUse, layers: Sequence[RefState], opts: Mapping[str, bytes]) -> RefId | None:
-        """Make the refs of layers on top of one another, the first one lowest; no byte moves."""
+    async def _stack(
+        self,
+        use: VertexUse,
+        layers: Sequence[RefState],
+        opts: Mapping[str, bytes],
+        below: Sequence[RefState] = (),
+    ) -> RefId | None:
+        """Make the refs of layers on top of one another, the first one lowest; no byte moves.
+
+        *below* is what they stood on and don't any more: what was built on that is open by it all the same.
+        """
         if not layers:
             return None
         authorizer = self._sessions.authorizer(_jobs(use))
         await usable_providers(self._stores.access, authorizer, layers, _handlers(opts))
         records: list[RefRecord] = []
         for layer in layers:
-            record = RefRecord.over(layer.record.blob, records[-1] if records else None)
-            records.append(replace(record, image_refs=layer.record.image_refs, description=layer.record.description))
+            old, origins = layer.record, layer.record.origins
+            if origins and below:
+                origins = await self._origins(use, [*below, layer], layers)
+            record = RefRecord.over(old.blob, records[-1] if records else None)
+            records.append(replace(record, image_refs=old.image_refs, description=old.description, origins=origins))
         states = await self._stores.refs.get_or_create(records, {}, lease_id=await self._lease(use))
         return states[-1].record.id
+
+    async def _origins(self, use: VertexUse, states: Sequence[RefState], chain: Sequence[RefState]) -> tuple[str, ...]:
+        """Return by what a layer that is made of *states* is open in *chain*, to each of the jobs it is made for."""
+        beside = {state.record.blob.digest for state in chain}
+        origins: dict[str, None] = {}
+        for job in _jobs(use):
+            with contextlib.suppress(SessionGoneError):
+                authorizer = self._sessions.authorizer([job])
+                origins[await origin_of(self._stores.access, authorizer, states, beside=beside)] = None
+        return merge_origins((), tuple(origins))
+
+    async def _as_brought(self, states: Sequence[RefState]) -> list[RefState]:
+        """Return states that were lazy with the blobs that have come meanwhile: they say where their bytes are from."""
+        lazy = list(dict.fromkeys(state.record.blob.digest for state in states if state.is_lazy))
+        blobs = dict(zip(lazy, await self._stores.refs.blobs(lazy) if lazy else (), strict=True))
+        return [replace(s, present=blobs[s.record.blob.digest]) if s.is_lazy else s for s in states]
 
     async def _chain(self, result: Result | None) -> list[RefState]:
         if result is None or result.ref is None:
@@ -448,6 +478,9 @@ class OpDispatcher:
         chains = [await self._chain(each) for each in inputs]
         session = self._sessions.asking(lambda: _jobs(use))
         config = next((each.config for each in inputs[:1] if each is not None), None)
+        # A run's and a file op's layer comes on top of their first input; any other on nothing.
+        below = chains[0] if isinstance(use.vertex.op, RunOp | FileOp) and chains else []
+        others = [state for chain in chains if chain is not below for state in chain]
         lost = 0
 
         async def on(node: str) -> Result:
@@ -466,6 +499,7 @@ class OpDispatcher:
                     config=config,
                     lease_id=await self._lease(use),
                     jobs=_jobs(use),
+                    origins=await self._origins(use, await self._as_brought(others), below),
                     timeout_s=self._config.build.op_timeout_s,
                 )
                 if running is not None:

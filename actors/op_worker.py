@@ -162,6 +162,7 @@ class OpWorker(SessionServer):
                     secrets=secret,
                     log=told.tell,
                     timeout_s=request.timeout_s,
+                    origins=request.origins,
                 )
                 await ahit(FaultPoint.RESULT_RECORDED)
                 await parts.keys.publish(request.keys, Result(ref=ref, config=request.config))

@@ -34,6 +34,8 @@ class RunOpRequest:
     #: Whose streams of events get what the op says.
     jobs: tuple[JobId, ...]
     timeout_s: float
+    #: By what the layer that is made is open (:mod:`cluster.origin`); none: to nobody.
+    origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -384,9 +384,9 @@ class RefStore(Protocol):
     ) -> list[RefState]:
         """Make or find the record of each of *records*, in order, parents first, in one script.
 
-        Where a record with that ID exists it is that one; image refs are merged in. Providers are
-        added to what is known for each digest, never overwritten. Each ref is attached to the lease in
-        the same step, and marked used.
+        Where a record with that ID exists it is that one; image refs are merged in, and origins as
+        :func:`cluster.origin.merge_origins` says. Providers are added to what is known for each digest, never
+        overwritten. Each ref is attached to the lease in the same step, and marked used.
 
         Raises:
             LeaseLostError: no such live lease; nothing has changed.

@@ -43,7 +43,7 @@ class ProviderHandle:
 
 
 #: Of a layer that a build of this farm made: it came from nowhere else, so there is nowhere to fetch it from once it
-#: is lost, and its chain is open to whoever may use what it was built upon. Recorded by the farm's own workers; where
+#: is lost. Who may have it, its records' origins say (:mod:`cluster.origin`). Recorded by the farm's own workers; where
 #: a caller passes it, it counts for nothing. No image reference has a host of that name.
 FARM = ProviderHandle(kind="farm", registry="farm", repository="built")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NewType
 
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest, blob_chain_id, chain_id
 from cluster.errors import InvalidDescriptorError
+from cluster.origin import decode_origin
 from cluster.provider import ProviderHandle
 
 #: A ref's ID is its blob chain ID: one record per blob chain ID (invariant I4) by construction.
@@ -40,6 +42,9 @@ class RefRecord:
     created_wall_s: float = 0.0
     #: What it is, for people; the first that was given stays.
     description: str = ""
+    #: What it was made of, as texts of :mod:`cluster.origin`, the newest first, merged by
+    #: :func:`cluster.origin.merge_origins`. Empty: it was pulled, or is from before this was recorded.
+    origins: tuple[str, ...] = ()
 
     @classmethod
     def over(cls, blob: Descriptor, parent: RefRecord | None, image_ref: str | None = None) -> RefRecord:
@@ -100,6 +105,14 @@ class RefState:
     def is_lazy(self) -> bool:
         """Tell whether the blob is not in the content store."""
         return self.present is None
+
+    @property
+    def may_be_asked(self) -> Iterator[ProviderHandle]:
+        """Yield where may be asked whether a caller may have it: for the blob, or for what it was made of."""
+        yield from self.providers
+        for text in self.record.origins:
+            for need in decode_origin(text):
+                yield from need.providers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -309,7 +309,7 @@ class Builds:
                 for each in result.inline[0]
             )
             config = embed(config or b"{}", layers, entries)
-        registries = provider_registries(handle for state in ref.layers for handle in state.providers)
+        registries = provider_registries(handle for state in ref.layers for handle in state.may_be_asked)
         request = AssembleRequest(
             session=await self._farm.info(registries),
             name=parse_reference(name).name,

@@ -252,7 +252,7 @@ class Farm:
         if ref_id is None:
             return Ref(self, (), image)
         chain = await self._refs.chain(ref_id)
-        registries = registries_of(h for state in chain for h in state.providers)
+        registries = registries_of(h for state in chain for h in state.may_be_asked)
         request = GetRequest(
             session=await self._info(registries, None), ref_id=ref_id, handlers=(), lease_id=self._lease()
         )
@@ -282,7 +282,7 @@ class Farm:
             lease.raise_if_lost()
         if parent is not None:
             parent.raise_if_released()
-            registries |= registries_of(h for state in parent.layers for h in state.providers)
+            registries |= registries_of(h for state in parent.layers for h in state.may_be_asked)
         (known,) = await self._refs.providers([descriptor.digest])
         registries |= registries_of(known)
         passed = (*(parent.handlers if parent is not None else ()), *handlers)
@@ -347,7 +347,7 @@ class Farm:
         found.raise_if_released()
         if found.record is None:
             raise NotAnImageError(found.id)
-        registries = registries_of(h for state in found.layers for h in state.providers) | {reference.host}
+        registries = registries_of(h for state in found.layers for h in state.may_be_asked) | {reference.host}
         request = PushRequest(
             session=await self._info(registries, stream),
             image=found.record,
@@ -849,5 +849,5 @@ class Farm:
 
 def _registries(ref: Ref) -> set[str]:
     """Return the registries that may be asked for a ref's blobs."""
-    stored = registries_of(h for state in ref.layers for h in state.providers)
+    stored = registries_of(h for state in ref.layers for h in state.may_be_asked)
     return stored | registries_of(h.provider for h in ref.handlers)

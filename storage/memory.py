@@ -49,6 +49,7 @@ from cluster.flight.values import (
     Vacated,
 )
 from cluster.lease import Lease, LeaseId, blob_resource, image_resource, ref_resource
+from cluster.origin import merge_origins
 from cluster.ports import Slot
 from cluster.progress import ProgressItem
 from cluster.provider import ProviderHandle
@@ -226,6 +227,7 @@ class MemoryRefStore:
                 stored,
                 image_refs=tuple(sorted({*stored.image_refs, *record.image_refs})),
                 description=stored.description or record.description,
+                origins=merge_origins(stored.origins, record.origins),
             )
         await self.use([record.id for record in records], lease_id=lease_id)
         return [self._state(record.id) for record in records]

@@ -127,6 +127,7 @@ class OpPerformer:
         secrets: SecretSource,
         log: LogSink,
         timeout_s: float,
+        origins: Sequence[str] = (),
     ) -> RefId | None:
         """Carry a run, file, local or diff op out; return the top ref of what comes of it, None: an empty filesystem.
 
@@ -140,6 +141,7 @@ class OpPerformer:
                 gives goes into the container and nowhere else.
             log: Takes what a command says.
             timeout_s: Longest that all of it may take.
+            origins: By what the new ref is open (:mod:`cluster.origin`); none: to nobody.
 
         Raises:
             OpError: the op can't be carried out as it is written, or its command failed.
@@ -153,7 +155,7 @@ class OpPerformer:
             UnavailableError: Redis, S3 or who has the secrets did not answer.
         """
         async with _deadline(_description(vertex.op), timeout_s) as limit:
-            call = _Call(name=_new_name(), op=vertex.op, lease_id=lease_id, limit=limit)
+            call = _Call(name=_new_name(), op=vertex.op, lease_id=lease_id, limit=limit, origins=tuple(origins))
             records = await self._records(inputs)
             await self._await_room(call, log)
             await ahit(FaultPoint.OP_BEGUN)
@@ -293,7 +295,7 @@ class OpPerformer:
         return stored.descriptor
 
     async def _record(self, call: _Call, layer: Descriptor, parent: RefRecord | None) -> RefRecord:
-        record = replace(RefRecord.over(layer, parent), description=_description(call.op))
+        record = replace(RefRecord.over(layer, parent), description=_description(call.op), origins=call.origins)
         (state,) = await self._refs.get_or_create([record], {layer.digest: (FARM,)}, lease_id=call.lease_id)
         return state.record
 
@@ -395,6 +397,8 @@ class _Call:
     op: Op
     lease_id: LeaseId
     limit: asyncio.Timeout
+    #: By what the result is open.
+    origins: tuple[str, ...]
 
     @property
     def left_s(self) -> float:

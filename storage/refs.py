@@ -37,13 +37,13 @@ _GET_BATCH = 125
 
 _HEX = re.compile(r"[0-9a-f]{0,64}\Z")
 #: Fields that the store itself sets or merges: first in a record's payload, in this order (lib/ref.lua).
-_MERGED = ("image_refs", "created_wall_s", "description")
+_MERGED = ("image_refs", "created_wall_s", "description", "origins")
 
 
 class RedisRefStore:
     """Implements :class:`cluster.ports.RefStore`.
 
-    A ref is one packed value at a key of its own, so that many are read by one MGET. Scripts change three
+    A ref is one packed value at a key of its own, so that many are read by one MGET. Scripts change four
     of its fields without touching the rest. That a blob is present is a key of its own, and so is the set of
     a digest's providers, to which values are only ever added.
     """
@@ -66,8 +66,8 @@ class RedisRefStore:
         for record in records:
             head, tail = _split(REF.kind, record, _MERGED)
             parent = record.parent or ""
-            own = list(record.image_refs)
-            packed.append([record.id, parent, record.chain, head, tail, own, record.description])
+            own, origins = list(record.image_refs), list(record.origins)
+            packed.append([record.id, parent, record.chain, head, tail, own, record.description, origins])
         known = [[digest, [PROVIDER.encode(handle) for handle in handles]] for digest, handles in providers.items()]
         # Redis's cmsgpack knows no bin type: strings and bytes are one to Lua.
         arguments = [msgpack.packb(argument, use_bin_type=False) for argument in (packed, known)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
 from cluster.errors import LeaseRequiredError, NonAddressableParentError, RefNotFoundError
-from cluster.fetch.access import AccessControl, Wanted
+from cluster.fetch.access import AccessControl, Wanted, origins_of
 from cluster.lease import LeaseId
 from cluster.ports import Authorizer, RefStore
 from cluster.provider import FARM, DescHandler, ProviderHandle
@@ -36,8 +37,8 @@ class CacheManager:
 
         Every blob concerned, each layer's and each lazy ancestor's, must have a provider that the caller
         may use: a layer's digest says nothing of its parents, as A→B→C and A→D→C are two chains. A layer that a
-        build made is open by what the build put it on: in a chain that no build recorded it needs another provider,
-        and where it counts the present ancestors are proven too.
+        build made is open by its record's origins and by what the build put it on: in a chain that no build recorded
+        it needs another provider, and where it counts the present ancestors are proven too.
 
         Returns:
             One state a descriptor, in order.
@@ -60,17 +61,20 @@ class CacheManager:
         blobs = {record.blob.digest: record.blob for record in records}
         digests = list(blobs)
         stored, present = await asyncio.gather(self._refs.providers(digests), self._refs.blobs(digests))
-        elsewhere = await self._built_elsewhere(records, dict(zip(digests, stored, strict=True)))
+        providers, here = dict(zip(digests, stored, strict=True)), dict(zip(digests, present, strict=True))
+        origins = await self._origins(records, providers)
         layers = [
-            Wanted(
-                blob=blobs[digest],
-                passed=passed.get(digest, ()),
-                stored=tuple(h for h in known if not (h.is_farm and digest in elsewhere)),
-                came_from=None if blob is None else blob.source,
+            _wanted(
+                RefState(
+                    record=replace(record, origins=origins.get(record.id, ())),
+                    present=here[record.blob.digest],
+                    providers=providers[record.blob.digest],
+                ),
+                passed,
             )
-            for digest, known, blob in zip(digests, stored, present, strict=True)
+            for record in records
         ]
-        is_built = any(layer.is_built for layer in layers)
+        is_built = any(layer.ways_in for layer in layers)
         ancestors = [_wanted(state, passed) for state in below if state.is_lazy or is_built]
         await self._access.prove(authorizer, [*ancestors, *layers])
         return await self._refs.get_or_create(
@@ -99,18 +103,17 @@ class CacheManager:
         await self._refs.use([state.record.id for state in chain], lease_id=lease_id)
         return chain
 
-    async def _built_elsewhere(
-        self, records: Sequence[RefRecord], stored: Mapping[Digest, tuple[ProviderHandle, ...]]
-    ) -> frozenset[Digest]:
-        """Return the blobs that a build made and that *records* would put into a chain that isn't recorded.
+    async def _origins(
+        self, records: Sequence[RefRecord], providers: Mapping[Digest, tuple[ProviderHandle, ...]]
+    ) -> dict[RefId, tuple[str, ...]]:
+        """Return the origins of those of *records* that are recorded already, in the chain that a build put them in.
 
-        Whoever knows digest and diff ID could else put a built layer on nothing, and be asked for nothing.
+        In any other chain a layer that a build made opens nothing: whoever knows its digest and diff ID could else put
+        it on nothing, and be asked for nothing.
         """
-        built = [record for record in records if FARM in stored[record.blob.digest]]
-        if not built:
-            return frozenset()
-        known = await self._refs.get([record.id for record in built])
-        return frozenset(r.blob.digest for r, state in zip(built, known, strict=True) if state is None)
+        built = [record.id for record in records if FARM in providers[record.blob.digest]]
+        known = await self._refs.get(built) if built else ()
+        return {state.record.id: state.record.origins for state in known if state is not None}
 
     async def _parent_chain(self, parent: RefId | None) -> list[RefState]:
         if parent is None:
@@ -135,6 +138,7 @@ def _wanted(state: RefState, passed: Mapping[Digest, tuple[ProviderHandle, ...]]
         passed=passed.get(state.record.blob.digest, ()),
         stored=state.providers,
         came_from=None if state.present is None else state.present.source,
+        origins=origins_of(state.record.origins, passed),
     )
 
 

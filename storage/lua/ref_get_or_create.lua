@@ -2,7 +2,7 @@
 --
 -- KEYS[1] prefix of the farm's keys
 -- ARGV[1] lease ID
--- ARGV[2] msgpack: a list of [ID, parent ID or "", chain ID, head, tail, image refs, description] (lib/ref.lua)
+-- ARGV[2] msgpack: a list of [ID, parent ID or "", chain ID, head, tail, image refs, description, origins] (lib/ref.lua)
 -- ARGV[3] msgpack: a list of [digest, [provider, …]]
 -- return  {'ok', {state, …}}, {'lease'} if there is no such live lease, {'parent', ID} if a parent is
 --         neither stored nor earlier in the list; in both cases nothing has changed
@@ -40,6 +40,19 @@ local function merged(ours, theirs)
   return all
 end
 
+-- Tell whether two lists are the same.
+local function same(ours, theirs)
+  if #ours ~= #theirs then
+    return false
+  end
+  for i, item in ipairs(ours) do
+    if item ~= theirs[i] then
+      return false
+    end
+  end
+  return true
+end
+
 for _, pair in ipairs(providers) do
   for _, provider in ipairs(pair[2]) do
     redis.call('SADD', prefix .. ':providers:' .. pair[1], provider)
@@ -48,21 +61,28 @@ end
 
 local states = {}
 for i, record in ipairs(records) do
-  local id, chain, head, tail, image_refs, description = record[1], record[3], record[4], record[5], record[6], record[7]
+  local id, chain, image_refs, description, origins = record[1], record[3], record[6], record[7], record[8]
   local key = prefix .. ':ref:' .. id
-  local stored = redis.call('GET', key)
-  local value
-  if stored then
-    local old_head, old_refs, created, old_description, old_tail = ref_split(stored)
-    local all = merged(old_refs, image_refs)
-    if #all == #old_refs and (old_description ~= '' or description == '') then
-      value = stored
-    else
-      value = ref_join(old_head, all, created, old_description ~= '' and old_description or description, old_tail)
+  local value = redis.call('GET', key)
+  if value then
+    local known = ref_split(value)
+    local all_refs, all_origins = merged(known.image_refs, image_refs), origins_merged(known.origins, origins)
+    local is_described = known.description ~= '' or description == ''
+    if #all_refs ~= #known.image_refs or not is_described or not same(all_origins, known.origins) then
+      known.image_refs, known.origins = all_refs, all_origins
+      known.description = is_described and known.description or description
+      value = ref_join(known)
       redis.call('SET', key, value)
     end
   else
-    value = ref_join(head, merged(image_refs, {}), now / 1000, description, tail)
+    value = ref_join({
+      head = record[4],
+      image_refs = merged(image_refs, {}),
+      created = now / 1000,
+      description = description,
+      origins = origins_merged({}, origins),
+      tail = record[5],
+    })
     redis.call('SET', key, value)
     redis.call('ZADD', prefix .. ':refs', 0, id)
     redis.call('SADD', prefix .. ':chain:' .. chain, id)

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from cluster.fetch.assemble import Assembler
 from cluster.fetch.keep import Keeper
 from cluster.flight.values import Owned
 from cluster.lease import LeaseId
+from cluster.origin import OPEN
 from cluster.provider import FARM
 from cluster.ref import BlobRecord, RefRecord
 from cluster.reference import default_platform, parse_reference
@@ -80,7 +82,8 @@ async def exported(redis_farm, s3_config):
             digest=digest, key=info.key, size_bytes=info.size_bytes, etag=info.etag, fence=owned.fence.number
         )
         await stores.flights.commit(owned.fence, blob)
-        records.append(RefRecord.over(made.descriptor, records[-1] if records else None))
+        record = RefRecord.over(made.descriptor, records[-1] if records else None)
+        records.append(replace(record, origins=(OPEN,)))
     await stores.refs.get_or_create(records, {r.blob.digest: [FARM] for r in records}, lease_id=LEASE)
     assembler = Assembler(
         refs=stores.refs,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import msgspec
 import pytest
 
+from cluster import wire
 from cluster.descriptor import CONFIG_OCI, MANIFEST_OCI, Descriptor
 from cluster.digest import digest_of
 from cluster.errors import LeaseLostError, NonAddressableParentError, RefNotFoundError
 from cluster.lease import LeaseId, image_resource, ref_resource
+from cluster.origin import MAX_ORIGINS, OPEN
 from cluster.provider import ProviderHandle
 from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord
 
@@ -127,6 +130,48 @@ async def test_providers_merge(stores):
 
     assert set(providers) == {HERE, THERE, replace(HERE, repository="pushed/app")}
     assert none == ()
+
+
+async def test_origins_merge(stores):
+    """The newest first, each once, no more than are kept; what is open to all once stays so; a pull changes none."""
+    (record,) = chain("a", image_ref="docker.io/library/a:1")
+
+    async def kept(*origins):
+        (state,) = await make(stores, [replace(record, origins=origins)])
+        assert await stores.refs.chain(record.id) == [state]
+        return state.record.origins
+
+    assert await kept() == ()
+    assert await kept("x") == ("x",)
+    assert await kept("y", "x") == ("y", "x")
+    assert await kept() == ("y", "x")
+    many = tuple(f"n{n}" for n in range(MAX_ORIGINS - 1))
+    assert await kept(*many) == (*many, "y")
+    assert await kept("z", OPEN) == (OPEN,)
+    assert await kept("x") == (OPEN,)
+    (state,) = await stores.refs.get([record.id])
+    assert replace(state.record, created_wall_s=0.0) == replace(record, origins=(OPEN,))
+
+
+@pytest.mark.redis
+async def test_a_record_of_an_earlier_release_gets_its_origins(redis_farm):
+    """It was written without any: what else it says stays, and so does what yet another release wrote into it."""
+    stores, link = redis_farm.stores(), redis_farm.links[0]
+    await stores.leases.create(L, ttl_s=60.0)
+    (record,) = chain("a", image_ref="docker.io/library/a:1")
+    fields = msgspec.to_builtins(replace(record, created_wall_s=5.0, description="d"))
+    del fields["origins"]
+    first = {name: fields.pop(name) for name in ("image_refs", "created_wall_s", "description")}
+    written = wire.encode("ref", first | fields | {"later": 1})
+    await link.execute("SET", redis_farm.keys.ref(record.id), written)
+
+    (before,) = await make(stores, [record])
+    assert (before.record.origins, await link.execute("GET", redis_farm.keys.ref(record.id))) == ((), written)
+    (after,) = await make(stores, [replace(record, origins=("x",))])
+
+    assert after.record == replace(before.record, origins=("x",))
+    assert after.record == replace(record, created_wall_s=5.0, description="d", origins=("x",))
+    assert b"later" in await link.execute("GET", redis_farm.keys.ref(record.id))
 
 
 async def test_two_callers_get_one_record(stores):

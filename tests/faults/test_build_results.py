@@ -85,10 +85,10 @@ async def test_what_was_built_on_a_private_base_is_closed_to_who_may_not_read_th
 ):
     """All of it is cached: bob, who may, has it without a byte. Mallory and nobody are refused, by graph and by ID.
 
-    Also where the graph only copies from what is private: knowing how something is built is no right to it.
+    Also where the graph only copies from what is private, and nothing of that is in the image that comes of it.
     """
-    made = image(private_base, plain_http=True).run("echo made by alice > /made")
-    copied = scratch().copy(made, "/made", "/copy")
+    made = image(private_base, plain_http=True).run(CHANCE)
+    copied = scratch().copy(made, "/chance", "/copy")
     async with lab.driver(credentials={private.host: ALICE}) as alice:
         result = await alice.solve([made, copied])
         assert [len(ref.layers) for ref in result.refs] == [4, 1]
@@ -96,15 +96,27 @@ async def test_what_was_built_on_a_private_base_is_closed_to_who_may_not_read_th
     async with lab.driver(credentials={private.host: BOB}) as bob:
         again = await bob.solve([made, copied])
         assert [ref.id for ref in again.refs] == [ref.id for ref in result.refs]
+        assert (await bob.get(result.refs[1].id)).id == result.refs[1].id
         assert not private.blob_bytes
     for credentials in ({private.host: MALLORY}, {}):
         async with lab.driver(credentials=credentials) as intruder:
             for graph in (made, copied, made.run("cat /made"), merge([scratch().mkfile("/own", "1"), made])):
                 with pytest.raises(AccessDeniedError):
                     await intruder.solve(graph)
-            with pytest.raises(NeedsRemoteProvidersError):
-                await intruder.get(result.refs[0].id)
+            for ref in result.refs:
+                with pytest.raises(NeedsRemoteProvidersError):
+                    await intruder.get(ref.id)
     assert not private.blob_bytes
+
+
+async def test_what_was_copied_out_of_a_public_base_is_everybodys(lab: BrokenFarm, base: str):
+    """By graph, without a new run, and by the ref's ID: whoever asks may read the base, and need not say so."""
+    copied = scratch().copy(image(base, plain_http=True).run(CHANCE), "/chance", "/copy")
+    async with lab.driver() as first:
+        result = await first.solve(copied)
+    async with lab.driver() as second:
+        assert (await second.get(result.ref.id)).id == result.ref.id
+        assert (await second.solve(copied)).ref.id == result.ref.id
 
 
 async def test_a_lazy_base_is_fetched_as_who_runs_something_upon_it(

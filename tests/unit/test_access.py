@@ -4,6 +4,7 @@ import pytest
 
 from cluster.errors import NeedsRemoteProvidersError, UnavailableError
 from cluster.fetch.access import AccessControl, Wanted
+from cluster.origin import Needed
 from cluster.provider import FARM, ProviderHandle
 from storage.memory import Memory, MemoryProofStore
 from tests.doubles.fetch import FakeAuthorizer, FakeProber, handle, layer_of
@@ -13,6 +14,16 @@ A, B, C = (layer_of(name.encode()) for name in "abc")
 APP, MIRROR, EVIL = handle("app"), handle("app", "mirror.example"), handle("bait", "evil.example")
 ALICE, MALLORY = FakeAuthorizer("alice"), FakeAuthorizer("mallory")
 TTL_S = 100.0
+#: Of what was made of nothing but what its chain shows.
+NOTHING = ((),)
+
+
+def made_of(*blobs, at=(APP,), came_from=APP.source):
+    """Return the origin of what was made of *blobs*."""
+    return tuple(
+        Needed(digest=blob.digest, size_bytes=blob.size_bytes, providers=tuple(at), came_from=came_from)
+        for blob in blobs
+    )
 
 
 class Bench:
@@ -21,9 +32,9 @@ class Bench:
         self.prober = FakeProber()
         self.access = AccessControl(MemoryProofStore(Memory(self.clock)), self.prober, proof_ttl_s=TTL_S)
 
-    async def prove(self, who, blob, *passed, stored=(), came_from=None):
+    async def prove(self, who, blob, *passed, stored=(), came_from=None, origins=()):
         """Prove one blob; return the providers that may be used."""
-        wanted = Wanted(blob=blob, passed=passed, stored=tuple(stored), came_from=came_from)
+        wanted = Wanted(blob=blob, passed=passed, stored=tuple(stored), came_from=came_from, origins=tuple(origins))
         return (await self.access.prove(who, [wanted]))[blob.digest]
 
 
@@ -209,7 +220,7 @@ async def test_what_a_build_made_is_open_to_who_may_use_the_rest_of_the_chain(be
     bench.prober.add(APP, A.digest, readers={"alice"})
     chain = [
         Wanted(blob=A, stored=(APP,), came_from=APP.source),
-        Wanted(blob=B, stored=(FARM,), came_from=""),
+        Wanted(blob=B, stored=(FARM,), came_from="", origins=NOTHING),
     ]
     assert await bench.access.prove(ALICE, chain) == {A.digest: (APP,), B.digest: (FARM,)}
     assert bench.prober.asked == [(APP.source, A.digest)]
@@ -221,8 +232,8 @@ async def test_what_a_build_made_is_open_to_who_may_use_the_rest_of_the_chain(be
 async def test_of_a_built_layers_repositories_a_caller_gets_those_that_are_proven(bench):
     """It was pushed: only who has seen it there is told that it could be mounted from there. Nobody is asked."""
     await bench.access.record(ALICE, APP, [A.digest])
-    assert await bench.prove(ALICE, A, stored=[APP, FARM], came_from="") == (FARM, APP)
-    assert await bench.prove(MALLORY, A, stored=[APP, FARM], came_from="") == (FARM,)
+    for who, known in ((ALICE, (FARM, APP)), (MALLORY, (FARM,))):
+        assert await bench.prove(who, A, stored=[APP, FARM], came_from="", origins=NOTHING) == known
     assert bench.prober.asked == []
 
 
@@ -246,12 +257,12 @@ async def test_to_say_that_a_build_made_it_opens_nothing(bench, claim):
 async def test_a_built_layer_that_is_lost_is_had_from_where_it_was_pushed_or_not_at_all(bench):
     """Lazy: the farm has no bytes of it, and where nobody else has any, it is named."""
     with pytest.raises(NeedsRemoteProvidersError) as caught:
-        await bench.prove(ALICE, A, stored=[FARM])
+        await bench.prove(ALICE, A, stored=[FARM], origins=NOTHING)
     assert caught.value.digests == (A.digest,)
     bench.prober.add(APP, A.digest, readers={"alice"})
-    assert await bench.prove(ALICE, A, stored=[APP, FARM]) == (APP,)
+    assert await bench.prove(ALICE, A, stored=[APP, FARM], origins=NOTHING) == (APP,)
     with pytest.raises(NeedsRemoteProvidersError):
-        await bench.prove(MALLORY, A, stored=[APP, FARM])
+        await bench.prove(MALLORY, A, stored=[APP, FARM], origins=NOTHING)
 
 
 @pytest.mark.parametrize("came_from", ["", APP.source])
@@ -259,3 +270,89 @@ async def test_a_built_layers_bytes_are_handed_out_unasked(bench, came_from):
     """To who has been let into its chain: wherever the copy that is present came from."""
     await bench.access.admit(ALICE, A, (FARM,), came_from)
     assert bench.prober.asked == []
+
+
+# -- what builds made it of ----------------------------------------------------------------------------------
+
+
+async def test_what_was_copied_out_of_a_private_image_is_open_to_who_may_read_that_image(bench):
+    """Nothing of the image is in the chain: its registry decides all the same, and the error says for which blob."""
+    bench.prober.add(APP, A.digest, readers={"alice"})
+    built = {"stored": [FARM], "came_from": FARM.source, "origins": [made_of(A)]}
+    assert await bench.prove(ALICE, B, **built) == (FARM,)
+    with pytest.raises(NeedsRemoteProvidersError) as caught:
+        await bench.prove(MALLORY, B, **built)
+    assert caught.value.digests == (A.digest,)
+    assert set(bench.prober.asked) == {(APP.source, A.digest)}
+
+
+async def test_who_read_the_manifest_of_what_it_was_made_of_is_asked_nothing(bench):
+    """The common path: the caller's own build has just resolved that image, and the bytes came from there."""
+    await bench.access.record_named(ALICE, APP, [A.digest, C.digest])
+    assert await bench.prove(ALICE, B, stored=[FARM], came_from="", origins=[made_of(A, C)]) == (FARM,)
+    assert bench.prober.asked == []
+
+
+@pytest.mark.parametrize("came_from", [APP.source, ""])
+async def test_what_it_was_made_of_is_not_shown_by_a_name_elsewhere(bench, came_from):
+    """Mallory named the blob before anybody had it, and is a known provider: nothing is fetched that would tell."""
+    bench.prober.add(APP, A.digest, readers={"alice"})
+    await bench.access.record_named(MALLORY, EVIL, [A.digest])
+    origin = made_of(A, at=(APP, EVIL), came_from=came_from)
+    with pytest.raises(NeedsRemoteProvidersError):
+        await bench.prove(MALLORY, B, stored=[FARM], came_from="", origins=[origin])
+
+
+async def test_all_that_it_was_made_of_must_be_shown(bench):
+    """One of two images is public: that is not enough."""
+    bench.prober.add(APP, A.digest, readers={"alice"})
+    bench.prober.add(APP, C.digest)
+    built = {"stored": [FARM], "came_from": "", "origins": [made_of(A, C)]}
+    with pytest.raises(NeedsRemoteProvidersError):
+        await bench.prove(MALLORY, B, **built)
+    assert await bench.prove(ALICE, B, **built) == (FARM,)
+
+
+async def test_what_was_made_in_two_ways_is_open_by_either(bench):
+    """The same bytes came of a private image and of a public one: who may read the public one has them from that."""
+    bench.prober.add(APP, A.digest, readers={"alice"})
+    bench.prober.add(MIRROR, C.digest)
+    both = [made_of(A), made_of(C, at=(MIRROR,), came_from=MIRROR.source)]
+    for who in (ALICE, MALLORY):
+        assert await bench.prove(who, B, stored=[FARM], came_from="", origins=both) == (FARM,)
+    bench.clock.advance(TTL_S + 1)
+    bench.prober.blobs.pop((MIRROR.source, C.digest))
+    with pytest.raises(NeedsRemoteProvidersError):
+        await bench.prove(MALLORY, B, stored=[FARM], came_from="", origins=both)
+
+
+async def test_each_blob_that_something_was_made_of_is_asked_for_once(bench):
+    """Twenty layers were copied out of one image: its registry hears one question a blob."""
+    bench.prober.add(APP, A.digest, C.digest)
+    copies = [
+        Wanted(blob=layer_of(f"copy {n}".encode()), came_from=FARM.source, origins=(made_of(A, C),)) for n in range(20)
+    ]
+    usable = await bench.access.prove(ALICE, copies)
+    assert all(usable[copy.blob.digest] == (FARM,) for copy in copies)
+    assert sorted(bench.prober.asked) == sorted((APP.source, blob.digest) for blob in (A, C))
+
+
+async def test_a_built_layer_that_was_pushed_is_open_there_too(bench):
+    """Who may not read what it was made of may read where its maker put it."""
+    bench.prober.add(MIRROR, B.digest)
+    built = {"stored": [FARM, MIRROR], "came_from": FARM.source, "origins": [made_of(A)]}
+    assert await bench.prove(MALLORY, B, **built) == (MIRROR,)
+
+
+async def test_what_nobody_knows_the_origin_of_is_shut(bench):
+    """An earlier release built it and kept no origin: it is made again, not given away."""
+    with pytest.raises(NeedsRemoteProvidersError) as caught:
+        await bench.prove(ALICE, B, stored=[FARM], came_from=FARM.source)
+    assert caught.value.digests == (B.digest,)
+
+
+async def test_a_registry_that_is_silent_about_what_it_was_made_of_refuses_nobody(bench):
+    """The call may be made again, and then say otherwise."""
+    bench.prober.silent = {APP.source}
+    with pytest.raises(UnavailableError):
+        await bench.prove(ALICE, B, stored=[FARM], came_from="", origins=[made_of(A)])

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.cache.names import find_ref
+from cluster.cache.origins import origin_of
 from cluster.cache.runner import CacheManager
 from cluster.descriptor import CONFIG_OCI, MANIFEST_OCI, Descriptor
 from cluster.digest import blob_chain_id, chain_id, digest_of
@@ -19,6 +20,7 @@ from cluster.errors import (
 )
 from cluster.fetch.access import AccessControl
 from cluster.lease import LeaseId, ref_resource
+from cluster.origin import OPEN
 from cluster.provider import FARM, DescHandler
 from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord
 from storage.memory import Memory, MemoryLeaseStore, MemoryProofStore, MemoryRefStore
@@ -38,8 +40,8 @@ class Bench:
         self.leases = MemoryLeaseStore(self.memory)
         self.prober = FakeProber()
         self.prober.add(APP, *(layer.digest for layer in (A, B, C, D)), readers={"alice"})
-        access = AccessControl(MemoryProofStore(self.memory), self.prober, proof_ttl_s=100.0)
-        self.manager = CacheManager(self.refs, access)
+        self.access = AccessControl(MemoryProofStore(self.memory), self.prober, proof_ttl_s=100.0)
+        self.manager = CacheManager(self.refs, self.access)
 
     async def make(self, *layers, parent=None, handled=None, who=ALICE, lease=LEASE, image_ref=None):
         handlers = [
@@ -58,11 +60,12 @@ class Bench:
             digest=layer.digest, key="k", size_bytes=layer.size_bytes, etag="e", fence=1
         )
 
-    async def build(self, *layers, on):
+    async def build(self, *layers, on, origins=(OPEN,)):
         """Record *layers* on top of a ref as an op worker does, and make them present."""
         records = []
         for layer in layers:
-            records.append(RefRecord.over(layer, records[-1] if records else on))
+            record = RefRecord.over(layer, records[-1] if records else on)
+            records.append(replace(record, origins=tuple(origins)))
             self.make_present(layer)
         known = {layer.digest: (FARM,) for layer in layers}
         return await self.refs.get_or_create(records, known, lease_id=LEASE)
@@ -205,6 +208,45 @@ async def test_a_built_layer_is_not_had_by_putting_it_on_something_else(bench):
         with pytest.raises(NeedsRemoteProvidersError) as caught:
             await bench.manager.get_by_blob(layers, parent=None, handlers=handlers, authorizer=MALLORY, lease_id=LEASE)
         assert caught.value.digests == (B.digest,)
+
+
+async def test_a_built_layer_that_was_pulled_on_nothing_is_no_built_chain(bench):
+    """Alice pulled it as an image of its own: that it was built upon her base opens the image to nobody."""
+    (base,) = await bench.make(A)
+    await bench.build(B, on=base.record)
+    (alone,) = await bench.make(B)
+    with pytest.raises(NeedsRemoteProvidersError) as caught:
+        await bench.get(alone.record.id, who=MALLORY)
+    assert caught.value.digests == (B.digest,)
+
+
+async def test_what_was_copied_out_of_a_private_base_needs_that_base(bench):
+    """By ID and by its descriptor; alice, who may read the base, has it, also when the base's ref is collected."""
+    (base,) = await bench.make(A)
+    bench.make_present(A)
+    origin = await origin_of(bench.access, ALICE, await bench.refs.get([base.record.id]), beside=())
+    (copied,) = await bench.build(B, on=None, origins=[origin])
+    del bench.memory.records[base.record.id], bench.memory.providers[A.digest]
+    bench.prober.blobs.pop((APP.source, B.digest))
+    for use in (bench.get(copied.record.id, who=MALLORY), bench.make(B, handled=[], who=MALLORY)):
+        with pytest.raises(NeedsRemoteProvidersError) as caught:
+            await use
+        assert caught.value.digests == (A.digest,)
+    assert (await bench.get(copied.record.id))[0].record.id == copied.record.id
+    assert (await bench.make(B, handled=[]))[0].record.id == copied.record.id
+
+
+async def test_another_way_to_what_it_was_made_of_will_do(bench):
+    """Bob reads the base at a mirror that the farm didn't know when the layer was made, and says so."""
+    (base,) = await bench.make(A)
+    origin = await origin_of(bench.access, ALICE, [base], beside=())
+    (copied,) = await bench.build(B, on=None, origins=[origin])
+    bench.prober.add(OTHER, A.digest, readers={"bob"})
+    bob = FakeAuthorizer("bob")
+    with pytest.raises(NeedsRemoteProvidersError):
+        await bench.get(copied.record.id, who=bob)
+    handlers = [DescHandler(digest=A.digest, provider=OTHER)]
+    await bench.manager.get(copied.record.id, handlers=handlers, authorizer=bob, lease_id=LEASE)
 
 
 async def test_only_the_farm_says_that_a_build_made_a_layer(bench):

@@ -34,7 +34,9 @@ from cluster.errors import (
 from cluster.fetch.access import AccessControl
 from cluster.graph import (
     BindMount,
+    CopyAction,
     DiffOp,
+    FileOp,
     ImageOp,
     LocalOp,
     MergeOp,
@@ -47,6 +49,7 @@ from cluster.job import JobId, JobSpec, layer_stream
 from cluster.lease import LeaseId, ref_resource
 from cluster.messages import ResolveResult, SessionInfo
 from cluster.op_messages import RunOpResult
+from cluster.origin import OPEN, Needed, decode_origin, encode_origin
 from cluster.provider import FARM, DescHandler
 from cluster.ref import BlobRecord, ImageRecord, RefRecord
 from cluster.solver.imported import ImportedKeys
@@ -54,7 +57,7 @@ from cluster.solver.values import CacheRecord, Result
 from cluster.wire import decode, encode
 from storage.memory import Memory, MemoryFlightStore, MemoryLeaseStore, MemoryProofStore, MemoryRefStore
 from storage.memory_solver import MemoryKeyStore, MemoryWhereabouts, SolverMemory
-from tests.doubles.fetch import FakeProber, ManualRenewer, handle, layer_of
+from tests.doubles.fetch import FakeAuthorizer, FakeProber, ManualRenewer, handle, layer_of
 from tests.doubles.stores import FakeClock, eventually
 from tests.doubles.workers import FakePresence, FakeUse, FakeWorkers
 
@@ -84,7 +87,7 @@ class Bench:
         self.prober = FakeProber()
         for provider in (APP, OTHER):
             self.prober.add(provider, *(layer.digest for layer in (A, B, C, D)), readers={"alice"})
-        access = AccessControl(MemoryProofStore(self.memory), self.prober, proof_ttl_s=100.0)
+        self.access = AccessControl(MemoryProofStore(self.memory), self.prober, proof_ttl_s=100.0)
         self.presence = FakePresence("n0", "n1", "n2")
         self.stores = Stores(
             link=None,
@@ -100,8 +103,8 @@ class Bench:
             whereabouts=MemoryWhereabouts(self.solver_memory),
             registry=None,
             buckets=None,
-            access=access,
-            cache=CacheManager(self.refs, access),
+            access=self.access,
+            cache=CacheManager(self.refs, self.access),
         )
         self.keys = ImportedKeys(MemoryKeyStore(self.solver_memory))
         self.host = SessionHost()
@@ -168,11 +171,11 @@ class Bench:
         await self.refs.get_or_create(records, known, lease_id=LeaseId("pull"))
         return Result(ref=top.id, config=config)
 
-    async def built(self, layer, on, lease="pull"):
+    async def built(self, layer, on, lease="pull", origins=(OPEN,)):
         """Record a layer on top of a result as an op worker does; return its ref."""
         await self.leases.create(LeaseId("pull"), ttl_s=None)
         below = None if on is None else (await self.refs.chain(on))[-1].record
-        record = RefRecord.over(layer, below)
+        record = replace(RefRecord.over(layer, below), origins=tuple(origins))
         size = layer.size_bytes
         self.memory.blobs[layer.digest] = BlobRecord(digest=layer.digest, key="k", size_bytes=size, etag="e", fence=1)
         await self.refs.get_or_create([record], {layer.digest: (FARM,)}, lease_id=LeaseId(lease))
@@ -382,6 +385,96 @@ async def test_any_other_diff_is_made_on_a_node(bench, lower):
     assert {request.ref_id for _, request in bench.workers.calls("extract")} == {lower.ref, upper.ref}
     ((_, request),) = bench.workers.calls("run_op")
     assert request.inputs == (lower.ref, upper.ref)
+
+
+# -- by what it is open -----------------------------------------------------------------------------------------------
+
+
+def needs(*layers, provider=APP, came_from=""):
+    """Return the text of the origin of what was made of *layers*."""
+    return encode_origin(
+        Needed(digest=layer.digest, size_bytes=layer.size_bytes, providers=(provider,), came_from=came_from)
+        for layer in layers
+    )
+
+
+def files(*inputs):
+    """Return a vertex of a file op over that many inputs."""
+    copies = tuple(CopyAction(input=n, sources=("/f",), destination=f"/{n}") for n in range(1, len(inputs)))
+    return Vertex(FileOp(actions=copies), tuple(digest_of(f"input {n}".encode()) for n in range(len(inputs))))
+
+
+async def origins_told(bench, vertex, *inputs, jobs=(J1,)):
+    """Run an op over results; return what its worker is told that the layer is open by."""
+    bench.plan_on_all("run_op", ran(None))
+    async with bench.jobs(*jobs):
+        await bench.run(FakeUse(vertex, jobs=jobs), *inputs)
+    ((_, request),) = bench.workers.calls("run_op")
+    return [decode_origin(text) for text in request.origins]
+
+
+async def test_what_only_changes_its_base_is_open_by_its_chain(bench):
+    """Nothing besides went into it: nothing besides is recorded."""
+    assert await origins_told(bench, RUN, await bench.chain(A, B)) == [()]
+
+
+async def test_what_was_copied_from_is_an_origin(bench):
+    """All layers of what was copied from, but those that are in the chain anyway, with where their bytes came from."""
+    base, source = await bench.chain(A), await bench.chain(A, B, C)
+
+    async def extract(_request):  # the layers that were lazy come meanwhile
+        for layer in (B, C):
+            bench.memory.blobs[layer.digest] = BlobRecord(
+                digest=layer.digest, key="k", size_bytes=layer.size_bytes, etag="e", fence=1, source=APP.source
+            )
+
+    bench.plan_on_all("extract", extract)
+    (origin,) = await origins_told(bench, files(base, source), base, source)
+    assert sorted(need.digest for need in origin) == sorted([B.digest, C.digest])
+    assert {(need.providers, need.came_from) for need in origin} == {((APP,), APP.source)}
+
+
+async def test_what_was_copied_from_a_copy_has_the_origin_of_the_copy(bench):
+    """Through as many stages as there are; what builds made is no origin itself."""
+    copied = Result(ref=await bench.built(MADE, None, origins=[needs(A, B)]))
+    (origin,) = await origins_told(bench, files(None, copied), None, copied)
+    assert encode_origin(origin) == needs(A, B)
+
+
+async def test_a_difference_is_open_by_both_sides(bench):
+    """What it stands on is not in its chain: that it was taken out of it counts."""
+    lower, upper = await bench.chain(A), await bench.chain(B)
+    (origin,) = await origins_told(bench, DIFF, lower, upper)
+    assert encode_origin(origin) == needs(A, B)
+
+
+async def test_layers_that_are_taken_off_a_base_stay_open_by_it(bench):
+    """No byte moves, and the base is not in the new chain: the built layer's record says so."""
+    lower = await bench.chain(A)
+    upper = Result(ref=await bench.built(MADE, lower.ref, origins=[needs(C)]))
+    async with bench.jobs(J1):
+        done = await bench.run(FakeUse(DIFF), lower, upper)
+    (state,) = await bench.refs.chain(done.result.ref)
+    assert state.record.origins == (needs(A, C),)
+
+
+async def test_a_merge_keeps_what_its_layers_are_open_by(bench):
+    """Each on whatever it comes to stand on."""
+    copied = Result(ref=await bench.built(MADE, None, origins=[needs(C, provider=OTHER)]))
+    async with bench.jobs(J1):
+        bench.prober.add(OTHER, C.digest)
+        done = await bench.run(FakeUse(MERGE), await bench.chain(A), copied)
+    origins = [state.record.origins for state in await bench.refs.chain(done.result.ref)]
+    assert origins == [(), (needs(C, provider=OTHER),)]
+
+
+async def test_of_several_origins_each_job_gets_the_one_that_it_is_shown(bench):
+    """What came of the same bytes in two ways is an input: what is made of it is open by the way of each."""
+    ways = [needs(A), needs(B, provider=OTHER)]
+    copied = Result(ref=await bench.built(MADE, None, origins=ways))
+    await bench.access.record(FakeAuthorizer("alice"), OTHER, [B.digest])
+    (origin,) = await origins_told(bench, files(None, copied), None, copied, jobs=(J1, J2))
+    assert encode_origin(origin) == ways[1]
 
 
 # -- ops on nodes -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Images of builds: documents kept and held, the image recorded, access to the whole chain proven first."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from cluster.fetch.access import AccessControl
 from cluster.fetch.assemble import Assembler
 from cluster.fetch.keep import Keeper
 from cluster.lease import LeaseId, blob_resource, image_resource, ref_resource
+from cluster.origin import OPEN
 from cluster.ports import ObjectInfo
 from cluster.provider import FARM, DescHandler
 from cluster.ref import BlobRecord, RefId, RefRecord
@@ -78,7 +80,7 @@ class Bench:
             lease_id=LEASE,
         )
         self.memory.blobs[BUILT.digest] = BlobRecord(digest=BUILT.digest, key="k", size_bytes=1, etag="e", fence=1)
-        record = RefRecord.over(BUILT, base.record)
+        record = replace(RefRecord.over(BUILT, base.record), origins=(OPEN,))
         await self.refs.get_or_create([record], {BUILT.digest: [FARM]}, lease_id=LEASE)
         return record.id
 
