@@ -99,6 +99,8 @@ _BYTE_THREADS = 32
 #: Threads of their own for unpacking: every layer has one, also while it waits for its parent, whose bytes
 #: must never wait for a thread in turn.
 _UNPACK_THREADS = 512
+#: Layers among these that may go before their parents: more than images have, and not all threads.
+_UNPACK_AHEAD = 256
 #: Parts in memory at most, of all transfers together: 96 MiB of 8 MiB parts.
 _PART_BUFFERS = 12
 #: Threads of their own for verifying, which sleep to keep to a rate: two rounds in the background, and commands.
@@ -267,6 +269,7 @@ class FetchWorker(SessionServer):
                 blobs=blobs,
                 snapshotter=snapshotter,
                 threads=unpackers,
+            max_ahead=_UNPACK_AHEAD,
                 deadline_s=config.flight.deadline_s,
                 clock=time.monotonic,
                 notes=stores.whereabouts,

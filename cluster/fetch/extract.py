@@ -122,6 +122,7 @@ class Extractor:
         blobs: LocalBlobs,
         snapshotter: Snapshotter,
         threads: Executor,
+        max_ahead: int,
         deadline_s: float,
         clock: Callable[[], float],
         notes: SnapshotNotes | None = None,
@@ -134,6 +135,7 @@ class Extractor:
         self._blobs = blobs
         self._snapshotter = snapshotter
         self._threads = threads
+        self._max_ahead = max_ahead
         self._deadline_s = deadline_s
         self._clock = clock
         self._notes = notes
@@ -143,6 +145,12 @@ class Extractor:
         self._flights: Flights[None, Caller] = Flights("snapshots")
         #: What is being unpacked, by chain ID.
         self._unpacking: dict[Digest, _Stoppable] = {}
+        #: Chains with a thread, or in line for one, whose parents are published or came before them, all the way down.
+        self._grounded: set[Digest] = set()
+        #: Layers with a thread, or in line for one, of which that isn't so.
+        self._ahead = 0
+        #: Set, and replaced, when either changes.
+        self._moved = asyncio.Event()
         #: Notified when a snapshot is published here, and when an unpacking is to stop.
         self._published = threading.Condition()
 
@@ -320,6 +328,10 @@ class Extractor:
             return
 
     async def _apply(self, record: RefRecord, blob: LocalBlob) -> None:
+        async with self._turn(record):
+            await self._apply_in_thread(record, blob)
+
+    async def _apply_in_thread(self, record: RefRecord, blob: LocalBlob) -> None:
         loop = asyncio.get_running_loop()
         stream = self._unpacking[record.chain] = _Stoppable(blob.open())
 
@@ -351,6 +363,48 @@ class Extractor:
             if self._unpacking.get(record.chain) is stream:
                 del self._unpacking[record.chain]
             stream.close()
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, record: RefRecord) -> AsyncIterator[None]:
+        """Wait until a layer may ask for a thread, which it holds until its parent is published.
+
+        Layers begin as their bytes come, in whatever order. Were all to have a thread at once, the upper ones of very
+        long chains could hold every one, and the lowest be in line behind those that wait for them, until the
+        deadline. So a layer goes before its parent only as one of *max_ahead*; the other threads are had in the
+        order of chains, and the first of those in line never waits for one that is behind it.
+        """
+        parent, is_to_look = record.parent_chain, True
+        while True:
+            moved = self._moved
+            if parent is None or parent in self._grounded or (is_to_look and self._snapshotter.has(parent)):
+                is_grounded = True
+                break
+            if self._ahead < self._max_ahead:
+                is_grounded = False
+                break
+            is_to_look = False
+            try:
+                async with asyncio.timeout(_LOOK_EVERY_S):
+                    await moved.wait()
+            except TimeoutError:
+                is_to_look = True  # another process of this node may have published it
+        if is_grounded:
+            self._grounded.add(record.chain)
+        else:
+            self._ahead += 1
+        self._move()
+        try:
+            yield
+        finally:
+            if is_grounded:
+                self._grounded.discard(record.chain)
+            else:
+                self._ahead -= 1
+            self._move()
+
+    def _move(self) -> None:
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
 
     def _remember(self, digest: Digest, applied: AppliedLayer) -> None:
         self._unpacked_bytes[digest] = taken_bytes(applied.tar_bytes, applied.entries)

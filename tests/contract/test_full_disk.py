@@ -107,6 +107,7 @@ class Node:
             blobs=self.blobs,
             snapshotter=self.snapshotter,
             threads=self.threads,
+            max_ahead=256,
             deadline_s=60.0,
             clock=time.monotonic,
             disk=self.disk,

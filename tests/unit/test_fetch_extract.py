@@ -48,7 +48,7 @@ WRONG = DigestMismatchError(LAYERS[0].digest, "sha256:" + "0" * 64, "liar.exampl
 class Node:
     """One node: an extractor over fakes, and the chain A, B, C."""
 
-    def __init__(self, *, threads=8, deadline_s=30.0):
+    def __init__(self, *, threads=8, max_ahead=4, deadline_s=30.0):
         self.memory = Memory(FakeClock())
         self.refs = MemoryRefStore(self.memory)
         self.leases = MemoryLeaseStore(self.memory)
@@ -83,6 +83,7 @@ class Node:
             blobs=self.blobs,
             snapshotter=self.snapshotter,
             threads=self.threads,
+            max_ahead=max_ahead,
             deadline_s=deadline_s,
             clock=time.monotonic,
             notes=self.whereabouts,
@@ -379,6 +380,22 @@ async def test_layers_that_wait_for_their_parents_don_t_use_the_pool_up():
     await eventually(lambda: set(names[1:]) <= set(node.snapshotter.begun))
     node.blobs.put(LAYERS[0].digest, *base)
     await asyncio.wait_for(task, 5)
+    node.threads.shutdown()
+
+
+async def test_a_chain_longer_than_the_pool_is_unpacked_from_whichever_end_its_bytes_come():
+    """600 layers, 512 threads, the base last: the upper ones that wait for it leave it a thread."""
+    layers = [layer_of(b"layer %d" % n) for n in range(600)]
+    node = Node(threads=512, max_ahead=256, deadline_s=10.0)
+    names = await chains(node, layers)
+    for n, layer in enumerate(layers[300:], 300):
+        node.blobs.put(layer.digest, FakeLocalBlob(b"layer %d" % n))
+    task = await node.call(layers=layers)
+    await eventually(lambda: len(node.snapshotter.begun) == 256)
+    for n, layer in reversed(list(enumerate(layers[:300]))):
+        node.blobs.put(layer.digest, FakeLocalBlob(b"layer %d" % n))
+    await task
+    assert node.snapshotter.published == names
     node.threads.shutdown()
 
 
