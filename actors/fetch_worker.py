@@ -269,7 +269,7 @@ class FetchWorker(SessionServer):
                 blobs=blobs,
                 snapshotter=snapshotter,
                 threads=unpackers,
-            max_ahead=_UNPACK_AHEAD,
+                max_ahead=_UNPACK_AHEAD,
                 deadline_s=config.flight.deadline_s,
                 clock=time.monotonic,
                 notes=stores.whereabouts,

@@ -264,8 +264,13 @@ class SessionAuthorizer:
         return self._host.is_live(self._info.session_id)
 
     def identity(self, registry: str) -> str:
-        """Return who the driver says it is at *registry*."""
-        return self._info.identities.get(registry, "anonymous")
+        """Return who the driver says it is at *registry*.
+
+        Where it says nothing it may be anybody: it does answer with its credentials when it is asked. What that shows
+        is shown to this session alone, and never to whoever is anonymous there.
+        """
+        known = self._info.identities.get(registry)
+        return f"session {self._info.tenant}" if known is None else known
 
     async def authorize(self, request: AuthRequest) -> Authorization | None:
         """Ask the driver; see :class:`cluster.ports.Authorizer`."""

@@ -1,6 +1,7 @@
 """Sessions as an actor serves them: questions reach the driver, answers come back, a silent driver is gone."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -285,13 +286,18 @@ async def test_no_repr_shows_a_secret(host):
 
 
 async def test_identities_are_the_drivers_own(host):
-    """An identity comes with the call; who has none is anonymous."""
+    """An identity comes with the call. Where it doesn't say who the driver is, what is shown is shown to its session.
+
+    It would be asked for credentials there: were it called anonymous, it would open that registry to who has none.
+    """
 
     async def works(authorizer):
-        return authorizer.identity("r.example"), authorizer.identity("elsewhere.example")
+        return [authorizer.identity(f"{name}.example") for name in ("r", "public", "elsewhere")]
 
-    info = SessionInfo(session_id=SESSION, identities={"r.example": "hash-of-alice"})
-    assert await Call(host, works, info).task == ("hash-of-alice", "anonymous")
+    info = SessionInfo(session_id=SESSION, identities={"r.example": "hash-of-alice", "public.example": "anonymous"})
+    assert await Call(host, works, info).task == ["hash-of-alice", "anonymous", f"session {SESSION}"]
+    part = replace(info, session_id="worker.1", part_of=SESSION)
+    assert await Call(host, works, part).task == ["hash-of-alice", "anonymous", f"session {SESSION}"]
 
 
 def test_a_poll_that_is_lost_is_given_up_before_the_session_is():
