@@ -32,6 +32,9 @@ from cluster.reference import ImageReference, Platform
 
 #: Manifests, indexes and configs larger than this are refused (the distribution-spec's recommended limit).
 MAX_MANIFEST_BYTES = 4 * 1024**2
+#: Images of more layers are refused: a manifest has room for 20,000, each a record and a bomb of its own. Docker makes
+#: none of more than 127, and Linux mounts none of more than 500 (``OVL_MAX_STACK``).
+MAX_LAYERS = 1000
 #: What a registry is asked for, in the ``Accept`` header.
 ACCEPTED_MANIFESTS = (MANIFEST_OCI, INDEX_OCI, MANIFEST_DOCKER, INDEX_DOCKER)
 
@@ -193,10 +196,13 @@ def assemble(
             the config alone says.
 
     Raises:
-        MalformedManifestError: the config is none, or has another number of layers than the manifest.
+        MalformedManifestError: the config is none, or has another number of layers than the manifest, or that is
+            too many.
         PlatformNotFoundError: there was no index, and the config is for another platform.
     """
     config = parse_config(config_bytes, reference.name)
+    if len(manifest.layers) > MAX_LAYERS:
+        raise MalformedManifestError(reference.name, f"it has {len(manifest.layers)} layers, more than {MAX_LAYERS}")
     if len(config.diff_ids) != len(manifest.layers):
         raise MalformedManifestError(
             reference.name,

@@ -574,3 +574,23 @@ def test_a_body_is_the_callers_buffer_itself():
     assert body.read() == b""
     body.seek(0)
     assert bytes(itertools.chain.from_iterable(iter(lambda: body.read(4), b""))) == b"0123456789"
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+def test_the_farms_key_is_good_for_its_bucket_alone(ceph_owner, ceph_s3):
+    """`configs/s3-policy.json` opens all that a farm does, no other bucket, and none of the bucket's own rules."""
+    owner, farm = S3ContentStore(replace(ceph_owner, bucket=f"other-{uuid4().hex}")), S3ContentStore(ceph_s3)
+    owner.ensure_bucket()
+    assert not farm.ensure_bucket()
+    assert farm.check().bucket == ceph_s3.bucket
+    others = farm.in_bucket(owner.bucket)
+    for use in (others.check, others.ensure_bucket, lambda: list(others.objects("")), lambda: others.put("k", b"1")):
+        with pytest.raises(UnsafeStoreError):
+            use()
+    client = farm._client
+    for rule in (client.delete_bucket, client.get_bucket_policy, client.delete_bucket_policy):
+        with pytest.raises(client.exceptions.ClientError, match="AccessDenied"):
+            rule(Bucket=ceph_s3.bucket)
+    owner.close()
+    farm.close()

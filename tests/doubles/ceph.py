@@ -18,8 +18,6 @@ from uuid import uuid4
 from storage.services.loopback import HOST, choose_ports
 
 _DEADLINE_S = 90.0
-_ACCESS_KEY = "lazyfarmaccess"
-_SECRET_KEY = "lazyfarmsecret12"
 _CONFIG = """\
 [global]
 fsid = {fsid}
@@ -72,6 +70,9 @@ class CephRgw:
         self._children: list[subprocess.Popen[bytes]] = []
         self._ports = choose_ports(["mon", "mon_v1", "rgw"], {})
         self.endpoint = f"http://{HOST}:{self._ports['rgw']}"
+        #: Of who makes buckets and says who may use them.
+        self.owner_file = root / "owner-credentials"
+        #: Of the farm, which may do what buckets' policies let it do.
         self.credentials_file = root / "s3-credentials"
 
     def __enter__(self) -> Self:
@@ -124,11 +125,13 @@ class CephRgw:
             assert gateway.poll() is None, "the gateway ended"
             assert time.monotonic() < give_up_at, "the gateway did not answer"
             time.sleep(0.1)
-        self._run(
-            "radosgw-admin", "user", "create", "--uid", "farm", "--display-name", "farm",
-            "--access-key", _ACCESS_KEY, "--secret-key", _SECRET_KEY,
-        )  # fmt: skip
-        self.credentials_file.write_text(f"access_key_id = {_ACCESS_KEY}\nsecret_access_key = {_SECRET_KEY}\n")
+        for user_id, path in (("owner", self.owner_file), ("farm", self.credentials_file)):
+            access, secret = f"lazyfarm-{user_id}", f"secret-of-{user_id}-12"
+            self._run(
+                "radosgw-admin", "user", "create", "--uid", user_id, "--display-name", user_id,
+                "--access-key", access, "--secret-key", secret,
+            )  # fmt: skip
+            path.write_text(f"access_key_id = {access}\nsecret_access_key = {secret}\n")
 
     def _run(self, program: str, *arguments: str) -> str:
         done = subprocess.run(

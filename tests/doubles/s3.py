@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tests.doubles.s3_faults import S3FaultProxy
 
 #: Few tries and short waits: what a test makes fail, fails soon.
 _QUICK = S3Config(bucket="contract", timeout_s=10.0, attempts=3)
+_POLICY = Path(__file__).parents[2] / "configs" / "s3-policy.json"
 
 
 @pytest.fixture(scope="session")
@@ -39,14 +41,30 @@ def swift_s3() -> Iterator[S3Config]:
 
 
 @pytest.fixture(scope="session")
-def ceph_s3() -> Iterator[S3Config]:
-    """A Ceph RADOS gateway with a bucket; its configuration."""
+def ceph_owner() -> Iterator[S3Config]:
+    """A Ceph RADOS gateway, as who owns its buckets; the farm's own credentials lie beside."""
     if shutil.which("radosgw") is None:
         pytest.skip("Ceph is not installed (ceph-mon ceph-osd ceph-mgr radosgw ceph-common)")
     with tempfile.TemporaryDirectory(prefix="lf-ceph-") as root, CephRgw(Path(root)) as ceph:
-        config = replace(_QUICK, endpoint=ceph.endpoint, credentials_file=str(ceph.credentials_file))
-        _make_bucket(config)
-        yield config
+        yield replace(_QUICK, endpoint=ceph.endpoint, credentials_file=str(ceph.owner_file))
+
+
+@pytest.fixture(scope="session")
+def ceph_s3(ceph_owner: S3Config) -> S3Config:
+    """A bucket at a Ceph RADOS gateway, as a user who may do there what ``configs/s3-policy.json`` says, and no more.
+
+    So that all of the content store's suite says that no right is missing.
+    """
+    _make_bucket(ceph_owner)
+    policy = json.loads(_POLICY.read_text().replace("BUCKET", ceph_owner.bucket))
+    for statement in policy["Statement"]:
+        statement["Principal"] = {"AWS": ["arn:aws:iam:::user/farm"]}
+    store = S3ContentStore(ceph_owner)
+    try:
+        store._client.put_bucket_policy(Bucket=ceph_owner.bucket, Policy=json.dumps(policy))
+    finally:
+        store.close()
+    return replace(ceph_owner, credentials_file=str(Path(ceph_owner.credentials_file).with_name("s3-credentials")))
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from cluster.errors import (
     UnsupportedManifestError,
 )
 from cluster.image import (
+    MAX_LAYERS,
     MAX_MANIFEST_BYTES,
     Index,
     Manifest,
@@ -246,6 +247,14 @@ def test_another_number_of_diff_ids_is_refused(diff_ids):
     """Whose layer would which diff ID be?"""
     with pytest.raises(MalformedManifestError, match="2 layers"):
         put_together(manifest(descriptor("a"), descriptor("b")), config(*diff_ids))
+
+
+def test_an_image_of_very_many_layers_is_refused():
+    """Each is a record and may be a bomb; no kernel mounts that many."""
+    layers = [descriptor("a")] * (MAX_LAYERS + 1)
+    with pytest.raises(MalformedManifestError, match=f"more than {MAX_LAYERS}"):
+        put_together(manifest(*layers), config(*["A"] * len(layers)))
+    assert len(put_together(manifest(*layers[1:]), config(*["A"] * MAX_LAYERS)).layers) == MAX_LAYERS
 
 
 @pytest.mark.parametrize("document", [{}, {"rootfs": []}, {"rootfs": {"diff_ids": ["x"]}}, {"rootfs": {"diff_ids": 1}}])
