@@ -633,7 +633,7 @@ class NeedsRemoteProvidersError(RefError):
     Lists *every* such digest, so that a caller can come back once with handlers for all of them.
     """
 
-    _hint = "pull the image again with credentials that may read it"
+    _hint = "pull the image again with credentials that may read it; build again what was built of it"
 
     def __init__(self, digests: tuple[str, ...]) -> None:
         super().__init__(tuple(digests))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from cluster.origin import decode_origin
 from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import count, duration, short, size
 from lazyfarm.cli.options import JsonOption, RefArgument, StateDirOption, command_app, example
 
 if TYPE_CHECKING:
+    from cluster.origin import Needed, Origin
     from cluster.ref import RefState
     from lazyfarm.records import RefDetails
 
@@ -73,6 +76,7 @@ def show_ref(*, ref: RefArgument, state_dir: StateDirOption = None, as_json: Jso
                     f"{duration(idle_s)} ago, {count(usage.usage_count, 'use')}",
                 ),
                 *(("provider", handle.source) for handle in details.state.providers),
+                *(("made of", _told(decode_origin(text))) for text in record.origins),
                 *(("lease", str(lease)) for lease in details.leases),
             ]
         )
@@ -118,6 +122,11 @@ def document(details: RefDetails) -> dict[str, object]:
             }
             for handle in state.providers
         ],
+        # Each is a way in: who is shown all blobs of one, and may use what is below, may have it. None: it was pulled.
+        "made_of": [
+            [{"digest": need.digest, "size": need.size_bytes, "source": _source(need)} for need in origin]
+            for origin in map(decode_origin, state.record.origins)
+        ],
         "leases": list(details.leases),
         # Images that it is the top of; `images` names those that it is a layer of.
         "tops": [image.name for image in details.images],
@@ -131,3 +140,15 @@ def document(details: RefDetails) -> dict[str, object]:
             for layer in details.chain
         ],
     }
+
+
+def _told(origin: Origin) -> str:
+    """Say what a layer was made of besides what it is on, by where that is."""
+    sources = Counter(map(_source, origin))
+    return ", ".join(f"{count(number, 'blob')} of {source}" for source, number in sorted(sources.items())) or (
+        "nothing that needs another's access"
+    )
+
+
+def _source(need: Needed) -> str:
+    return need.came_from or next((handle.source for handle in need.providers), "an unknown place")

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,7 @@ from cluster.messages import (
     PushResult,
     UnlazyResult,
 )
+from cluster.origin import OPEN, Needed, encode_origin
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.provider import ProviderHandle
 from cluster.ref import BlobRecord, RefRecord, RefState, RefUsage
@@ -416,6 +418,22 @@ def test_refs_show_tells_record_providers_leases_and_state(records):
     assert told["providers"][0]["repository"] == "library/debian"
     assert told["layers"] == [short_layer(BOTTOM), short_layer(TOP)]
     assert told["usage_count"] == 3
+    assert told["made_of"] == []
+
+
+def test_refs_show_tells_what_a_built_layer_was_made_of(records, monkeypatch):
+    """Each way in, by where its blobs are: that is whose access is asked for."""
+    blob = BOTTOM.record.blob
+    need = Needed(digest=blob.digest, size_bytes=blob.size_bytes, providers=BOTTOM.providers, came_from="")
+    built = replace(TOP, record=replace(TOP.record, origins=(encode_origin([need]), OPEN)))
+    details = SimpleNamespace(**(vars(records.ref("debian:12")) | {"state": built}))
+    monkeypatch.setattr(records, "ref", lambda _name: details)
+    told, _ = document("refs", "show", "debian:12")
+    source = "registry-1.docker.io/library/debian"
+    assert told["made_of"] == [[{"digest": blob.digest, "size": blob.size_bytes, "source": source}], []]
+    said = run("refs", "show", "debian:12").output
+    assert f"1 blob of {source}" in said
+    assert "nothing that needs another's access" in said
 
 
 def test_leases_ls_tells_expiry_and_resources(records):
