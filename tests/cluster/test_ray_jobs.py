@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import pytest
 
 from cluster.lease import LeaseId
 from storage.connect import connect
+from storage.farm_file import read_running
 from storage.services.process import FARM_MARK, marked_pids
 from tests.doubles.at_rest import in_files, in_gcs, in_processes, in_redis
 from tests.doubles.farm import RunningFarm
@@ -319,3 +321,37 @@ def test_who_has_no_token_submits_nothing(jobs):
     assert jobs.get("/api/jobs/", token="")[0] == 401
     assert jobs.get("/api/jobs/", token="guessed")[0] == 403
     assert jobs.get("/api/jobs/")[0] == 200
+
+
+def test_who_has_no_token_joins_nothing(farm, tmp_path):
+    """A node that would be one of the cluster's, and be given work with its secrets, is refused: by Ray itself."""
+    wrong = tmp_path / "token"
+    wrong.write_text(secrets.token_hex(32))
+    address = read_running(farm.state_dir).ray_address
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)}
+    nodes = len(farm.cli_json("status")["nodes"])
+    with tempfile.TemporaryDirectory(prefix="lf-") as short:
+        intruders = [
+            subprocess.Popen(
+                [
+                    sys.executable, "-P", "-m", "ray.scripts.scripts", "start", f"--address={address}",
+                    "--node-ip-address=127.0.0.99", f"--temp-dir={short}/{n}", "--block", "--num-cpus=0",
+                    "--memory=100000000", "--object-store-memory=80000000", "--disable-usage-stats",
+                ],
+                env={**os.environ, "RAY_ADDRESS": "", **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for n, environment in enumerate((own, {"RAY_AUTH_MODE": "disabled"}))
+        ]  # fmt: skip
+        try:
+            for intruder in intruders:
+                said, _ = intruder.communicate(timeout=120)
+                assert intruder.returncode != 0
+                assert "InvalidAuthToken" in said
+        finally:
+            for intruder in intruders:
+                intruder.kill()
+                intruder.wait()
+    assert len(farm.cli_json("status")["nodes"]) == nodes
