@@ -1,4 +1,4 @@
-"""What layers that builds made were made of: who may have that may have them. Told in docs/decisions/0013."""
+"""What layers that builds made were made of: who may have that may have them. Told in docs/decisions/0014."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a build makes of refs: by what it is open afterwards. Told in docs/decisions/0013."""
+"""What a build makes of refs: by what it is open afterwards. Told in docs/decisions/0014."""
 
 from __future__ import annotations
 

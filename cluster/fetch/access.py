@@ -1,4 +1,4 @@
-"""Access proofs: a cached private layer is never a way around its registry. Told in docs/decisions/0006 and 0013."""
+"""Access proofs: a cached private layer is never a way around its registry. Told in docs/decisions/0006 and 0014."""
 
 from __future__ import annotations
 
