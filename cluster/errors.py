@@ -1278,6 +1278,19 @@ class NotThroughGatewayError(FarmError):
         return f"{self.what} doesn't go through a gateway"
 
 
+class NotInstalledError(FarmError):
+    """This installation is of drivers outside the cluster alone."""
+
+    _hint = "pip install 'lazyfarm[farm]'; or name a gateway by LAZYFARM_URL"
+
+    def __init__(self, module: str) -> None:
+        super().__init__(module)
+        self.module = module
+
+    def __str__(self) -> str:
+        return f"this needs {self.module}, which is not installed"
+
+
 class StartError(FarmError):
     """A part of the farm did not start; *log* is the file that says why."""
 

@@ -165,11 +165,13 @@ def session_of(key: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Method(Generic[Q, R]):
-    """A call: its name on the wire, what it is given and what it comes to. All may be made again."""
+    """A call: its name on the wire, what it is given and what it comes to."""
 
     name: str
     request: type[Q]
     result: type[R]
+    #: Made twice it comes to the same as made once: it may be made anew where nobody knows what became of it.
+    may_repeat: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,7 +460,8 @@ LEASE_CREATE = Method("lease-create", LeaseCall, Lease)
 LEASE_RENEW = Method("lease-renew", LeaseCall, Nothing)
 LEASE_ATTACH = Method("lease-attach", LeaseCall, Nothing)
 LEASE_DELETE = Method("lease-delete", LeaseCall, bool)
-PIN = Method("pin", PinCall, Lease)
+#: Each makes a lease.
+PIN = Method("pin", PinCall, Lease, may_repeat=False)
 UNPIN = Method("unpin", Named, Nothing)
 DU = Method("du", Nothing, Usage)
 KEPT = Method("kept", Named, Kept)

@@ -18,7 +18,7 @@ from actors.version import VERSION
 from cluster.cache_options import CacheSource, CacheTarget
 from cluster.config import Config
 from cluster.digest import Digest, digest_of
-from cluster.errors import ClusterError, InvalidArgumentError, InvalidOutputError, NotAnImageError
+from cluster.errors import ClusterError, InvalidArgumentError, InvalidOutputError, JobIdTakenError, NotAnImageError
 from cluster.graph import Definition, ImageOp, LocalOp, encode_definition, pinned
 from cluster.job import JobEvent, JobId, JobRecord, JobSpec, JobState, registries_of
 from cluster.job_result import decode_result
@@ -201,8 +201,16 @@ class Builds:
         await self._put(job, definition, options)
 
     async def submit(self, job: JobId, definition: Definition, options: BuildOptions) -> None:
-        """Submit a job under an ID that its driver chose; what it needs of local directories is sent already."""
-        await self._put(job, await self._pin(definition), options)
+        """Submit a job under an ID that its driver chose; what it needs of local directories is sent already.
+
+        May be made again by a driver that didn't hear of the end; raises JobIdTakenError for another's job.
+        """
+        try:
+            await self._put(job, await self._pin(definition), options)
+        except JobIdTakenError:
+            known = await self._store.get(job)
+            if known.spec.session.session_id != self._session.id_of_job(job):
+                raise
 
     async def _put(self, job: JobId, definition: Definition, options: BuildOptions) -> None:
         session = await asyncio.to_thread(

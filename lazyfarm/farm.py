@@ -35,6 +35,7 @@ from cluster.errors import (
     NodeDrainingError,
     NodeNotFoundError,
     NotAnImageError,
+    NotInstalledError,
     first_error,
 )
 from cluster.graph import Definition
@@ -181,7 +182,10 @@ class Farm:
         wanted = settings.config
         if not (wanted.redis.url and wanted.ray.address):
             raise FarmNotRunningError(str(settings.state_dir), "nothing was brought up there")
-        from actors.join import join_in_time  # noqa: PLC0415 - Ray, which drivers outside the cluster have not
+        try:
+            from actors.join import join_in_time  # noqa: PLC0415 - Ray, which drivers outside the cluster have not
+        except ModuleNotFoundError as exc:
+            raise NotInstalledError(exc.name or "Ray") from exc
 
         session = Session(wanted, source_of(credentials), keep_s=wanted.cache.keep_s if keep else None)
         try:

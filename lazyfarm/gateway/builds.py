@@ -151,11 +151,15 @@ class GatewayBuilds(Builds):
 
     async def _send_tree(self, http: aiohttp.ClientSession, scanned: ScannedTree) -> None:
         call = calls.TreeCall(tree=encode_tree(scanned.tree))
-        for _ in range(SEND_TRIES):
+        for left in reversed(range(SEND_TRIES)):
             lacking = await self._gateway.call(calls.TREE_LACKS, call)
             if not lacking.digests:
                 break
-            await self._send_files(http, {one: scanned.paths[one] for one in lacking.digests})
+            try:
+                await self._send_files(http, {one: scanned.paths[one] for one in lacking.digests})
+            except UnavailableError:
+                if not left:
+                    raise  # else it may have been begun at a gateway that is gone
         else:
             raise TreeLostError(lacking.digests[0], "it was sent, and is gone again")
         await self._gateway.call(calls.TREE_SENT, call)

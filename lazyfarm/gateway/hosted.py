@@ -110,6 +110,7 @@ class Driver:
         self._surface: Surface | None = None
         self._stop: Callable[[bool], Awaitable[None]] | None = None
         self._is_closed = False
+        self._ended = asyncio.Event()
         #: Ends it, unless the driver comes back.
         self.expiry: asyncio.TimerHandle | None = None
         self._log = structlog.get_logger().bind(session=session_id)
@@ -139,8 +140,15 @@ class Driver:
             await asyncio.wait(tasks)
         for _, answer in self._asked.values():
             answer.cancel()
-        if self._stop is not None:
-            await self._stop(discard)
+        try:
+            if self._stop is not None:
+                await self._stop(discard)
+        finally:
+            self._ended.set()
+
+    async def ended(self) -> None:
+        """Wait until what it held is given back, after :meth:`close` began."""
+        await self._ended.wait()
 
     # -- its connection ----------------------------------------------------------------------------------------
 
@@ -320,6 +328,8 @@ class Drivers:
         async with self._opening:
             driver = self._known.get(session_id)
             is_new = driver is None or driver.is_closed
+            if driver is not None and driver.is_closed:
+                await driver.ended()  # else the lease that is taken here would be given back there
             if driver is None or driver.is_closed:
                 driver = self._known[session_id] = await self._open(session_id, hello)
         self._log.info("gateway.joined", session=session_id, is_new=is_new, drivers=len(self._known))

@@ -66,7 +66,8 @@ class _Pending:
     """A call that was made and has not ended, or whose end nobody has looked at."""
 
     frame: Frame
-    replays: bool
+    replays: bool = True
+    may_repeat: bool = True
     #: The last item that has come.
     received: int = 0
     looked_at: int = 0
@@ -158,13 +159,15 @@ class GatewayLink:
         Raises:
             UnavailableError: the gateway is away, and stays so; the outcome is unknown.
         """
-        end = await self._there(self._call(self._frame(method.name, request)))
+        pending = _Pending(self._frame(method.name, request), may_repeat=method.may_repeat)
+        end = await self._there(self._call(pending))
         return decode(method.name, method.result, end)
 
     async def stream(self, method: Stream[Q, R], request: Q) -> AsyncIterator[R]:
         """Make a call and yield the items that it tells; raises as :meth:`call`."""
-        pending = await self._there(self._begin(self._frame(method.name, request), replays=method.replays))
+        pending = _Pending(self._frame(method.name, request), replays=method.replays)
         try:
+            await self._there(self._begin(pending))
             while True:
                 items, is_over = await self._there(self._next(pending))
                 for item in items:
@@ -182,18 +185,17 @@ class GatewayLink:
             raise InvalidArgumentError(method, f"asked for with {len(body)} bytes", reason)
         return Frame(verb=Verb.CALL, method=method, body=body)
 
-    async def _begin(self, frame: Frame, *, replays: bool) -> _Pending:
+    async def _begin(self, pending: _Pending) -> None:
         if self._over is not None:
             raise _again(self._over)
         self._last_call += 1
-        pending = _Pending(replace(frame, call=self._last_call), replays)
+        pending.frame = replace(pending.frame, call=self._last_call)
         self._calls[self._last_call] = pending
         self._send(pending.frame)
-        return pending
 
-    async def _call(self, frame: Frame) -> bytes:
-        pending = await self._begin(frame, replays=True)
+    async def _call(self, pending: _Pending) -> bytes:
         try:
+            await self._begin(pending)
             while not pending.is_over:
                 pending.news.clear()
                 await pending.news.wait()
@@ -298,6 +300,10 @@ class GatewayLink:
         self._outbox = asyncio.Queue()
         for pending in self._calls.values():
             if pending.is_over:
+                continue
+            if welcome.is_new and not pending.may_repeat:
+                pending.error = self._unavailable("it was started anew, and doesn't know what became of this call")
+                pending.news.set()
                 continue
             if welcome.is_new and not pending.replays:
                 pending.received = pending.looked_at = pending.acknowledged = 0

