@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster.errors import FarmNotRunningError, NotThroughGatewayError
@@ -93,7 +94,7 @@ def with_jobs(settings: FarmSettings, act: Callable[[FarmJobs], Coroutine[None, 
         from lazyfarm.gateway.jobs import GatewayJobs  # noqa: PLC0415 - what only drivers outside need
 
         async def connected() -> T:
-            async with await connect(settings) as farm:
+            async with await connect(settings.gateway or settings.state_dir) as farm:
                 return await act(GatewayJobs(farm.builds))
 
         return run_to_end(connected)
@@ -201,11 +202,11 @@ def _raise_if_redis_is_gone(settings: FarmSettings) -> None:
         raise FarmNotRunningError(str(settings.state_dir), f"its Redis at {address.host}:{address.port} is gone")
 
 
-async def connect(settings: FarmSettings) -> Farm:
-    """Join the farm as a driver; what is made stays held after the command has ended."""
+async def connect(place: Path | str) -> Farm:
+    """Join the farm of a state directory or a gateway as a driver; what is made stays held after the command's end."""
     from lazyfarm.farm import Farm  # noqa: PLC0415 - see the module
 
-    return await Farm.connect(settings.gateway or settings.state_dir, keep=True)
+    return await Farm.connect(place, keep=True)
 
 
 def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Farm], Awaitable[T]]) -> T:
@@ -213,7 +214,7 @@ def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Far
     from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - asyncio, which reading commands do without
 
     async def joined() -> T:
-        async with await connect(settings) as farm:
+        async with await connect(settings.gateway or settings.state_dir) as farm:
             return await act(farm)
 
     with _driver_logs(settings, command), out.undisturbed():

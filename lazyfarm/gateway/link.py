@@ -59,6 +59,7 @@ _AWAY_S = 120.0
 _PAUSE_S = 0.2
 _PAUSE_MAX_S = 5.0
 _UNAUTHORIZED = 401
+_TLS_END_S = 0.25
 
 
 @dataclass(slots=True, eq=False)
@@ -150,6 +151,9 @@ class GatewayLink:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._access.trust is not None:
+            # The end of TLS is said in both directions, and aiohttp waits for neither: its "Graceful Shutdown".
+            await asyncio.sleep(_TLS_END_S)
 
     # -- calls -------------------------------------------------------------------------------------------------
 
