@@ -284,6 +284,8 @@ class GatewayLink:
                 raise self._unavailable(f"it answered {exc.status}") from None
             except aiohttp.ClientConnectorCertificateError as exc:
                 raise GatewayNotTrustedError(self._access.url, str(exc.certificate_error)) from exc
+            except aiohttp.ClientConnectorError as exc:
+                raise self._unavailable(exc.os_error.strerror or str(exc.os_error)) from exc
             except (aiohttp.ClientError, OSError) as exc:
                 raise self._unavailable(str(exc) or type(exc).__name__) from exc
             self._came(welcome)

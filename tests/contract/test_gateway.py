@@ -548,5 +548,5 @@ def test_a_driver_outside_needs_neither_ray_nor_redis_nor_s3():
         timeout=60,
     )
     first, second = done.stdout.splitlines()
-    assert first.startswith("told: the gateway at https://127.0.0.1:1 is unavailable"), done.stderr
+    assert first.startswith("told: the gateway at https://127.0.0.1:1 is unavailable: Connect"), done.stderr
     assert second == "told: this needs ray, which is not installed"
