@@ -225,12 +225,13 @@ def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Far
 
 
 def serving(settings: FarmSettings, command: str, serve: Callable[[], Coroutine[None, None, None]]) -> None:
-    """Serve until Ctrl-C or SIGTERM, in the farm; logs go where :func:`acting` has them."""
+    """Serve until Ctrl-C or SIGTERM, which are its ends; logs go where :func:`acting` has them."""
     from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - as above
 
     with _driver_logs(settings, command):
         try:
-            run_to_end(serve)
+            with contextlib.suppress(KeyboardInterrupt):
+                run_to_end(serve)
         finally:
             _leave()
 

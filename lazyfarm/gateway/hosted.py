@@ -367,9 +367,11 @@ class Drivers:
             with contextlib.suppress(ClusterError):
                 await asyncio.to_thread(uploads.drop)
             threads.shutdown(wait=False)
-            await farm.close(discard=discard)
-            if self._known.get(session_id) is driver:
-                del self._known[session_id]
+            try:
+                await farm.close(discard=discard)
+            finally:
+                if self._known.get(session_id) is driver:
+                    del self._known[session_id]
             self._log.info("gateway.left", session=session_id, drivers=len(self._known))
 
         driver.serve(Surface(farm, uploads, driver.close), stop)

@@ -344,6 +344,29 @@ async def test_a_stream_goes_on_where_the_connection_dropped(gateway, redis_farm
         assert list(gateway.drivers._known) == [session_id]
 
 
+async def test_who_does_not_look_is_told_no_more(gateway, redis_farm, monkeypatch):
+    """What waits for a slow driver is bounded; once it looks, it gets all of it, also over a new connection."""
+    monkeypatch.setattr("lazyfarm.gateway.hosted.WINDOW", 8)
+    monkeypatch.setattr("lazyfarm.gateway.link.SEEN_EVERY", 2)
+    progress = redis_farm.stores().progress
+    async with await gateway.connect() as farm:
+        stream = f"{farm.session_id}-1"
+        for number in range(30):
+            await progress.publish([stream], item(number))
+        told = farm.follow(stream)
+        first = await anext(told)
+        (driver,) = gateway.drivers._known.values()
+
+        async def is_full():
+            return any(len(call.items) == 8 for call in driver._calls.values())
+
+        await until(is_full)
+        await gateway.server.drop()
+        farm.end_stream(stream)
+        assert [first, *[each async for each in told]] == [item(number) for number in range(30)]
+        assert all(len(call.items) <= 8 for call in driver._calls.values())
+
+
 async def test_a_driver_comes_back_to_a_gateway_that_was_started_anew(gateway, redis_farm):
     """As the same one, with its lease; what it follows goes on without a word twice."""
     progress = redis_farm.stores().progress
