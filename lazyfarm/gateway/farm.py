@@ -9,12 +9,14 @@ from dataclasses import replace
 from typing import Self, TypeVar
 
 from cluster import gateway as calls
+from cluster.audit import AuditEntry
 from cluster.collect.runner import Pruned
 from cluster.collect.stock import Kept, Usage
 from cluster.collect.values import Item
 from cluster.collect.verify import Verified
 from cluster.config import Config
 from cluster.descriptor import Descriptor
+from cluster.drain import UnderWay
 from cluster.errors import ClusterError, InternalError, NotAnImageError, NotThroughGatewayError, UnavailableError
 from cluster.gateway import Answered, Asked, Nothing, RefView, Welcome
 from cluster.lease import Lease, LeaseId
@@ -31,6 +33,7 @@ from cluster.ports import LeaseStore
 from cluster.progress import ProgressItem
 from cluster.provider import DescHandler
 from cluster.ref import ImageRecord, RefId, RefState
+from lazyfarm.drain import DRAIN_S
 from lazyfarm.farm import VERIFY_BYTES_PER_S, Farm
 from lazyfarm.gateway.access import Access
 from lazyfarm.gateway.builds import GatewayBuilds
@@ -287,6 +290,31 @@ class GatewayFarm(Farm):
         """Return the cluster's nodes."""
         self._raise_if_closed()
         return await self._gateway.call(calls.NODES, Nothing())
+
+    async def audit(
+        self,
+        *,
+        last_s: float | None = None,  # noqa: ARG002 - the base's
+        job: str = "",  # noqa: ARG002 - likewise
+        digest: str = "",  # noqa: ARG002 - likewise
+        operation: str = "",  # noqa: ARG002 - likewise
+    ) -> list[AuditEntry]:
+        """Not from here: who looks after the farm reads it."""
+        raise NotThroughGatewayError("the audit stream")
+
+    async def drain(
+        self,
+        node: str,
+        *,
+        timeout_s: float = DRAIN_S,  # noqa: ARG002 - the base's
+        on_left: Callable[[UnderWay], object] = lambda _: None,  # noqa: ARG002 - likewise
+    ) -> UnderWay:
+        """Not from here: who looks after the farm does it."""
+        raise NotThroughGatewayError(f"draining {node}")
+
+    async def undrain(self, node: str) -> None:
+        """Not from here; as :meth:`drain`."""
+        raise NotThroughGatewayError(f"draining {node}")
 
     # -- for what is built upon a farm -------------------------------------------------------------------------
 
