@@ -1,7 +1,8 @@
 """Typed faces of remote actors: the only file that says ``.remote(``.
 
 Every call has a deadline, because over a silent partition a Ray call never returns; cancelling the
-waiting task cancels the remote work too. Ray's errors become ours here.
+waiting task cancels the remote work too. Ray's errors become ours here. Ray itself is imported by who calls: a driver
+outside the cluster has none.
 """
 
 from __future__ import annotations
@@ -13,9 +14,6 @@ import sys
 import time
 from typing import Any
 from weakref import WeakValueDictionary
-
-import ray
-import ray.exceptions
 
 from actors.options import namespace
 from actors.replies import unwrap
@@ -82,6 +80,8 @@ class ActorHandle:
             ActorLostError: no such actor is there at the moment.
         """
         if self._actor is None:
+            import ray  # noqa: PLC0415 - see the module
+
             try:
                 self._actor = ray.get_actor(self.name, namespace=self._namespace)
             except ValueError as exc:
@@ -101,6 +101,8 @@ class ActorHandle:
             DeadlineExceededError: no answer in time; the remote work is cancelled, if it can be reached.
         """
         actor = await asyncio.to_thread(self.resolve) if self._actor is None else self._actor
+        import ray.exceptions  # noqa: PLC0415 - see the module
+
         reference = getattr(actor, method).remote(*args)
         try:
             async with asyncio.timeout(timeout_s):

@@ -261,6 +261,24 @@ class AuditConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """Where drivers outside the cluster come in: ``lazyfarm gateway``."""
+
+    #: Address that it listens on; beyond loopback only with a certificate.
+    host: str = "127.0.0.1"
+    port: int = 8443
+    #: Certificate chain and key (PEM) for TLS; both or neither.
+    cert_file: str = ""
+    key_file: str = ""
+    #: S3 as drivers outside reach it, for what they send; "": as the farm does.
+    s3_endpoint: str = ""
+    #: Seconds for which a driver whose connection dropped may come back.
+    grace_s: float = 30.0
+    #: Drivers at one time.
+    sessions: int = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
     """Logs."""
 
@@ -283,6 +301,7 @@ class Config:
     node: NodeConfig = field(default_factory=NodeConfig)
     build: BuildConfig = field(default_factory=BuildConfig)
     web: WebConfig = field(default_factory=WebConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
     log: LogConfig = field(default_factory=LogConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     #: By registry host; ``default`` for the rest.

@@ -264,6 +264,10 @@ RANGES: dict[str, Range] = {
     "build.op_timeout_s": Range(1, 7 * _DAY_S),
     "build.claim_ttl_s": Range(1, _HOUR_S),
     "web.port": Range(0, _MAX_PORT),
+    "gateway.port": Range(1, _MAX_PORT),
+    "gateway.grace_s": Range(1, _HOUR_S),
+    # Each has two connections to Redis and a thread.
+    "gateway.sessions": Range(1, 10_000),
     "registries.*.max_concurrency": Range(1, 10_000),
     "registries.*.max_requests_per_s": Range(0, 10_000),
     "registries.*.quota_pace_s": Range(0, _HOUR_S),
@@ -395,6 +399,11 @@ RULES: dict[str, Callable[[Any], str]] = {
     "build.compression": _one_of("gzip", "zstd", "none"),
     "web.enabled": lambda _: "",
     "web.host": _ip_address,
+    "gateway.host": _ip_address,
+    # Not among FILES: they are the gateway's alone, and no other process need be able to read them.
+    "gateway.cert_file": _absolute,
+    "gateway.key_file": _absolute,
+    "gateway.s3_endpoint": _s3_endpoint,
     "log.level": _one_of("debug", "info", "warning", "error"),
     "registries.*.mirrors": _mirrors,
     "registries.*.plain_http": lambda _: "",
@@ -452,6 +461,16 @@ def _tls_only(name: str) -> Iterator[Relation]:
 
 
 RELATIONS: tuple[Relation, ...] = (
+    Relation(
+        ("gateway.key_file", "gateway.cert_file"),
+        lambda c: bool(c.gateway.cert_file) == bool(c.gateway.key_file),
+        "must be set where gateway.cert_file is, and only there: TLS takes both",
+    ),
+    Relation(
+        ("gateway.host", "gateway.cert_file"),
+        lambda c: bool(c.gateway.cert_file) or ipaddress.ip_address(c.gateway.host).is_loopback,
+        "must be of loopback where gateway.cert_file is empty: tokens and credentials don't cross a network in clear",
+    ),
     Relation(
         ("flight.poll_s", "flight.lease_ttl_s"),
         lambda c: c.flight.poll_s <= c.flight.lease_ttl_s / 2,

@@ -1238,6 +1238,59 @@ class FarmClosedError(FarmError):
         return f"this connection to the farm {self.farm} was closed"
 
 
+class GatewayRefusedError(FarmError):
+    """The gateway doesn't take the token that it was shown, or was shown none."""
+
+    _hint = "name the file that has its token, which is on the head: token_file=…, or LAZYFARM_TOKEN_FILE"
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.url = url
+
+    def __str__(self) -> str:
+        return f"the gateway at {self.url} refuses the token"
+
+
+class GatewayNotTrustedError(FarmError):
+    """The other end of a connection to the gateway doesn't prove that it is the gateway."""
+
+    _hint = "name the file of the authority that its certificate is from: ca_file=…, or LAZYFARM_CA_FILE"
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url, reason)
+        self.url = url
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the gateway at {self.url} is not trusted: {self.reason}"
+
+
+class NotThroughGatewayError(FarmError):
+    """What is asked for needs a machine of the farm; a driver outside it can't have it."""
+
+    _hint = "run it on a machine of the farm, without LAZYFARM_URL"
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.what} doesn't go through a gateway"
+
+
+class NotInstalledError(FarmError):
+    """This installation is of drivers outside the cluster alone."""
+
+    _hint = "pip install 'lazyfarm[farm]'; or name a gateway by LAZYFARM_URL"
+
+    def __init__(self, module: str) -> None:
+        super().__init__(module)
+        self.module = module
+
+    def __str__(self) -> str:
+        return f"this needs {self.module}, which is not installed"
+
+
 class StartError(FarmError):
     """A part of the farm did not start; *log* is the file that says why."""
 

@@ -57,6 +57,8 @@ class FarmSettings:
     overrides: Mapping[str, object] = field(default_factory=dict)
     #: None: ``up`` was never finished here, or ``down`` was.
     running: Running | None = None
+    #: Address of the gateway that is used instead of a farm of this machine; "" for none.
+    gateway: str = ""
 
     @property
     def config(self) -> Config:

@@ -92,7 +92,9 @@ def _blocking(
     """Return the blocking twin of an asynchronous method."""
 
     def call(self: _Twin[OriginalT], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._loop.run(lambda: method(self._original, *args, **kwargs))
+        # By its name: the original may be of a class below the one that is spelled here.
+        found: Callable[P, Awaitable[T]] = getattr(self._original, method.__name__)
+        return self._loop.run(lambda: found(*args, **kwargs))
 
     call.__doc__ = method.__doc__
     return call
@@ -218,12 +220,23 @@ class Farm(_Twin[asynchronous.Farm]):
         config: Path | str | None = None,
         credentials: CredentialSource | Mapping[str, tuple[str, str]] | None = None,
         keep: bool = False,
+        token: str | None = None,
+        token_file: Path | str | None = None,
+        ca_file: Path | str | None = None,
     ) -> Self:
-        """Join a farm; see :meth:`lazyfarm.farm.Farm.connect`."""
+        """Join a farm, or its gateway; see :meth:`lazyfarm.farm.Farm.connect`."""
         loop = _LoopThread()
         try:
             original = loop.run(
-                lambda: asynchronous.Farm.connect(state_dir, config=config, credentials=credentials, keep=keep)
+                lambda: asynchronous.Farm.connect(
+                    state_dir,
+                    config=config,
+                    credentials=credentials,
+                    keep=keep,
+                    token=token,
+                    token_file=token_file,
+                    ca_file=ca_file,
+                )
             )
         except BaseException:
             loop.close()

@@ -18,7 +18,7 @@ from actors.version import VERSION
 from cluster.cache_options import CacheSource, CacheTarget
 from cluster.config import Config
 from cluster.digest import Digest, digest_of
-from cluster.errors import ClusterError, InvalidArgumentError, InvalidOutputError, NotAnImageError
+from cluster.errors import ClusterError, InvalidArgumentError, InvalidOutputError, JobIdTakenError, NotAnImageError
 from cluster.graph import Definition, ImageOp, LocalOp, encode_definition, pinned
 from cluster.job import JobEvent, JobId, JobRecord, JobSpec, JobState, registries_of
 from cluster.job_result import decode_result
@@ -198,6 +198,21 @@ class Builds:
             found = states if isinstance(states, Resolved) else await asyncio.to_thread(resolve, states)
             definition, trees = found.definition, found.trees
         definition, _ = await asyncio.gather(self._pin(definition), self._send(trees.values()))
+        await self._put(job, definition, options)
+
+    async def submit(self, job: JobId, definition: Definition, options: BuildOptions) -> None:
+        """Submit a job under an ID that its driver chose; what it needs of local directories is sent already.
+
+        May be made again by a driver that didn't hear of the end; raises JobIdTakenError for another's job.
+        """
+        try:
+            await self._put(job, await self._pin(definition), options)
+        except JobIdTakenError:
+            known = await self._store.get(job)
+            if known.spec.session.session_id != self._session.id_of_job(job):
+                raise
+
+    async def _put(self, job: JobId, definition: Definition, options: BuildOptions) -> None:
         session = await asyncio.to_thread(
             self._session.info,
             registries_of(definition, options.cache_from, options.cache_to),
@@ -265,9 +280,11 @@ class Builds:
 
     # -- meanwhile, for Job ---------------------------------------------------------------------------------------
 
-    def attending_job(self, job: JobId) -> AbstractAsyncContextManager[None]:
+    def attending_job(
+        self, job: JobId, secrets: Mapping[str, bytes] | None = None
+    ) -> AbstractAsyncContextManager[None]:
         """Be there for a job while the body runs: answer its scheduler, and tell that its driver lives."""
-        return self._session.attending_job(job, secrets=self._secrets.get(job, {}))
+        return self._session.attending_job(job, secrets=self._secrets.get(job, {}) if secrets is None else secrets)
 
     def follow_job(self, job: JobId) -> AsyncIterator[JobEvent]:
         """Yield a job's events."""
@@ -276,6 +293,10 @@ class Builds:
     async def cancel_job(self, job: JobId) -> JobState:
         """Ask for a job to be cancelled."""
         return await self._jobs.cancel(job)
+
+    async def find_job(self, job: str) -> JobRecord:
+        """Return the record of the job of an ID, or of the start of one; raises as :meth:`find`."""
+        return await self._jobs.find(job)
 
     async def get_job(self, job: JobId) -> JobRecord:
         """Return a job's record."""

@@ -12,10 +12,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self, TypeVar
+from typing import BinaryIO, Self, TypeVar, cast
 
 from actors.handles import CacheShardHandle, FetchWorkerHandle, SessionServerHandle
-from actors.join import join_in_time
 from actors.version import VERSION
 from cluster.audit import AuditEntry, AuditFilter
 from cluster.cache.names import find_ref
@@ -36,6 +35,7 @@ from cluster.errors import (
     NodeDrainingError,
     NodeNotFoundError,
     NotAnImageError,
+    NotInstalledError,
     first_error,
 )
 from cluster.graph import Definition
@@ -58,6 +58,7 @@ from cluster.messages import (
     UnlazyRequest,
     UnlazyResult,
 )
+from cluster.ports import LeaseStore
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.provider import DescHandler, registries_of
 from cluster.ref import ImageRecord, RefId, RefRecord, RefState
@@ -65,6 +66,7 @@ from cluster.reference import parse_reference
 from lazyfarm.builds import BuildOptions, Builds, ResolvedImage
 from lazyfarm.collection import FarmCollection, keep_policy
 from lazyfarm.drain import DRAIN_S, FarmDrain
+from lazyfarm.gateway.access import Access, gateway_url
 from lazyfarm.graph import Resolved, State
 from lazyfarm.job import EventCallback, Job, Result
 from lazyfarm.lease import FarmLease
@@ -80,6 +82,7 @@ from storage.collect import RedisCollectStore
 from storage.connect import connect
 from storage.keys import Keys
 from storage.leases import RedisLeaseStore
+from storage.link import RedisLink
 from storage.presence import Presence
 from storage.progress import RedisProgressStore
 from storage.refs import RedisRefStore
@@ -114,7 +117,7 @@ class Farm:
         keys = Keys(config.farm.name)
         self._audit = RedisAudit(self._link, keys, config.audit, by=session.session_id)
         self._refs = RedisRefStore(self._link, keys, self._audit)
-        self._leases = RedisLeaseStore(self._link, keys)
+        self._leases: LeaseStore = RedisLeaseStore(self._link, keys)
         self._pins = FarmLeases.over(self._link, keys, config.cache)
         self._collection = FarmCollection.over(self._link, keys, config.collect, self._audit)
         self._presence = Presence(self._link, keys)
@@ -146,32 +149,45 @@ class Farm:
         config: Path | str | None = None,
         credentials: CredentialSource | Mapping[str, tuple[str, str]] | None = None,
         keep: bool = False,
+        token: str | None = None,
+        token_file: Path | str | None = None,
+        ca_file: Path | str | None = None,
     ) -> Self:
-        """Join a farm.
+        """Join a farm; or, from outside its cluster, its gateway: ``Farm.connect("https://farm.example.com:8443")``.
 
         Args:
-            state_dir: Its state directory; None: ``LAZYFARM_STATE_DIR``, or the default one.
+            state_dir: Its state directory, or its gateway's address; None: ``LAZYFARM_URL`` or
+                ``LAZYFARM_STATE_DIR``, or the default directory.
             config: A configuration file that names Redis, S3 and Ray, for a farm that has no state
                 directory on this machine.
             credentials: Registry credentials: ``{"registry.example.com": (user, password)}``; None: docker's
                 ``config.json`` and its credential helpers. They stay in this process.
             keep: Keep what this driver makes for ``cache.keep_s`` after it has gone, as the command line does;
                 not where its ``async with`` body raises.
+            token: What the gateway is shown.
+            token_file: A file with it; None: ``LAZYFARM_TOKEN_FILE``.
+            ca_file: Authorities (PEM) of the gateway's certificate; None: ``LAZYFARM_CA_FILE``, or this machine's.
 
         Raises:
             FarmNotRunningError: there is no farm. ConfigError: its settings can't be used.
+            GatewayRefusedError, GatewayNotTrustedError, UnavailableError: the gateway's token or certificate is not
+                what it should be, or it doesn't answer.
         """
+        if (url := gateway_url(state_dir, config, os.environ)) is not None:
+            from lazyfarm.gateway.farm import GatewayFarm  # noqa: PLC0415 - what only drivers outside need
+
+            access = Access.of(url, os.environ, token=token, token_file=token_file, ca_file=ca_file)
+            return cast("Self", await GatewayFarm.open(access, credentials=source_of(credentials), keep=keep))
         settings = load_settings(Path(state_dir) if state_dir else None, Path(config) if config else None, os.environ)
         wanted = settings.config
         if not (wanted.redis.url and wanted.ray.address):
             raise FarmNotRunningError(str(settings.state_dir), "nothing was brought up there")
-        if not isinstance(credentials, CredentialSource):
-            credentials = (
-                CredentialSource(credentials)
-                if credentials is not None
-                else CredentialSource.from_environment(os.environ)
-            )
-        session = Session(wanted, credentials, keep_s=wanted.cache.keep_s if keep else None)
+        try:
+            from actors.join import join_in_time  # noqa: PLC0415 - Ray, which drivers outside the cluster have not
+        except ModuleNotFoundError as exc:
+            raise NotInstalledError(exc.name or "Ray") from exc
+
+        session = Session(wanted, source_of(credentials), keep_s=wanted.cache.keep_s if keep else None)
         try:
             await asyncio.to_thread(session.open)
             await join_in_time(wanted, state_dir=str(settings.state_dir))
@@ -222,9 +238,10 @@ class Farm:
         Raises:
             InvalidReferenceError: *image* doesn't parse. RegistryError: the registry says no.
         """
-        return Operation(self, lambda stream: self._pull(image, platform, plain_http, stream), progress)
+        return Operation(self, lambda stream: self.pull_told(image, platform, stream, plain_http=plain_http), progress)
 
-    async def _pull(self, image: str, platform: str | None, plain_http: bool, stream: str | None) -> Ref:  # noqa: FBT001
+    async def pull_told(self, image: str, platform: str | None, stream: str | None, *, plain_http: bool) -> Ref:
+        """Resolve an image, and tell a progress stream of it."""
         reference = parse_reference(image)
         request = PullRequest(
             session=await self._info([reference.host], stream),
@@ -277,11 +294,25 @@ class Farm:
             NeedsRemoteProvidersError: names every digest without a provider this driver may use.
         """
         self._raise_if_closed()
-        registries = registries_of(h.provider for h in handlers)
         if lease is not None:
             lease.raise_if_lost()
         if parent is not None:
             parent.raise_if_released()
+        return await self.get_by_blob_under(
+            lease.id if lease is not None else self._lease(), descriptor, parent, handlers, image_ref
+        )
+
+    async def get_by_blob_under(
+        self,
+        lease_id: LeaseId,
+        descriptor: Descriptor,
+        parent: Ref | None,
+        handlers: Sequence[DescHandler],
+        image_ref: str | None,
+    ) -> Ref:
+        """Make or find the ref of one layer, held by a lease."""
+        registries = registries_of(h.provider for h in handlers)
+        if parent is not None:
             registries |= registries_of(h for state in parent.layers for h in state.may_be_asked)
         (known,) = await self._refs.providers([descriptor.digest])
         registries |= registries_of(known)
@@ -293,7 +324,7 @@ class Farm:
             descriptors=(descriptor,),
             parent=below[-1].record.id if below else None,
             handlers=passed,
-            lease_id=lease.id if lease is not None else self._lease(),
+            lease_id=lease_id,
             image_ref=image_ref,
         )
         result: RefsResult = await self._on_shard(
@@ -330,21 +361,20 @@ class Farm:
             RefReleasedError: it was released.
             RegistryError: the target says no.
         """
-        return Operation(self, lambda stream: self._push(ref, target, plain_http, stream), progress)
+        return Operation(self, lambda stream: self._push(ref, target, stream, plain_http=plain_http), progress)
 
-    async def _push(
-        self,
-        ref: Ref | str | Result,
-        target: str,
-        plain_http: bool,  # noqa: FBT001
-        stream: str | None,
-    ) -> PushResult:
+    async def _push(self, ref: Ref | str | Result, target: str, stream: str | None, *, plain_http: bool) -> PushResult:
         reference = parse_reference(target)
         if isinstance(ref, Result):
             found = await self.tag(ref, reference.name)
         else:
             found = await self.get(ref) if isinstance(ref, str) else ref
         found.raise_if_released()
+        return await self.push_told(found, target, stream, plain_http=plain_http)
+
+    async def push_told(self, found: Ref, target: str, stream: str | None, *, plain_http: bool) -> PushResult:
+        """Push a ref's image, and tell a progress stream of it."""
+        reference = parse_reference(target)
         if found.record is None:
             raise NotAnImageError(found.id)
         registries = registries_of(h for state in found.layers for h in state.may_be_asked) | {reference.host}
@@ -758,6 +788,21 @@ class Farm:
         return await self._refs.chain(ref_id)
 
     @property
+    def builds(self) -> Builds:
+        """Return this driver's jobs."""
+        return self._builds
+
+    @property
+    def link(self) -> RedisLink:
+        """Return the connection to Redis."""
+        return self._link
+
+    @property
+    def lease_store(self) -> LeaseStore:
+        """Return where leases are kept."""
+        return self._leases
+
+    @property
     def ref_store(self) -> RedisRefStore:
         """Return where refs are recorded."""
         return self._refs
@@ -845,6 +890,15 @@ class Farm:
         if node not in self._handles:
             self._handles[node] = FetchWorkerHandle.of_node(node, farm=self._config.farm.name, version=VERSION)
         return self._handles[node]
+
+
+def source_of(credentials: CredentialSource | Mapping[str, tuple[str, str]] | None) -> CredentialSource:
+    """Return where a driver's credentials come from; None: from docker's files and helpers."""
+    if isinstance(credentials, CredentialSource):
+        return credentials
+    if credentials is None:
+        return CredentialSource.from_environment(os.environ)
+    return CredentialSource(credentials)
 
 
 def _registries(ref: Ref) -> set[str]:

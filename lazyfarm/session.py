@@ -61,8 +61,10 @@ class _Attended:
 class Session:
     """One driver's presence at the farm."""
 
-    def __init__(self, config: Config, credentials: CredentialSource, *, keep_s: float | None) -> None:
-        self.session_id = secrets.token_hex(8)
+    def __init__(
+        self, config: Config, credentials: CredentialSource, *, keep_s: float | None, session_id: str = ""
+    ) -> None:
+        self.session_id = session_id or secrets.token_hex(8)
         self.lease_id = LeaseId(f"driver-{self.session_id}")
         self._config = config
         self._credentials = credentials
@@ -84,9 +86,9 @@ class Session:
 
     # -- opening and closing -----------------------------------------------------------------------------
 
-    def open(self) -> None:
-        """Take the session's lease and keep it."""
-        self._call(self._open())
+    def open(self, *, is_back: bool = False) -> None:
+        """Take the session's lease and keep it; where it *is_back*, the one that it had before, or it is lost."""
+        self._call(self._open(is_back=is_back))
 
     def close(self, *, discard: bool = False) -> None:
         """Stop, and give the lease back; where it is to be kept for a while and not *discard*, keep it so long."""
@@ -106,9 +108,17 @@ class Session:
     def _call(self, work: Coroutine[object, object, T], timeout_s: float = 30.0) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
 
-    async def _open(self) -> None:
+    async def _open(self, *, is_back: bool) -> None:
         # Short, also where it is to be kept: a driver that is killed holds nothing for days.
         ttl_s = self._config.cache.lease_ttl_s
+        if is_back:
+            try:
+                await self._leases.renew(self.lease_id, ttl_s=ttl_s)
+            except LeaseLostError as exc:
+                self._lost = exc
+                return
+            self._renewal = asyncio.create_task(self._keep_lease())
+            return
         labels = {"owner": "driver", "host": socket.gethostname(), "pid": str(os.getpid())}
         await self._leases.create(self.lease_id, ttl_s=ttl_s, labels=labels)
         self._renewal = asyncio.create_task(self._keep_lease())

@@ -30,7 +30,7 @@ __all__ = ["FarmSettings", "Running", "default_state_dir", "load_running", "load
 
 STATE_DIR_VARIABLE = "LAZYFARM_STATE_DIR"
 _PREFIX = "LAZYFARM__"
-_PATH_KEYS = {*FILES, "node.root"}
+_PATH_KEYS = {*FILES, "node.root", "gateway.cert_file", "gateway.key_file"}
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:

@@ -193,6 +193,15 @@ class S3ContentStore:
             )
         return Part(number=number, size_bytes=view.nbytes, etag=_bare(answer["ETag"]))
 
+    def presigned(self, key: str, *, upload_id: str = "", number: int = 0, ttl_s: float) -> str:
+        """Return a URL to which whoever has it may PUT an object, or a part of an upload, for *ttl_s* seconds."""
+        call: str = "put_object"
+        params: dict[str, str | int] = {"Bucket": self._config.bucket, "Key": key}
+        if upload_id:
+            call, params = "upload_part", {**params, "UploadId": upload_id, "PartNumber": number}
+        with translated(self._where, "sign", key):
+            return self._client.generate_presigned_url(call, Params=params, ExpiresIn=int(ttl_s), HttpMethod="PUT")
+
     def list_parts(self, key: str, upload_id: str) -> list[Part]:
         """Return the parts that the store has, by number."""
         with translated(self._where, "list the parts of", key):
@@ -521,6 +530,8 @@ def _make_client(config: S3Config) -> S3Client:
             read_timeout=config.timeout_s,
             max_pool_connections=config.connections,
             tcp_keepalive=True,
+            # As requests are signed anyway; addresses that are handed out would be in the old way.
+            signature_version="s3v4",
             retries={"mode": "standard", "total_max_attempts": config.attempts},
             # Ceph refuses the unsigned trailers that newer botocore sends by default.
             request_checksum_calculation="when_required",

@@ -17,7 +17,7 @@ from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from uuid import uuid4
 
 from cluster.digest import Digest, digest_of, hex_of
@@ -35,14 +35,16 @@ from cluster.ports import ByteStream, ContentStore, Part
 from cluster.tree import Tree, decode_tree, encode_tree
 from storage.codec import Codec
 from storage.keys import Keys
-from storage.link import RedisLink
 from storage.stoppable import StoppedError, in_thread
 from storage.tree_writer import TreeWriter
+
+if TYPE_CHECKING:
+    from storage.link import RedisLink
 
 T = TypeVar("T")
 
 #: What a pack holds at most. A bigger file has an object of its own, in parts of at least this size.
-_PACK_BYTES = 8 * 1024**2
+PACK_BYTES = 8 * 1024**2
 #: Parts that S3 takes for one object.
 _MAX_PARTS = 10_000
 #: Packs on their way at once: what sending takes of memory is this many times a pack.
@@ -51,7 +53,7 @@ _TRANSFERS = 4
 _GAP_BYTES = 256 * 1024
 _CHUNK_BYTES = 1024**2
 #: Times that a tree is sent whose contents are gone when it is to stand on them.
-_TRIES = 5
+SEND_TRIES = 5
 #: Records that one command reads or writes at most.
 _BATCH = 1000
 
@@ -132,7 +134,7 @@ class LocalTrees:
         digest = digest_of(payload)
         await self._hold([tree_resource(digest)])
         sent: set[Digest] = set()
-        for _ in range(_TRIES):
+        for _ in range(SEND_TRIES):
             missing = await self._stand(digest, sizes)
             if not missing:
                 break
@@ -156,21 +158,35 @@ class LocalTrees:
             missing += [batch[place - 1] for place in places]
         return missing
 
+    async def lacking(self, tree: Tree) -> list[Digest]:
+        """Hold a tree that is about to be sent by another way, and return which of its contents the farm lacks."""
+        digest = digest_of(encode_tree(tree))
+        await self._hold([tree_resource(digest)])
+        return await self._stand(digest, tree.files)
+
+    async def new_object(self) -> str:
+        """Return the key of an object that contents may be written to; it is held from now on."""
+        key = f"local/packs/{uuid4().hex}"
+        await self._hold([object_resource(key)])
+        return key
+
+    async def record(self, key: str, size_bytes: int, places: Mapping[Digest, Packed]) -> None:
+        """Tell where contents lie, once their object of that key is there as a whole."""
+        for batch in _batches(list(places.items())):
+            told = [part for digest, packed in batch for part in (digest, _PACKED.encode(packed))]
+            await self._link.run("local_put", self._keys.prefix, key, size_bytes, *told, may_repeat=True)
+
     async def put_files(self, paths: Mapping[Digest, Path]) -> None:
         """Store the content of each digest from the file at its path; raises as :meth:`send`."""
         slots = asyncio.Semaphore(_TRANSFERS)
 
-        async def put(files: Sequence[_File]) -> None:
+        async def put(files: Sequence[LocalFile]) -> None:
             async with slots:
-                key = f"local/packs/{uuid4().hex}"
-                await self._hold([object_resource(key)])
+                key = await self.new_object()
                 records = await self._in_thread(lambda stop: self._put_pack(key, files, stop))
-            size_bytes = sum(packed.size_bytes for packed in records.values())
-            for batch in _batches(list(records.items())):
-                told = [part for digest, packed in batch for part in (digest, _PACKED.encode(packed))]
-                await self._link.run("local_put", self._keys.prefix, key, size_bytes, *told, may_repeat=True)
+            await self.record(key, sum(packed.size_bytes for packed in records.values()), records)
 
-        planned = await self._in_thread(lambda _: list(_packs(paths)))
+        planned = await self._in_thread(lambda _: list(packs(paths)))
         async with _together() as group:
             for files in planned:
                 group.create_task(put(files))
@@ -277,22 +293,22 @@ class LocalTrees:
     async def _in_thread(self, call: Callable[[threading.Event], T]) -> T:
         return await in_thread(self._threads, call)  # it notices within a chunk, or the store's own deadline
 
-    def _put_pack(self, key: str, files: Sequence[_File], stop: threading.Event) -> dict[Digest, Packed]:
+    def _put_pack(self, key: str, files: Sequence[LocalFile], stop: threading.Event) -> dict[Digest, Packed]:
         """Store some files as one object and return where each content lies."""
-        if sum(file.size_bytes for file in files) > _PACK_BYTES:
+        if sum(file.size_bytes for file in files) > PACK_BYTES:
             (file,) = files
             self._put_parts(key, file, stop)
             return {file.digest: Packed(key=key, offset=0, size_bytes=file.size_bytes)}
         pack, records = bytearray(), dict[Digest, Packed]()
         for file in files:
-            content = b"".join(file.chunks(_PACK_BYTES, stop))
+            content = b"".join(file.chunks(PACK_BYTES, stop))
             records[file.digest] = Packed(key=key, offset=len(pack), size_bytes=len(content))
             pack += content
         self._store.put(key, memoryview(pack))
         return records
 
-    def _put_parts(self, key: str, file: _File, stop: threading.Event) -> None:
-        part_bytes = max(_PACK_BYTES, -(-file.size_bytes // _MAX_PARTS))
+    def _put_parts(self, key: str, file: LocalFile, stop: threading.Event) -> None:
+        part_bytes = part_bytes_of(file.size_bytes)
         upload_id = self._store.begin_upload(key)
         try:
             parts: list[Part] = [
@@ -337,7 +353,7 @@ class LocalTrees:
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class LocalFile:
     """A file of the driver that is to be sent."""
 
     digest: Digest
@@ -368,19 +384,24 @@ class _File:
             raise FileChangedError(str(self.path), self.digest)
 
 
-def _packs(paths: Mapping[Digest, Path]) -> Iterator[list[_File]]:
+def part_bytes_of(size_bytes: int) -> int:
+    """Return how long the parts of a content are, but for the last, that has an object of its own."""
+    return max(PACK_BYTES, -(-size_bytes // _MAX_PARTS))
+
+
+def packs(paths: Mapping[Digest, Path]) -> Iterator[list[LocalFile]]:
     """Yield files by what is packed together, in their order: files of one directory are read together, too."""
-    pack: list[_File] = []
-    room = _PACK_BYTES
+    pack: list[LocalFile] = []
+    room = PACK_BYTES
     for digest, path in paths.items():
         with _reading(path):
-            file = _File(digest, path, path.stat().st_size)
-        if file.size_bytes > _PACK_BYTES:
+            file = LocalFile(digest, path, path.stat().st_size)
+        if file.size_bytes > PACK_BYTES:
             yield [file]
             continue
         if file.size_bytes > room:
             yield pack
-            pack, room = [], _PACK_BYTES
+            pack, room = [], PACK_BYTES
         pack.append(file)
         room -= file.size_bytes
     if pack:

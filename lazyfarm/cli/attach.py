@@ -37,7 +37,7 @@ def attach(
     """
     check_mode(progress, as_json=as_json)
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        settings = parts.running_settings(state_dir)
+        settings = parts.driving_settings(state_dir)
         found: list[JobRecord] = []
         with showing(out, progress) as watch:
 

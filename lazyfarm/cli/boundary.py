@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, NotInstalledError
 from lazyfarm.cli.output import Output
 from lazyfarm.settings import default_state_dir
 
@@ -41,6 +41,11 @@ def reporting(*, as_json: bool, state_dir: str | None) -> Iterator[Output]:
     except ClusterError as exc:
         _show_traceback(out)
         out.error(type(exc).__name__, str(exc), exc.hint)
+        raise typer.Exit(EXIT_ERROR) from None
+    except ModuleNotFoundError as exc:
+        _show_traceback(out)
+        missing = NotInstalledError(exc.name or "another package")
+        out.error(type(missing).__name__, str(missing), missing.hint)
         raise typer.Exit(EXIT_ERROR) from None
     except Exception as exc:  # noqa: BLE001 - the last resort, which promises one line whatever it is
         _show_traceback(out)

@@ -185,7 +185,7 @@ def build(
         if checked is not None and checked.unused_args and not as_json:
             unused = ", ".join(checked.unused_args)
             out.stderr.write(f"warning: build arguments that no ARG asks for: {unused}\n")
-        settings = parts.running_settings(state_dir)
+        settings = parts.driving_settings(state_dir)
 
         async def act(farm: Farm) -> Built:
             return await carry_out(farm, plan, shown, words, progress)

@@ -38,11 +38,14 @@ def du(
     if of_nodes and refs:
         raise typer.BadParameter("--refs are in the bucket, --nodes and --node are not: give one of them")
     with reporting(as_json=as_json, state_dir=state_dir) as out:
+        settings = parts.driving_settings(state_dir)
         if of_nodes:
-            settings = parts.running_settings(state_dir)
             tell_usage(out, parts.acting(settings, out, "du", lambda farm: farm.node_usage(node)))
             return
-        usage = parts.with_collection(parts.running_settings(state_dir), lambda farm: farm.usage())
+        if settings.gateway:
+            usage = parts.acting(settings, out, "du", lambda farm: farm.du())
+        else:
+            usage = parts.with_collection(settings, lambda farm: farm.usage())
         out.document(document(usage))
         if refs:
             _tell_refs(out, usage.refs)

@@ -38,7 +38,7 @@ def extract(
     if node is not None and all_nodes:
         raise typer.BadParameter("--node names one node, --all-nodes means all: give one of them")
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        settings = parts.running_settings(state_dir)
+        settings = parts.driving_settings(state_dir)
         with watching(out) as watch:
 
             async def act(farm: Farm) -> Sequence[ExtractResult]:

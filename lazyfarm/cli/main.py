@@ -14,7 +14,7 @@ from lazyfarm.cli.quick import spare_pydantic
 
 #: In the order of `lazyfarm --help`: from nothing to a pushed image, then what looks after it.
 COMMANDS = (
-    *("up", "down", "status", "top", "doctor", "page"),
+    *("up", "down", "status", "top", "doctor", "page", "gateway"),
     *("pull", "refs", "unlazy", "extract", "push"),
     *("build", "jobs", "attach", "report", "submit"),
     *("du", "prune", "verify", "leases", "explain", "audit", "drain", "config"),

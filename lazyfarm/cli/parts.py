@@ -7,12 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from cluster.errors import FarmNotRunningError
+from cluster.errors import FarmNotRunningError, NotThroughGatewayError
 from lazyfarm.cli.output import Output
 from lazyfarm.cli.reach import accepts, url_address
+from lazyfarm.gateway.access import gateway_url
 from lazyfarm.settings import FarmSettings, load_settings
 
 if TYPE_CHECKING:
@@ -38,7 +40,25 @@ def running_settings(state_dir: str | None) -> FarmSettings:
     Raises:
         ConfigError: they have faults.
         FarmNotRunningError: nothing was brought up there.
+        NotThroughGatewayError: a gateway is named instead, and the command doesn't go through one.
     """
+    if gateway_url(state_dir, None, os.environ) is not None:
+        raise NotThroughGatewayError("this command")
+    return _running_settings(state_dir)
+
+
+def driving_settings(state_dir: str | None) -> FarmSettings:
+    """Return the settings of a farm that was brought up, or of the gateway that ``LAZYFARM_URL`` names.
+
+    Raises:
+        ConfigError, FarmNotRunningError: as :func:`running_settings`.
+    """
+    if (url := gateway_url(state_dir, None, os.environ)) is not None:
+        return replace(load_settings(None, None, os.environ), gateway=url)
+    return _running_settings(state_dir)
+
+
+def _running_settings(state_dir: str | None) -> FarmSettings:
     settings = load_settings(state_dir, None, os.environ)
     if settings.running is None:
         raise FarmNotRunningError(str(settings.state_dir), "nothing was brought up there")
@@ -69,6 +89,15 @@ def open_records(settings: FarmSettings) -> FarmRecords:
 
 def with_jobs(settings: FarmSettings, act: Callable[[FarmJobs], Coroutine[None, None, T]]) -> T:
     """*act* on the farm's jobs; raises as :func:`with_leases`."""
+    if settings.gateway:
+        from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - as below
+        from lazyfarm.gateway.jobs import GatewayJobs  # noqa: PLC0415 - what only drivers outside need
+
+        async def connected() -> T:
+            async with await connect(settings.gateway or settings.state_dir) as farm:
+                return await act(GatewayJobs(farm.builds))
+
+        return run_to_end(connected)
     return _over_redis(settings, open_jobs, act)
 
 
@@ -173,11 +202,11 @@ def _raise_if_redis_is_gone(settings: FarmSettings) -> None:
         raise FarmNotRunningError(str(settings.state_dir), f"its Redis at {address.host}:{address.port} is gone")
 
 
-async def connect(state_dir: Path) -> Farm:
-    """Join the farm as a driver; what is made stays held after the command has ended."""
+async def connect(place: Path | str) -> Farm:
+    """Join the farm of a state directory or a gateway as a driver; what is made stays held after the command's end."""
     from lazyfarm.farm import Farm  # noqa: PLC0415 - see the module
 
-    return await Farm.connect(state_dir, keep=True)
+    return await Farm.connect(place, keep=True)
 
 
 def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Farm], Awaitable[T]]) -> T:
@@ -185,12 +214,24 @@ def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Far
     from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - asyncio, which reading commands do without
 
     async def joined() -> T:
-        async with await connect(settings.state_dir) as farm:
+        async with await connect(settings.gateway or settings.state_dir) as farm:
             return await act(farm)
 
     with _driver_logs(settings, command), out.undisturbed():
         try:
             return run_to_end(joined)
+        finally:
+            _leave()
+
+
+def serving(settings: FarmSettings, command: str, serve: Callable[[], Coroutine[None, None, None]]) -> None:
+    """Serve until Ctrl-C or SIGTERM, which are its ends; logs go where :func:`acting` has them."""
+    from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - as above
+
+    with _driver_logs(settings, command):
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                run_to_end(serve)
         finally:
             _leave()
 
@@ -206,6 +247,9 @@ def _leave() -> None:
 @contextlib.contextmanager
 def _driver_logs(settings: FarmSettings, command: str) -> Iterator[None]:
     """Send this process's logs to the state directory, and tell there how the command ended."""
+    if settings.gateway:  # the farm's own directory is elsewhere
+        yield
+        return
     import structlog  # noqa: PLC0415 - 0.25 s, which reading commands are spared
 
     from actors.logs import logs_to  # noqa: PLC0415 - likewise

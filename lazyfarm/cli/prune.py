@@ -14,11 +14,12 @@ from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, exampl
 from lazyfarm.cli.quantities import parse_duration, parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
+    from collections.abc import Awaitable, Coroutine, Sequence
 
     from cluster.collect.runner import Pruned
     from cluster.collect.values import Item
     from cluster.messages import NodePruneResult
+    from lazyfarm.collection import FarmCollection
     from lazyfarm.farm import Farm
 
 app = command_app()
@@ -67,6 +68,7 @@ def prune(
     with reporting(as_json=as_json, state_dir=state_dir) as out:
         wanted_bytes = parse_size("--keep-bytes", keep_bytes) if keep_bytes else 0
         wanted_s = parse_duration("--keep-duration", keep_duration) if keep_duration else 0.0
+        settings = parts.driving_settings(state_dir)
         if of_nodes:
 
             def act(farm: Farm) -> Awaitable[Sequence[NodePruneResult]]:
@@ -74,18 +76,22 @@ def prune(
                     node, keep_bytes=wanted_bytes, keep_duration_s=wanted_s, filters=filters or (), dry_run=dry_run
                 )
 
-            tell_pruned(out, parts.acting(parts.running_settings(state_dir), out, "prune", act))
+            tell_pruned(out, parts.acting(settings, out, "prune", act))
             return
-        pruned = parts.with_collection(
-            parts.running_settings(state_dir),
-            lambda farm: farm.prune(
+
+        def prune_store(farm: Farm | FarmCollection) -> Coroutine[None, None, Pruned]:
+            return farm.prune(
                 everything=everything,
                 keep_bytes=wanted_bytes,
                 keep_duration_s=wanted_s,
                 filters=filters or (),
                 dry_run=dry_run,
-            ),
-        )
+            )
+
+        if settings.gateway:
+            pruned = parts.acting(settings, out, "prune", prune_store)
+        else:
+            pruned = parts.with_collection(settings, prune_store)
         out.document(document(pruned))
         for item in pruned.items:
             # A driver's files have the key of their object for an ID: cut short, one is like another.

@@ -42,7 +42,7 @@ def pull(
         parse_reference(image)
         if platform is not None:
             parse_platform(platform)
-        settings = parts.running_settings(state_dir)
+        settings = parts.driving_settings(state_dir)
         with watching(out) as watch:
 
             async def act(farm: Farm) -> Ref:

@@ -32,7 +32,7 @@ def push(
     """Push an image. Layers that the target has, or can mount from a repository it came from, don't move."""
     with reporting(as_json=as_json, state_dir=state_dir) as out:
         parse_reference(target)
-        settings = parts.running_settings(state_dir)
+        settings = parts.driving_settings(state_dir)
         with watching(out) as watch:
 
             async def act(farm: Farm) -> PushResult:

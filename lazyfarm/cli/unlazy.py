@@ -24,7 +24,7 @@ def unlazy(*, ref: RefArgument, state_dir: StateDirOption = None, as_json: JsonO
     A layer that is there is not fetched again; one that another call is fetching is joined.
     """
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        settings = parts.running_settings(state_dir)
+        settings = parts.driving_settings(state_dir)
         with watching(out) as watch:
 
             async def act(farm: Farm) -> UnlazyResult:

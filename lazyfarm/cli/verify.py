@@ -52,10 +52,10 @@ def verify(
     if quarantine and (refs or repair):
         raise typer.BadParameter("--quarantine only lists: it goes with no ref and not with --repair")
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        settings = parts.running_settings(state_dir)
         if quarantine:
-            _tell_quarantine(out, parts.quarantined(settings))
+            _tell_quarantine(out, parts.quarantined(parts.running_settings(state_dir)))
             return
+        settings = parts.driving_settings(state_dir)
         verified = parts.acting(
             settings,
             out,

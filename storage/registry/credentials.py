@@ -113,7 +113,7 @@ class CredentialSource:
         with self._lock:
             kept = self._kept.get(host)
             if kept is None or self._clock() - kept[0] > _KEPT_S:
-                kept = self._clock(), self._search(host)
+                kept = self._clock(), self.search(host)
                 self._kept[host] = kept
             return kept[1]
 
@@ -122,7 +122,8 @@ class CredentialSource:
         with self._lock:
             self._kept.pop(hostname(registry), None)
 
-    def _search(self, host: str) -> Credential | None:
+    def search(self, host: str) -> Credential | None:
+        """Look in files and ask helpers, whatever they said before; raises as :meth:`lookup`."""
         for path in self._files:
             document = _read(path)
             found = document and self._in_file(path, document, host)

@@ -40,4 +40,4 @@ def install(venv: Path, wheel: Path, *options: str) -> None:
         constraints.write("\n".join(pins))
         constraints.flush()
         command = ["pip", "install", "-q", "--index-strategy", "unsafe-best-match", "-c", constraints.name]
-        uv(*command, *options, wheel, "--python", venv / "bin" / "python")
+        uv(*command, *options, f"lazyfarm[farm] @ {wheel.as_uri()}", "--python", venv / "bin" / "python")

@@ -107,14 +107,15 @@ class FakeFarm:
 @pytest.fixture
 def farm(monkeypatch, tmp_path):
     fake = FakeFarm()
-    settings = SimpleNamespace(state_dir=tmp_path / "state", config=SimpleNamespace(log=SimpleNamespace(level="info")))
+    log = SimpleNamespace(level="info")
+    settings = SimpleNamespace(state_dir=tmp_path / "state", config=SimpleNamespace(log=log), gateway="")
     (tmp_path / "state" / "logs").mkdir(parents=True)
 
     async def connect(where):
         fake.did.append("joined")
         return fake
 
-    monkeypatch.setattr(parts, "running_settings", lambda state_dir: settings)
+    monkeypatch.setattr(parts, "_running_settings", lambda state_dir: settings)
     monkeypatch.setattr(parts, "connect", connect)
     monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
     return fake

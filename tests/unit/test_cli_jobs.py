@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -116,7 +117,7 @@ def farm(monkeypatch):
     async def open_jobs(settings):
         yield made.jobs
 
-    monkeypatch.setattr(parts, "running_settings", lambda state_dir: None)
+    monkeypatch.setattr(parts, "_running_settings", lambda state_dir: SimpleNamespace(gateway=""))
     monkeypatch.setattr(parts, "_raise_if_redis_is_gone", lambda settings: None)
     monkeypatch.setattr(parts, "open_records", lambda settings: Records(made))
     monkeypatch.setattr(parts, "open_jobs", open_jobs)

@@ -236,6 +236,8 @@ def test_mirrors_are_other_hosts_each_once(mirrors):
 
 
 BROKEN_RELATIONS = [
+    ("gateway.key_file", {"gateway": {"cert_file": "/c"}}),
+    ("gateway.host", {"gateway": {"host": "192.0.2.1"}}),
     ("flight.poll_s", {"flight": {"lease_ttl_s": 6.0, "poll_s": 4.0}}),
     ("cache.lease_ttl_s", {"cache": {"lease_ttl_s": 5.0}}),
     ("cache.keep_s", {"cache": {"keep_s": 30.0}}),

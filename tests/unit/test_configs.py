@@ -29,7 +29,7 @@ def test_the_systemd_units_are_whole(tmp_path):
         timeout=60,
         check=False,
     )
-    assert len(UNITS) == 3
+    assert len(UNITS) == 4
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
 

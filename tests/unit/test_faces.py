@@ -24,6 +24,7 @@ ONLY_ASYNCHRONOUS = {
     lazyfarm.farm.Farm: {
         *("chain", "end_stream", "extract_chain", "follow", "hold", "hold_resources", "info", "lease_id"),
         *("on_worker", "ref_store", "states", "unlazy_chain"),
+        *("builds", "get_by_blob_under", "lease_store", "link", "pull_told", "push_told"),
     },
     lazyfarm.lease.FarmLease: {"held"},
     lazyfarm.ref.Ref: {"handlers", "raise_if_released"},

@@ -110,6 +110,8 @@ def test_every_key_can_be_set_by_the_environment(key, state, tmp_path):
             "LAZYFARM__REDIS__CLIENT_CERT_FILE": str(secret),
             "LAZYFARM__S3__ENDPOINT": "http://h",
             "LAZYFARM__RAY__ADDRESS": "h:1",
+            "LAZYFARM__GATEWAY__CERT_FILE": str(secret),
+            "LAZYFARM__GATEWAY__KEY_FILE": str(secret),
         }
     elif key in _EXAMPLES:
         text, expected = _EXAMPLES[key]

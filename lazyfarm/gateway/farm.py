@@ -1,0 +1,353 @@
+"""The farm as a driver outside the cluster has it: the same API, over the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Self, TypeVar
+
+from cluster import gateway as calls
+from cluster.audit import AuditEntry
+from cluster.collect.runner import Pruned
+from cluster.collect.stock import Kept, Usage
+from cluster.collect.values import Item
+from cluster.collect.verify import Verified
+from cluster.config import Config
+from cluster.descriptor import Descriptor
+from cluster.drain import UnderWay
+from cluster.errors import ClusterError, InternalError, NotAnImageError, NotThroughGatewayError, UnavailableError
+from cluster.gateway import Answered, Asked, Nothing, RefView, Welcome
+from cluster.lease import Lease, LeaseId
+from cluster.messages import (
+    ExtractResult,
+    NodePruneResult,
+    NodeRecord,
+    NodeUsageResult,
+    PushResult,
+    SessionInfo,
+    UnlazyResult,
+)
+from cluster.ports import LeaseStore
+from cluster.progress import ProgressItem
+from cluster.provider import DescHandler
+from cluster.ref import ImageRecord, RefId, RefState
+from lazyfarm.drain import DRAIN_S
+from lazyfarm.farm import VERIFY_BYTES_PER_S, Farm
+from lazyfarm.gateway.access import Access
+from lazyfarm.gateway.builds import GatewayBuilds
+from lazyfarm.gateway.leases import GatewayLeases
+from lazyfarm.gateway.link import GatewayLink
+from lazyfarm.gateway.views import view_of
+from lazyfarm.ref import Ref
+from storage.registry.credentials import CredentialSource
+
+T = TypeVar("T")
+
+#: Seconds that leaving may take; then the gateway finds out by itself.
+_CLOSE_S = 15.0
+
+
+class GatewayFarm(Farm):
+    """A farm that is reached through its gateway; :meth:`lazyfarm.farm.Farm.connect` makes it.
+
+    What a driver of the cluster does with Ray and Redis is here a call each. Refs, jobs and operations are the same.
+    """
+
+    def __init__(self, link: GatewayLink, access: Access, welcome: Welcome) -> None:
+        # Not the base's: this driver has no Redis and no actors.
+        config = Config()
+        self._config = replace(
+            config,
+            farm=replace(config.farm, name=welcome.farm),
+            cache=replace(config.cache, lease_ttl_s=welcome.lease_ttl_s),
+        )
+        self._gateway = link
+        self._access = access
+        self._session_id = welcome.session_id
+        self._leases: LeaseStore = GatewayLeases(link)
+        self._builds = GatewayBuilds(self, link, access)
+        self._ends: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"<Farm {self._config.farm.name} at {self._access.url}{', closed' if self._is_closed else ''}>"
+
+    @classmethod
+    async def open(cls, access: Access, *, credentials: CredentialSource, keep: bool) -> Self:
+        """Connect; see :meth:`lazyfarm.farm.Farm.connect`."""
+        link = GatewayLink(access, answer=lambda asked: _answer(credentials, asked), keep=keep)
+        try:
+            return cls(link, access, await link.open())
+        except BaseException:
+            await link.close()
+            raise
+
+    async def close(self, *, discard: bool = False) -> None:
+        """Give back what this driver holds, and leave; see the base."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            if self._ends:
+                await asyncio.wait(self._ends, timeout=1.0)
+            async with asyncio.timeout(_CLOSE_S):
+                await self._gateway.call(calls.CLOSE, calls.CloseCall(discard=discard))
+        except (UnavailableError, TimeoutError):
+            pass  # its lease lapses by itself
+        finally:
+            await self._gateway.close()
+
+    @property
+    def session_id(self) -> str:
+        """Return the ID of this driver's session."""
+        return self._session_id
+
+    # -- refs --------------------------------------------------------------------------------------------------
+
+    async def pull_told(self, image: str, platform: str | None, stream: str | None, *, plain_http: bool) -> Ref:
+        """Resolve an image, and tell a progress stream of it."""
+        self._raise_if_closed()
+        call = calls.PullCall(image=image, platform=platform, plain_http=plain_http, stream=stream)
+        return self._ref(await self._gateway.call(calls.PULL, call))
+
+    async def get(self, ref: str) -> Ref:
+        """Look up a ref; see the base."""
+        self._raise_if_closed()
+        return self._ref(await self._gateway.call(calls.GET, calls.Named(name=ref)))
+
+    async def get_by_blob_under(
+        self,
+        lease_id: LeaseId,
+        descriptor: Descriptor,
+        parent: Ref | None,
+        handlers: Sequence[DescHandler],
+        image_ref: str | None,
+    ) -> Ref:
+        """Make or find the ref of one layer, held by a lease."""
+        call = calls.GetByBlobCall(
+            descriptor=descriptor,
+            parent=None if parent is None else view_of(parent),
+            handlers=tuple(handlers),
+            lease_id=None if lease_id == self._lease() else lease_id,
+            image_ref=image_ref,
+        )
+        return self._ref(await self._gateway.call(calls.GET_BY_BLOB, call))
+
+    async def refs(self) -> list[RefState]:
+        """Return every ref, most recently used first."""
+        self._raise_if_closed()
+        return await self._gateway.call(calls.REFS, Nothing())
+
+    async def images(self) -> list[ImageRecord]:
+        """Return every image that was resolved, by name."""
+        self._raise_if_closed()
+        return await self._gateway.call(calls.IMAGES, Nothing())
+
+    async def states(self, ref_ids: Sequence[RefId]) -> list[RefState | None]:
+        """Return the records of refs, in bulk."""
+        return await self._gateway.call(calls.STATES, calls.RefIds(ids=tuple(ref_ids)))
+
+    async def chain(self, ref_id: RefId) -> list[RefState]:
+        """Return a ref and all below it, lowest first."""
+        return await self._gateway.call(calls.CHAIN, calls.Named(name=ref_id))
+
+    async def hold(self, ref_ids: Sequence[RefId]) -> None:
+        """Attach refs to this driver's lease."""
+        await self._gateway.call(calls.HOLD, calls.RefIds(ids=tuple(ref_ids)))
+
+    async def push_told(self, found: Ref, target: str, stream: str | None, *, plain_http: bool) -> PushResult:
+        """Push a ref's image, and tell a progress stream of it."""
+        if found.record is None:
+            raise NotAnImageError(found.id)
+        call = calls.PushCall(ref=view_of(found), target=target, plain_http=plain_http, stream=stream)
+        return await self._gateway.call(calls.PUSH, call)
+
+    async def unlazy_chain(self, ref: Ref, stream: str | None) -> UnlazyResult:
+        """Unlazy a ref's whole chain at one worker."""
+        self._raise_if_closed()
+        return await self._gateway.call(calls.UNLAZY, calls.RefCall(ref=view_of(ref), stream=stream))
+
+    async def extract_chain(self, ref: Ref, node: str | None, stream: str | None) -> ExtractResult:
+        """Extract a ref's chain on a node of the farm: its path is there."""
+        self._raise_if_closed()
+        return await self._gateway.call(calls.EXTRACT, calls.RefCall(ref=view_of(ref), node=node, stream=stream))
+
+    def follow(self, stream: str) -> AsyncIterator[ProgressItem]:
+        """Yield a progress stream's items from its start to its end."""
+        return self._gateway.stream(calls.FOLLOW, calls.Named(name=stream))
+
+    def end_stream(self, stream: str) -> None:
+        """End a progress stream: whoever follows it stops."""
+
+        async def end() -> None:
+            with contextlib.suppress(ClusterError):  # the gateway is away, and who follows hears of that
+                await self._gateway.call(calls.END_STREAM, calls.Named(name=stream))
+
+        task = asyncio.ensure_future(end())
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+
+    # -- leases and nodes --------------------------------------------------------------------------------------
+
+    async def pin(self, ref: Ref, *, ttl_s: float | None = None, labels: Mapping[str, str] | None = None) -> Lease:
+        """Keep a ref when this driver has long gone; see the base."""
+        self._raise_if_closed()
+        ref.raise_if_released()
+        call = calls.PinCall(ref=view_of(ref), ttl_s=ttl_s, labels=dict(labels or {}))
+        return await self._gateway.call(calls.PIN, call)
+
+    async def unpin(self, lease_id: LeaseId) -> None:
+        """Let go of what :meth:`pin` keeps; see the base."""
+        self._raise_if_closed()
+        await self._gateway.call(calls.UNPIN, calls.Named(name=lease_id))
+
+    async def du(self) -> Usage:
+        """Return what the content store is used for; see the base."""
+        self._raise_if_closed()
+        return await self._gateway.call(calls.DU, Nothing())
+
+    async def prune(
+        self,
+        *,
+        everything: bool = False,
+        keep_bytes: int = 0,
+        keep_duration_s: float = 0.0,
+        filters: Sequence[str] = (),
+        dry_run: bool = False,
+        on_removed: Callable[[Item], object] = lambda _: None,
+    ) -> Pruned:
+        """Remove from the content store what nobody holds; see the base."""
+        self._raise_if_closed()
+        call = calls.PruneCall(
+            everything=everything,
+            keep_bytes=keep_bytes,
+            keep_duration_s=keep_duration_s,
+            filters=tuple(filters),
+            dry_run=dry_run,
+        )
+        result: Pruned | None = None
+        async for told in self._gateway.stream(calls.PRUNE, call):
+            if told.removed is not None:
+                on_removed(told.removed)
+            result = told.result or result
+        if result is None:
+            raise InternalError("the gateway told no end of a prune")
+        return result
+
+    async def node_usage(self, node: str | None = None) -> list[NodeUsageResult]:
+        """Return what lies on nodes' disks; see the base."""
+        self._raise_if_closed()
+        return await self._gateway.call(calls.NODE_USAGE, calls.NodeCall(node=node))
+
+    async def prune_nodes(
+        self,
+        node: str | None = None,
+        *,
+        keep_bytes: int = 0,
+        keep_duration_s: float = 0.0,
+        filters: Sequence[str] = (),
+        dry_run: bool = False,
+    ) -> list[NodePruneResult]:
+        """Remove from nodes' disks what nothing needs there; see the base."""
+        self._raise_if_closed()
+        call = calls.PruneCall(
+            keep_bytes=keep_bytes,
+            keep_duration_s=keep_duration_s,
+            filters=tuple(filters),
+            dry_run=dry_run,
+            node=node,
+        )
+        return await self._gateway.call(calls.NODE_PRUNE, call)
+
+    async def verify(
+        self,
+        *refs: str,
+        repair: bool = False,
+        bytes_per_s: float = VERIFY_BYTES_PER_S,
+        on_verified: Callable[[Verified], object] = lambda _: None,
+    ) -> Verified:
+        """Read blobs that are present, and compare their digests; see the base."""
+        self._raise_if_closed()
+        call = calls.VerifyCall(refs=refs, repair=repair, bytes_per_s=bytes_per_s)
+        result: Verified | None = None
+        async for told in self._gateway.stream(calls.VERIFY, call):
+            if told.is_end:
+                result = told.verified
+            else:
+                on_verified(told.verified)
+        if result is None:
+            raise InternalError("the gateway told no end of verifying")
+        return result
+
+    async def kept(self, ref: str) -> Kept:
+        """Return why a ref is kept; see the base."""
+        self._raise_if_closed()
+        return await self._gateway.call(calls.KEPT, calls.Named(name=ref))
+
+    async def nodes(self) -> list[NodeRecord]:
+        """Return the cluster's nodes."""
+        self._raise_if_closed()
+        return await self._gateway.call(calls.NODES, Nothing())
+
+    async def audit(
+        self,
+        *,
+        last_s: float | None = None,  # noqa: ARG002 - the base's
+        job: str = "",  # noqa: ARG002 - likewise
+        digest: str = "",  # noqa: ARG002 - likewise
+        operation: str = "",  # noqa: ARG002 - likewise
+    ) -> list[AuditEntry]:
+        """Not from here: who looks after the farm reads it."""
+        raise NotThroughGatewayError("the audit stream")
+
+    async def drain(
+        self,
+        node: str,
+        *,
+        timeout_s: float = DRAIN_S,  # noqa: ARG002 - the base's
+        on_left: Callable[[UnderWay], object] = lambda _: None,  # noqa: ARG002 - likewise
+    ) -> UnderWay:
+        """Not from here: who looks after the farm does it."""
+        raise NotThroughGatewayError(f"draining {node}")
+
+    async def undrain(self, node: str) -> None:
+        """Not from here; as :meth:`drain`."""
+        raise NotThroughGatewayError(f"draining {node}")
+
+    # -- for what is built upon a farm -------------------------------------------------------------------------
+
+    @property
+    def lease_store(self) -> LeaseStore:
+        """Return where leases are kept."""
+        return self._leases
+
+    async def info(self, registries: Iterable[str]) -> SessionInfo:
+        """Not from here: the gateway says it of this driver."""
+        raise NotThroughGatewayError(f"a call for {', '.join(registries)}")
+
+    async def on_worker(self, call: Callable[..., Awaitable[T]]) -> T:
+        """Not from here: this driver has no actors."""
+        raise NotThroughGatewayError(f"a call of a worker ({call})")
+
+    async def hold_resources(self, resources: Sequence[str]) -> None:
+        """Not from here: the gateway holds what this driver sends."""
+        raise NotThroughGatewayError(f"a hold of {', '.join(resources)}")
+
+    def _lease(self) -> LeaseId:
+        self._raise_if_closed()
+        return LeaseId(f"driver-{self._session_id}")
+
+    def _ref(self, view: RefView) -> Ref:
+        return Ref(self, view.layers, view.image, view.handlers)
+
+
+def _answer(credentials: CredentialSource, asked: Asked) -> Answered:
+    """Answer for a registry; blocks while a credential helper runs."""
+    if asked.was_refused:
+        credentials.forget(asked.registry)
+    found = credentials.lookup(asked.registry)
+    if found is None:
+        return Answered()
+    return Answered(is_known=True, username=found.username, secret=found.secret, identity_token=found.identity_token)

@@ -1,0 +1,171 @@
+"""The gateway's server: one WebSocket for each driver, for whoever has the token."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import ssl
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from aiohttp import WSMsgType, web
+
+from cluster.config import GatewayConfig
+from cluster.errors import ClusterError, ConfigError, StartError, UnavailableError
+from cluster.gateway import HEARTBEAT_S, MAX_FRAME_BYTES, PATH, Frame, Hello, Verb, decode_frame, encode_frame
+from cluster.settings import FarmSettings
+from cluster.wire import decode, encode, encode_error
+from lazyfarm.gateway.hosted import Drivers
+from storage.services.state_dir import StateDir, random_secret
+
+_TOKEN = "gateway-token"  # noqa: S105 - the name of its file
+#: Seconds that a connection has to say who it is.
+_HELLO_S = 10.0
+#: Seconds that connections have to end when the gateway does.
+_LEAVE_S = 2.0
+#: Threads that wait for drivers' answers, for S3 and for sessions that are opened.
+_THREADS = 64
+
+
+def token_file(state_dir: Path) -> Path:
+    """Return the file of the token that lets drivers in, made on first use."""
+    return StateDir(state_dir).secret_file(_TOKEN, random_secret)
+
+
+class GatewayServer:
+    """Answers connections.
+
+    Args:
+        drivers: Whom it serves.
+        token: What each has to show.
+    """
+
+    def __init__(self, drivers: Drivers, *, token: str) -> None:
+        self._drivers = drivers
+        self._token = token.encode()
+        self._sockets: set[web.WebSocketResponse] = set()
+
+    def __repr__(self) -> str:
+        return f"<GatewayServer: {len(self._sockets)} connections>"
+
+    @contextlib.asynccontextmanager
+    async def listening(self, config: GatewayConfig, trust: ssl.SSLContext | None) -> AsyncIterator[int]:
+        """Listen while the body runs; yields the port. Drivers may come back to the gateway that is started next.
+
+        Raises:
+            StartError: the address can't be listened on.
+        """
+        app = web.Application()
+        app.router.add_get(PATH, self._serve)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LEAVE_S)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, config.host, config.port, ssl_context=trust)
+            try:
+                await site.start()
+            except OSError as exc:
+                raise StartError(f"the gateway at {config.host}:{config.port}", exc.strerror or str(exc), "") from exc
+            yield runner.addresses[0][1]
+        finally:
+            for socket in list(self._sockets):
+                await socket.close()
+            await runner.cleanup()
+
+    async def drop(self) -> None:
+        """Drop every connection, as a network does."""
+        for socket in list(self._sockets):
+            await socket.close()
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        scheme, _, shown = request.headers.get("authorization", "").partition(" ")
+        # A header that no page of a browser can set on a WebSocket: no other site's scripts come in.
+        if scheme.lower() != "bearer" or not hmac.compare_digest(shown.strip().encode(), self._token):
+            raise web.HTTPUnauthorized(headers={"www-authenticate": "Bearer"})
+        socket = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=2 * MAX_FRAME_BYTES, compress=False)
+        await socket.prepare(request)
+        self._sockets.add(socket)
+        try:
+            await self._talk(socket)
+        except ClusterError as exc:
+            with contextlib.suppress(ConnectionError):
+                await socket.send_bytes(encode_frame(Frame(verb=Verb.FAILED, body=encode_error(exc))))
+        finally:
+            self._sockets.discard(socket)
+            await socket.close()
+        return socket
+
+    async def _talk(self, socket: web.WebSocketResponse) -> None:
+        hello = await _hello(socket)
+        driver, welcome = await self._drivers.welcome(hello)
+        outbox = driver.attach(hello)
+        try:
+            await socket.send_bytes(encode_frame(Frame(verb=Verb.WELCOME, body=encode("welcome", welcome))))
+            writing = asyncio.create_task(_write(socket, outbox))
+            try:
+                async for message in socket:
+                    if message.type is WSMsgType.BINARY:
+                        driver.take(decode_frame(message.data))
+            finally:
+                writing.cancel()
+                await asyncio.wait([writing])
+        finally:
+            if driver.detach(outbox):
+                self._drivers.dropped(driver)
+
+
+async def _hello(socket: web.WebSocketResponse) -> Hello:
+    try:
+        async with asyncio.timeout(_HELLO_S):
+            message = await socket.receive()
+    except TimeoutError:
+        raise UnavailableError("the gateway", "the driver didn't say who it is") from None
+    if message.type is not WSMsgType.BINARY:
+        raise UnavailableError("the gateway", "the driver left at once")
+    frame = decode_frame(message.data)
+    return decode("hello", Hello, frame.body)
+
+
+async def _write(socket: web.WebSocketResponse, outbox: asyncio.Queue[Frame | None]) -> None:
+    with contextlib.suppress(ConnectionError):
+        while (frame := await outbox.get()) is not None:
+            await socket.send_bytes(encode_frame(frame))
+        await socket.close()  # another connection has taken its place
+
+
+def tls(config: GatewayConfig) -> ssl.SSLContext | None:
+    """Return what TLS is spoken with; None where there is no certificate.
+
+    Raises:
+        ConfigError: certificate or key can't be used.
+    """
+    if not config.cert_file:
+        return None
+    trust = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        trust.load_cert_chain(config.cert_file, config.key_file)
+    except OSError as exc:  # SSLError too: not PEM, or the key of another certificate
+        raise ConfigError("gateway", (f"gateway.cert_file: {exc.strerror or exc}",)) from exc
+    return trust
+
+
+@contextlib.asynccontextmanager
+async def open_gateway(settings: FarmSettings) -> AsyncIterator[tuple[GatewayServer, str]]:
+    """Serve drivers of a farm while the body runs; yields the server and its address. Joins the cluster.
+
+    Raises:
+        ConfigError, StartError: it can't listen. FarmNotRunningError: there is no farm.
+    """
+    from actors.join import join_in_time  # noqa: PLC0415 - Ray, once all else is known to be right
+
+    config = settings.config
+    trust = tls(config.gateway)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="gateway"))
+    await join_in_time(config, state_dir=str(settings.state_dir))
+    server = GatewayServer(
+        Drivers(config, settings.state_dir), token=token_file(settings.state_dir).read_text().strip()
+    )
+    async with server.listening(config.gateway, trust) as port:
+        host = f"[{config.gateway.host}]" if ":" in config.gateway.host else config.gateway.host
+        yield server, f"{'https' if trust else 'http'}://{host}:{port}"

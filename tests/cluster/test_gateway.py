@@ -1,0 +1,183 @@
+"""The gateway of a real farm, over TLS: builds, pulls and pushes from outside, and a gateway that dies meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+
+from cluster.errors import ProcessFailedError, RegistryError
+from cluster.job import JobEnded, VertexEvent, VertexLog, VertexState
+from cluster.progress import LayerPhase
+from lazyfarm.farm import Farm
+from lazyfarm.gateway.server import token_file
+from lazyfarm.graph import image, local, secret
+from storage.connect import connect
+from tests.doubles import at_rest
+from tests.doubles.redis import free_port
+from tests.doubles.registry import (
+    HTPASSWD_PASSWORD,
+    HTPASSWD_USER,
+    docker_registry,
+    htpasswd_config,
+    make_authority,
+    random_image,
+)
+from tests.doubles.shell_image import shell_image
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.registry,
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="containers need root"),
+]
+
+BASIC = "Basic YWxpY2U6d29uZGVybGFuZA=="
+
+
+class Gateway:
+    """``lazyfarm gateway`` as a process, and what a driver outside knows of it."""
+
+    def __init__(self, farm, authority) -> None:
+        self._farm = farm
+        self._authority = authority
+        self._port = free_port()
+        self._process: subprocess.Popen[str] | None = None
+        self.environ = {
+            "LAZYFARM_URL": f"https://127.0.0.1:{self._port}",
+            "LAZYFARM_TOKEN_FILE": str(token_file(farm.state_dir)),
+            "LAZYFARM_CA_FILE": str(authority.ca_file),
+        }
+
+    def start(self) -> None:
+        listening = {
+            "LAZYFARM__GATEWAY__PORT": str(self._port),
+            "LAZYFARM__GATEWAY__CERT_FILE": str(self._authority.certificate),
+            "LAZYFARM__GATEWAY__KEY_FILE": str(self._authority.key),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lazyfarm", "gateway", "--state-dir", str(self._farm.state_dir)],
+            env={**os.environ, **self._farm.environ, **listening},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout.readline() == f"gateway: {self.environ['LAZYFARM_URL']}\n"
+
+    def end(self, number=signal.SIGTERM) -> None:
+        self._process.send_signal(number)
+        assert self._process.wait(timeout=30) == (0 if number is signal.SIGTERM else -number)
+        self._process.stdout.close()
+
+    async def connect(self, credentials=None) -> Farm:
+        return await Farm.connect(
+            self.environ["LAZYFARM_URL"],
+            token_file=self.environ["LAZYFARM_TOKEN_FILE"],
+            ca_file=self.environ["LAZYFARM_CA_FILE"],
+            credentials=credentials or {},
+        )
+
+
+@pytest.fixture
+def gateway(farm, tmp_path):
+    made = Gateway(farm, make_authority(tmp_path))
+    made.start()
+    yield made
+    made.end()
+
+
+async def test_a_private_image_is_pulled_moved_and_pushed_from_outside(farm, gateway, tmp_path):
+    """Its driver answers for the registry; what it says rests nowhere, and who says another thing is told so."""
+    with docker_registry(htpasswd_config(tmp_path), authorize=lambda _scope: BASIC) as private:
+        private.push("team/app", "1", made := random_image(secrets.randbits(64), layers=2, layer_bytes=20_000))
+        name = f"{private.host}/team/app:1"
+        items = []
+        async with await gateway.connect({private.host: (HTPASSWD_USER, HTPASSWD_PASSWORD)}) as outside:
+            ref = await outside.pull(name)
+            assert ref.is_lazy
+            assert [state.record.blob.digest for state in ref.layers] == [layer.digest for layer in made.layers]
+            await ref.unlazy(progress=items.append)
+            assert not ref.is_lazy
+            assert {item.item for item in items if item.phase is LayerPhase.DONE} == {
+                f"fetch:{layer.digest}" for layer in made.layers
+            }
+            pushed = await outside.push(ref, f"{private.host}/team/copy:1")
+            assert {layer.bytes for layer in pushed.layers} == {0}
+            assert [node.id for node in await outside.nodes()] == [node.id for node in await outside.nodes()] != []
+        async with await gateway.connect({private.host: (HTPASSWD_USER, "wrong")}) as outside:
+            with pytest.raises(RegistryError) as refused:
+                await outside.pull(name)
+            assert refused.value.hint
+    link = connect(farm.settings.config.redis)
+    assert await at_rest.in_redis(partial(link.execute, may_repeat=True), {HTPASSWD_PASSWORD.encode()}) == []
+    await link.close()
+    assert at_rest.in_files(farm.state_dir / "logs", {HTPASSWD_PASSWORD.encode()}) == []
+
+
+async def test_a_build_outlives_its_gateway(farm, registry, gateway, tmp_path):
+    """A local directory and a secret went in; a gateway that is started anew is told all that the job goes on with.
+
+    A command on a machine without a farm follows the job by its ID, and what fails is told as it is within the farm.
+    """
+    base = shell_image(secrets.token_hex(8))
+    registry.push("base", "1", base)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "word").write_text(word := secrets.token_hex(8))
+    events = []
+    running = asyncio.Event()
+
+    def heard(event):
+        events.append(event)
+        if isinstance(event, VertexLog) and "begun" in event.text:
+            running.set()
+
+    command = "echo begun; for i in 1 2 3 4 5 6 7 8; do sleep 1; done; cat /run/secrets/pass /word; echo ended"
+    graph = (
+        image(f"{registry.host}/base:1", plain_http=True)
+        .copy(local(source), "/word", "/word")
+        .run(command, mounts=[secret("pass")])
+        .named("the command")
+    )
+    async with await gateway.connect() as outside:
+        job = outside.solve(graph, secrets={"pass": "open-sesame:"}, on_event=heard)
+        building = asyncio.ensure_future(job._result())
+        async with asyncio.timeout(60):
+            await running.wait()
+        gateway.end(signal.SIGKILL)
+        await asyncio.to_thread(gateway.start)
+        result = await building
+        said = "".join(event.text for event in events if isinstance(event, VertexLog))
+        assert said.count("begun") == said.count("ended") == 1
+        assert f"[redacted]{word}" in said
+        assert [e.state for e in events if isinstance(e, VertexEvent) and e.name == "the command"] == [
+            VertexState.WAITING,
+            VertexState.RUNNING,
+            VertexState.COMPLETED,
+        ]
+        assert len(result.ref.layers) == len(base.layers) + 1  # the command wrote nothing
+        followed = await asyncio.to_thread(attach, gateway, job.id, tmp_path)
+        assert '"state": "done"' in followed
+        with pytest.raises(ProcessFailedError) as failed:
+            await outside.solve(image(f"{registry.host}/base:1", plain_http=True).run("exit 7"))
+        assert failed.value.exit_code == 7
+        assert [type(event) async for event in (await outside.job(job.id[:12])).events()][-1] is JobEnded
+
+
+def attach(gateway, job, home) -> str:
+    """Follow a job by the command line, as on a machine that has no farm."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lazyfarm", "attach", "--json", job],
+        env={**os.environ, **gateway.environ, "HOME": str(home), "XDG_STATE_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,0 +1,575 @@
+"""The gateway over a real Redis and S3, without Ray: who gets in, what crosses, and what a dropped connection costs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import aiohttp
+import pytest
+import structlog
+
+from cluster import gateway as calls
+from cluster.config import Config, FarmConfig, GatewayConfig, S3Config
+from cluster.descriptor import Descriptor
+from cluster.digest import digest_of
+from cluster.errors import (
+    CredentialHelperError,
+    GatewayNotTrustedError,
+    GatewayRefusedError,
+    InvalidArgumentError,
+    JobIdTakenError,
+    LeaseLostError,
+    LeaseNotFoundError,
+    NodeNotFoundError,
+    NotThroughGatewayError,
+    RefNotFoundError,
+    UnavailableError,
+)
+from cluster.gateway import PATH
+from cluster.graph import encode_definition
+from cluster.job import JobId
+from cluster.lease import LeaseId, ref_resource
+from cluster.progress import LayerPhase, ProgressItem
+from cluster.ref import RefRecord
+from lazyfarm import blocking
+from lazyfarm.builds import Builds
+from lazyfarm.context import scan
+from lazyfarm.farm import Farm
+from lazyfarm.gateway.hosted import Driver, Drivers
+from lazyfarm.gateway.server import GatewayServer, tls
+from lazyfarm.graph import resolve, scratch
+from lazyfarm.leases import FarmLeases
+from lazyfarm.ref import Ref
+from storage.blobs import S3ContentStore
+from storage.connect import connect
+from storage.local_trees import LocalTrees
+from storage.registry.credentials import Credential, CredentialSource
+from tests.doubles import at_rest
+from tests.doubles.redis import free_port
+from tests.doubles.registry import make_authority
+
+pytestmark = pytest.mark.redis
+
+TOKEN = "open-sesame"
+CANARY = "c4n4ry-5ecret"
+
+
+class Gateway:
+    """A gateway that may be ended and started again, at one address."""
+
+    def __init__(self, redis_farm, state_dir, s3=None, **options) -> None:
+        self.farm = redis_farm
+        self.config = Config(
+            farm=FarmConfig(name=redis_farm.keys.farm),
+            redis=redis_farm.config,
+            s3=s3 or S3Config(),
+            gateway=GatewayConfig(port=free_port(), **options),
+        )
+        self._state_dir = state_dir
+        self._stack = contextlib.AsyncExitStack()
+        self.drivers: Drivers | None = None
+        self.server: GatewayServer | None = None
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.config.gateway.cert_file else 'http'}://127.0.0.1:{self.config.gateway.port}"
+
+    async def start(self) -> None:
+        self.drivers = Drivers(self.config, self._state_dir)
+        self.server = GatewayServer(self.drivers, token=TOKEN)
+        await self._stack.enter_async_context(self.server.listening(self.config.gateway, tls(self.config.gateway)))
+
+    async def end(self) -> None:
+        """End it as a process ends: its drivers' sessions are left as they are."""
+        await self._stack.aclose()
+
+    async def close(self) -> None:
+        await self.end()
+
+    async def connect(self, **options) -> Farm:
+        return await Farm.connect(self.url, token=TOKEN, **{"credentials": {}, **options})
+
+
+@pytest.fixture
+async def open_gateway(redis_farm, tmp_path):
+    """Starts gateways; each driver's session ends with the test."""
+    made = []
+
+    async def open_(**options) -> Gateway:
+        made.append(Gateway(redis_farm, tmp_path / "state", **options))
+        await made[-1].start()
+        return made[-1]
+
+    yield open_
+    for gateway in made:
+        await gateway.end()
+        for driver in list(gateway.drivers._known.values()):
+            await driver.close(True)
+
+
+@pytest.fixture
+async def gateway(open_gateway):
+    return await open_gateway()
+
+
+async def a_ref(redis_farm):
+    """A ref that nobody holds."""
+    stores = redis_farm.stores()
+    layer = Descriptor(
+        media_type="application/vnd.oci.image.layer.v1.tar+gzip",
+        digest=digest_of(b"layer"),
+        size_bytes=10,
+        diff_id=digest_of(b"tar"),
+    )
+    record, lease = RefRecord.over(layer, None, "docker.io/library/debian:12"), LeaseId("driver-1")
+    await stores.leases.create(lease, ttl_s=60.0, labels={})
+    await stores.refs.get_or_create([record], {}, lease_id=lease)
+    await stores.leases.delete(lease)
+    return record.id
+
+
+async def until(fact):
+    """Wait for a fact that comes about elsewhere."""
+    async with asyncio.timeout(60):
+        while not await fact():  # noqa: ASYNC110 - Redis rings no bell
+            await asyncio.sleep(0.02)
+
+
+# -- who gets in ---------------------------------------------------------------------------------------------
+
+
+async def test_who_has_no_token_is_refused(gateway):
+    """Neither with a wrong one nor with none, and the error says where the right one is named."""
+    for token in ("wrong", ""):
+        with pytest.raises(GatewayRefusedError) as refused:
+            await Farm.connect(gateway.url, token=token, credentials={})
+        assert "LAZYFARM_TOKEN_FILE" in refused.value.hint
+    assert gateway.drivers._known == {}
+
+
+async def test_tls_is_spoken_with_whom_the_driver_trusts(open_gateway, tmp_path, monkeypatch):
+    """The authority of the certificate is named by file; address, token and file may come from the environment."""
+    authority, other = make_authority(tmp_path), make_authority_in(tmp_path / "other")
+    gateway = await open_gateway(cert_file=str(authority.certificate), key_file=str(authority.key))
+    with pytest.raises(GatewayNotTrustedError):
+        await Farm.connect(gateway.url, token=TOKEN, ca_file=other.ca_file, credentials={})
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    monkeypatch.setenv("LAZYFARM_URL", gateway.url)
+    monkeypatch.setenv("LAZYFARM_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("LAZYFARM_CA_FILE", str(authority.ca_file))
+
+    async with await Farm.connect(credentials={}) as farm:
+        assert await farm.refs() == []
+
+
+def make_authority_in(directory):
+    directory.mkdir()
+    return make_authority(directory)
+
+
+async def test_no_token_crosses_a_network_in_clear():
+    """Plain HTTP is for loopback alone."""
+    with pytest.raises(InvalidArgumentError, match="https"):
+        await Farm.connect("http://farm.example.com:8443", token=TOKEN)
+
+
+async def test_a_gateway_has_room_for_so_many_drivers(open_gateway):
+    """One more is told so, and gets in when another has left."""
+    gateway = await open_gateway(sessions=1)
+    async with await gateway.connect():
+        with pytest.raises(UnavailableError, match=r"gateway\.sessions"):
+            await gateway.connect()
+    async with await gateway.connect() as farm:
+        assert await farm.leases() != []
+
+
+async def test_what_is_no_driver_does_no_harm(gateway):
+    """A frame that can't be read ends its own connection."""
+    async with (
+        aiohttp.ClientSession() as http,
+        http.ws_connect(gateway.url + PATH, headers={"authorization": f"Bearer {TOKEN}"}) as socket,
+    ):
+        await socket.send_bytes(b"\x93\x01\xa5hello")
+        assert (await socket.receive()).type is aiohttp.WSMsgType.BINARY  # the error
+        assert (await socket.receive()).type is aiohttp.WSMsgType.CLOSE
+    async with await gateway.connect() as farm:
+        assert await farm.images() == []
+
+
+# -- the same API, the same errors ---------------------------------------------------------------------------
+
+
+async def test_refs_and_leases_are_the_same_from_outside(gateway, redis_farm):
+    """They are found, held, pinned and told why they are kept, as from within."""
+    ref_id = await a_ref(redis_farm)
+    async with await gateway.connect() as farm:
+        assert [state.record.id for state in await farm.refs()] == [ref_id]
+        assert await farm.states([ref_id, digest_of(b"other")]) == [(await farm.refs())[0], None]
+        async with farm.lease(labels={"for": "a test"}) as lease:
+            await lease.attach([ref_resource(ref_id)])
+            assert [hold.lease.labels for hold in (await farm.kept(ref_id)).holds] == [{"for": "a test"}]
+        assert (await farm.kept(ref_id)).holds == ()
+        usage = await farm.du()
+        assert [use.id for use in usage.refs] == [ref_id]
+        removed = []
+        pruned = await farm.prune(on_removed=removed.append)
+        assert [item.id for item in removed] == [item.id for item in pruned.items] == [ref_id]
+    leases = redis_farm.stores().leases
+    assert await leases.leases() == []
+
+
+async def test_errors_cross_as_they_are(gateway):
+    """With type, fields and hint; and what needs a machine of the farm says so."""
+    async with await gateway.connect() as farm:
+        with pytest.raises(RefNotFoundError) as unknown:
+            await farm.get("debian:12")
+        assert unknown.value.hint == RefNotFoundError(*unknown.value.args).hint != ""
+        with pytest.raises(LeaseNotFoundError):
+            await farm.unpin(LeaseId("pin-none"))
+        with pytest.raises(NotThroughGatewayError):
+            await farm.info(["registry.example.com"])
+
+
+async def test_leases_of_others_are_not_for_a_driver(gateway):
+    """A driver renews and deletes what it made."""
+    async with await gateway.connect() as one, await gateway.connect() as other:
+        with pytest.raises(InvalidArgumentError):
+            await one.lease_store.delete(other._lease())
+        with pytest.raises(InvalidArgumentError):
+            await anext(one.follow(f"{other.session_id}-1"))
+
+
+def test_the_blocking_twin_is_the_same(redis_farm, tmp_path):
+    """Its methods are those of the farm that it has."""
+    loop = asyncio.new_event_loop()
+    gateway = Gateway(redis_farm, tmp_path / "state")
+
+    async def serve():
+        await gateway.start()
+        await asyncio.to_thread(use)
+        await gateway.end()
+
+    def use():
+        with blocking.Farm.connect(gateway.url, token=TOKEN, credentials={}) as farm:
+            assert farm.refs() == []
+            assert [lease.id for lease in farm.leases()] == [f"driver-{farm.session_id}"]
+
+    loop.run_until_complete(serve())
+    loop.close()
+
+
+# -- credentials ---------------------------------------------------------------------------------------------
+
+
+class Helper(CredentialSource):
+    """Credentials of one driver, and who was asked for."""
+
+    def __init__(self, found) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self._found = found
+
+    def lookup(self, registry):
+        self.asked.append(registry)
+        if isinstance(self._found, Exception):
+            raise self._found
+        return self._found
+
+
+async def test_credentials_are_asked_for_and_rest_nowhere(gateway, redis_farm, tmp_path):
+    """Down the connection goes the question, up the answer; neither Redis, a file nor a log has it afterwards."""
+    logs = io.StringIO()
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(logs))
+    helper = Helper(Credential(username="alice", secret=CANARY))
+    try:
+        async with await gateway.connect(credentials=helper) as farm:
+            # The farm has no node, which is found out once the caller's identity is known.
+            with pytest.raises(NodeNotFoundError):
+                await farm.pull("registry.example.com/app:1")
+            assert helper.asked == ["registry.example.com"]
+            link = connect(redis_farm.config)
+            search = partial(at_rest.in_redis, partial(link.execute, may_repeat=True))
+            found = await search({b"driver-"}), await search({CANARY.encode()})
+            await link.close()
+    finally:
+        structlog.reset_defaults()
+    assert found[0]  # what is there is found
+    assert found[1] == []
+    assert at_rest.in_files(tmp_path, {CANARY.encode()}) == []
+    assert "gateway.joined" in logs.getvalue()
+    assert CANARY not in logs.getvalue()
+
+
+async def test_a_helper_that_fails_is_told_as_on_a_node(gateway):
+    """The driver's own error comes back to it."""
+    helper = Helper(CredentialHelperError("pass", "registry.example.com", "exit status 1"))
+    async with await gateway.connect(credentials=helper) as farm:
+        with pytest.raises(CredentialHelperError, match="exit status 1"):
+            await farm.pull("registry.example.com/app:1")
+
+
+# -- connections that drop -----------------------------------------------------------------------------------
+
+
+def item(number):
+    return ProgressItem(item=f"fetch:{number}", phase=LayerPhase.DONE)
+
+
+async def test_a_stream_goes_on_where_the_connection_dropped(gateway, redis_farm):
+    """Every item comes once, in order, whether it was told before, meanwhile or after."""
+    progress = redis_farm.stores().progress
+    async with await gateway.connect() as farm:
+        stream = f"{farm.session_id}-1"
+        await progress.publish([stream], item(0))
+        told = farm.follow(stream)
+        assert await anext(told) == item(0)
+        await gateway.server.drop()
+        await progress.publish([stream], item(1))
+        assert await anext(told) == item(1)
+        farm.end_stream(stream)
+        assert [each async for each in told] == []
+        session_id = farm.session_id
+        assert list(gateway.drivers._known) == [session_id]
+
+
+async def test_who_does_not_look_is_told_no_more(gateway, redis_farm, monkeypatch):
+    """What waits for a slow driver is bounded; once it looks, it gets all of it, also over a new connection."""
+    monkeypatch.setattr("lazyfarm.gateway.hosted.WINDOW", 8)
+    monkeypatch.setattr("lazyfarm.gateway.link.SEEN_EVERY", 2)
+    progress = redis_farm.stores().progress
+    async with await gateway.connect() as farm:
+        stream = f"{farm.session_id}-1"
+        for number in range(30):
+            await progress.publish([stream], item(number))
+        told = farm.follow(stream)
+        first = await anext(told)
+        (driver,) = gateway.drivers._known.values()
+
+        async def is_full():
+            return any(len(call.items) == 8 for call in driver._calls.values())
+
+        await until(is_full)
+        await gateway.server.drop()
+        farm.end_stream(stream)
+        assert [first, *[each async for each in told]] == [item(number) for number in range(30)]
+        assert all(len(call.items) <= 8 for call in driver._calls.values())
+
+
+async def test_a_driver_comes_back_to_a_gateway_that_was_started_anew(gateway, redis_farm):
+    """As the same one, with its lease; what it follows goes on without a word twice."""
+    progress = redis_farm.stores().progress
+    async with await gateway.connect() as farm:
+        stream = f"{farm.session_id}-1"
+        await progress.publish([stream], item(0))
+        told = farm.follow(stream)
+        assert await anext(told) == item(0)
+        before = gateway.drivers
+        await gateway.end()
+        await progress.publish([stream], item(1))
+        await gateway.start()
+        assert await anext(told) == item(1)
+        assert list(gateway.drivers._known) == list(before._known) == [farm.session_id]
+        assert [lease.id for lease in await farm.leases()] == [f"driver-{farm.session_id}"]
+        farm.end_stream(stream)
+        assert [each async for each in told] == []
+    for driver in list(before._known.values()):
+        await driver.close(True)
+
+
+async def test_who_was_away_for_too_long_has_lost_its_lease(open_gateway, redis_farm):
+    """What it held may be collected, and the next call says so; reading goes on."""
+    gateway = await open_gateway(grace_s=1.0)
+    farm = await gateway.connect()
+    before = gateway.drivers
+    await gateway.end()
+
+    async def is_given_up():
+        return not before._known  # and its lease is given back
+
+    await until(is_given_up)
+    await gateway.start()
+    with pytest.raises(LeaseLostError):
+        await farm.pull("registry.example.com/app:1")
+    assert await farm.refs() == []
+    await farm.close()
+
+
+async def test_a_driver_that_does_not_come_back_holds_nothing(open_gateway, redis_farm):
+    """After its grace its calls are ended, and its lease is given back."""
+    gateway = await open_gateway(grace_s=1.0)
+    farm = await gateway.connect()
+    leases = redis_farm.stores().leases
+    assert len(await leases.leases()) == 1
+    await farm._gateway.close()  # the process is gone
+
+    async def is_released():
+        return await leases.leases() == []
+
+    await until(is_released)
+
+
+async def test_calls_end_when_the_gateway_has_gone_for_good(gateway, monkeypatch):
+    """Nobody waits for ever: also who follows something."""
+    monkeypatch.setattr("lazyfarm.gateway.link._AWAY_S", 0.5)
+    farm = await gateway.connect()
+    following = asyncio.ensure_future(anext(farm.follow(f"{farm.session_id}-1")))
+    await gateway.end()
+    with pytest.raises(UnavailableError, match="gateway"):
+        await following
+    with pytest.raises(UnavailableError):
+        await farm.refs()
+    await farm.close()
+
+
+async def test_a_job_is_submitted_once_however_often_its_driver_says_so(gateway, redis_farm, monkeypatch):
+    """It may not have heard of the first time; another driver's job of that ID is another job."""
+    monkeypatch.setattr(Builds, "_poke", _no_scheduler)
+    definition = encode_definition(resolve([scratch().mkdir("/made")]).definition)
+    call = calls.SubmitCall(
+        job=JobId("a-job"), definition=definition, no_cache=False, detached=True, labels={}, cache_from=(), cache_to=()
+    )
+    async with await gateway.connect() as one, await gateway.connect() as other:
+        await one._gateway.call(calls.SUBMIT, call)
+        await one._gateway.call(calls.SUBMIT, call)
+        assert (await one.job("a-jo")).id == (await one.builds.get_job(call.job)).id == "a-job"
+        with pytest.raises(JobIdTakenError):
+            await other._gateway.call(calls.SUBMIT, call)
+
+
+async def _no_scheduler(builds, job):
+    """Tell nobody: there is none."""
+
+
+async def test_what_may_not_be_done_twice_is_not(gateway, redis_farm, monkeypatch):
+    """A gateway that died with a pin under way may have made it: the driver is told that it isn't known."""
+    begun = asyncio.Event()
+
+    async def pin(leases, ref_ids, **_):
+        begun.set()
+        await asyncio.Event().wait()
+
+    ref_id = await a_ref(redis_farm)
+    async with await gateway.connect() as farm:
+        (state,) = await farm.states([ref_id])
+        monkeypatch.setattr(FarmLeases, "pin", pin)
+        pinning = asyncio.ensure_future(farm.pin(Ref(farm, [state], None)))
+        await begun.wait()
+        before = gateway.drivers
+        await gateway.end()
+        await gateway.start()
+        with pytest.raises(UnavailableError, match="started anew"):
+            await pinning
+        for driver in list(before._known.values()):
+            await driver.close(True)
+
+
+# -- local directories ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.s3
+async def test_a_directory_goes_straight_to_s3(open_gateway, redis_farm, s3_config, tmp_path):
+    """Small files in one object, a big one in parts; the gateway is told of them, and sees none of their bytes."""
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "a.txt").write_text("a")
+    (source / "sub" / "empty").touch()
+    (source / "big").write_bytes(bytes(range(256)) * (17 * 1024**2 // 256 + 1))
+    gateway = await open_gateway(s3=s3_config)
+    crossed = []
+    taken = Driver.take
+
+    def take(driver, frame):
+        crossed.append(len(frame.body))
+        taken(driver, frame)
+
+    Driver.take = take
+    try:
+        async with await gateway.connect() as farm:
+            scanned = scan(source)
+            await farm.builds._send([scanned])
+            sent = len(crossed)
+            await farm.builds._send([scanned])  # all of it is there
+            assert len(crossed) - sent <= 4  # two calls, and that they were heard
+            store = S3ContentStore(s3_config)
+            with ThreadPoolExecutor(4) as threads:
+                trees = LocalTrees(redis_farm.stores().refs._link, redis_farm.keys, store, threads=threads)
+                out = tmp_path / "out"
+                out.mkdir()
+                await trees.materialise(await trees.open_tree(scanned.digest), out)
+            store.close()
+    finally:
+        Driver.take = taken
+    assert scan(out).digest == scanned.digest
+    assert sum(crossed) < 10_000
+
+
+@pytest.mark.s3
+async def test_only_what_was_begun_here_can_be_ended(open_gateway, s3_config):
+    """A driver can't say of an object that isn't its own, or isn't there, what it holds."""
+    gateway = await open_gateway(s3=s3_config)
+    async with await gateway.connect() as farm:
+        link = farm._gateway
+        content = calls.PlacedContent(digest=digest_of(b"a"), offset=0, size_bytes=1)
+        other = calls.UploadedCall(key="local/packs/other", etags=(), contents=(content,))
+        with pytest.raises(UnavailableError, match="another gateway"):
+            await link.call(calls.TREE_UPLOADED, other)
+        way = await link.call(calls.TREE_UPLOAD, calls.UploadCall(size_bytes=1, parts=1))
+        with pytest.raises(UnavailableError, match="all of it"):
+            await link.call(calls.TREE_UPLOADED, replace(other, key=way.key))
+        beyond = replace(other, key=way.key, contents=(replace(content, size_bytes=2),))
+        with pytest.raises(InvalidArgumentError):
+            await link.call(calls.TREE_UPLOADED, beyond)
+
+
+# -- without the rest ----------------------------------------------------------------------------------------
+
+
+def test_a_driver_outside_needs_neither_ray_nor_redis_nor_s3():
+    """What `pip install lazyfarm` brings is enough for drivers and commands; a farm of its own is told to need more."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    absent = [re.match(r"[\w-]+", each)[0] for each in project["optional-dependencies"]["farm"]]
+    assert {"ray", "boto3", "redis"} < set(absent)
+    script = """
+        import sys
+        from importlib import import_module
+
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in (*sys.argv[1:], "botocore"):
+                    raise ModuleNotFoundError(f"no {name}", name=name)
+
+        sys.meta_path.insert(0, Absent())
+        from cluster.errors import NotInstalledError, UnavailableError
+        from lazyfarm import Farm, Ref, blocking
+
+        for name in ("attach", "build", "du", "extract", "prune", "pull", "push", "unlazy", "verify"):
+            import_module(f"lazyfarm.cli.{name}")
+        for where in ("https://127.0.0.1:1", None):
+            try:
+                blocking.Farm.connect(where, token="x", credentials={}, config=None)
+            except (NotInstalledError, UnavailableError) as exc:
+                print("told:", exc)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *absent],
+        env={**os.environ, "LAZYFARM__REDIS__URL": "redis://127.0.0.1:1", "LAZYFARM__RAY__ADDRESS": "127.0.0.1:1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    first, second = done.stdout.splitlines()
+    assert first.startswith("told: the gateway at https://127.0.0.1:1 is unavailable: Connect"), done.stderr
+    assert second == "told: this needs ray, which is not installed"
