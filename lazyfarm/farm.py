@@ -16,7 +16,9 @@ from typing import BinaryIO, Self, TypeVar
 
 from actors.handles import CacheShardHandle, FetchWorkerHandle, SessionServerHandle
 from actors.join import join_in_time
+from actors.traces import start_driver_traces
 from actors.version import VERSION
+from cluster import tracing
 from cluster.audit import AuditEntry, AuditFilter
 from cluster.cache.names import find_ref
 from cluster.cache.ring import ShardRing
@@ -171,6 +173,7 @@ class Farm:
                 if credentials is not None
                 else CredentialSource.from_environment(os.environ)
             )
+        start_driver_traces(wanted)
         session = Session(wanted, credentials, keep_s=wanted.cache.keep_s if keep else None)
         try:
             await asyncio.to_thread(session.open)
@@ -224,6 +227,7 @@ class Farm:
         """
         return Operation(self, lambda stream: self._pull(image, platform, plain_http, stream), progress)
 
+    @tracing.begins("pull")
     async def _pull(self, image: str, platform: str | None, plain_http: bool, stream: str | None) -> Ref:  # noqa: FBT001
         reference = parse_reference(image)
         request = PullRequest(
@@ -240,6 +244,7 @@ class Farm:
         handlers = [DescHandler(digest=layer.digest, provider=handle) for layer in result.image.layers]
         return Ref(self, result.layers, result.image, handlers)
 
+    @tracing.begins("get")
     async def get(self, ref: str) -> Ref:
         """Look up a ref by ID, by the first digits of its ID, or by the name or digest of its image.
 
@@ -261,6 +266,7 @@ class Farm:
         )
         return Ref(self, result.layers, image)
 
+    @tracing.begins("get by blob")
     async def get_by_blob(
         self,
         descriptor: Descriptor,
@@ -332,6 +338,7 @@ class Farm:
         """
         return Operation(self, lambda stream: self._push(ref, target, plain_http, stream), progress)
 
+    @tracing.begins("push")
     async def _push(
         self,
         ref: Ref | str | Result,
@@ -437,6 +444,7 @@ class Farm:
         )
         return await job.submitted()
 
+    @tracing.begins("tag")
     async def tag(self, result: Result, name: str, *, created_s: int | None = None) -> Ref:
         """Make an image of what a build came to, under *name* in this farm. No layer moves.
 
@@ -711,6 +719,7 @@ class Farm:
 
     # -- for Ref and Operation ---------------------------------------------------------------------------------
 
+    @tracing.begins("unlazy")
     async def unlazy_chain(self, ref: Ref, stream: str | None) -> UnlazyResult:
         """Unlazy a ref's whole chain at one worker."""
         request = UnlazyRequest(
@@ -724,6 +733,7 @@ class Farm:
         )
         return result
 
+    @tracing.begins("extract")
     async def extract_chain(self, ref: Ref, node: str | None, stream: str | None) -> ExtractResult:
         """Extract a ref's chain on a node; NodeDrainingError where that takes nothing new."""
         if node in {record.id for record in await self.nodes() if record.draining}:
