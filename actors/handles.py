@@ -126,9 +126,9 @@ class ActorHandle:
 def _traced(request: Any, span: Span) -> object:
     """Return *request* with the span that it is made under, where its session can say so."""
     session: SessionInfo | None = getattr(request, "session", None)
-    if session is None or not span.traceparent:
+    if session is None or not (traceparent := span.traceparent):
         return request
-    return replace(request, session=replace(session, traceparent=span.traceparent))
+    return replace(request, session=replace(session, traceparent=traceparent))
 
 
 def _summary(exc: BaseException) -> str:

@@ -155,7 +155,6 @@ class OpWorker(SessionServer):
             return await self._sessions.ask_secret(request.session, secret_id)
 
         try:
-            tracing.current().put({tracing.VERTEX: vertex.digest, "lazyfarm.op": vertex.kind})
             async with self._sessions.serving(request.session), self._place(parts):
                 with tracing.span("op", {tracing.VERTEX: vertex.digest, "lazyfarm.op": vertex.kind}):
                     ref = await parts.performer.run(

@@ -117,13 +117,17 @@ class OtelTracer:
 class OtelSpan:
     """:class:`cluster.tracing.Span` over OpenTelemetry's."""
 
-    __slots__ = ("span", "traceparent")
+    __slots__ = ("span",)
 
     def __init__(self, span: trace.Span) -> None:
         self.span = span
+
+    @property
+    def traceparent(self) -> str:
+        """Return its name to other processes."""
         carrier: dict[str, str] = {}
-        _PROPAGATOR.inject(carrier, trace.set_span_in_context(span, Context()))
-        self.traceparent = carrier.get("traceparent", "")
+        _PROPAGATOR.inject(carrier, trace.set_span_in_context(self.span, Context()))
+        return carrier.get("traceparent", "")
 
     def put(self, attributes: Attributes) -> None:
         """Add attributes."""

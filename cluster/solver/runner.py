@@ -333,6 +333,8 @@ class Solver:
 
     def _span_for(self, ask: _Ask) -> Span:
         """Return the span of the vertex that something is asked for, in the trace of the job that wants it first."""
+        if not tracing.is_installed():
+            return NOTHING
         job = next(iter(self._state.beneficiaries(ask.task)), None) if isinstance(ask, LookUp) else ask.job
         watch = None if job is None else self._jobs.get(job)
         if watch is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import structlog
@@ -23,9 +25,12 @@ from cluster import tracing
 from cluster.config import Config, TracingConfig
 from cluster.errors import UnavailableError
 from cluster.messages import GetRequest, SessionInfo
+from cluster.solver import runner
 from cluster.wire import decode, encode
 from tests.doubles.collector import collecting
 
+_ROOT = Path(__file__).resolve().parents[2]
+_SPAN = re.compile(r'tracing\.(?:span|beginning|begins|continuing|start)\(\s*"([^"]+)"')
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 UNSAMPLED = CALLER[:-1] + "0"
 
@@ -77,6 +82,17 @@ def test_nothing_is_imported_and_no_span_made_where_no_endpoint_is_named():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def test_every_span_is_documented():
+    """docs/operations.md says what each name that the code gives to a span is."""
+    told = (_ROOT / "docs/operations.md").read_text().partition("\n## Traces\n")[2].partition("\n## ")[0]
+    names = set(runner._SPANS.values())
+    for ring in ("cluster", "storage", "actors", "lazyfarm"):
+        for path in (_ROOT / ring).rglob("*.py"):
+            names |= set(_SPAN.findall(path.read_text()))
+    assert len(names) > 20
+    assert [name for name in sorted(names) if f"`{name}`" not in told] == []
 
 
 def test_work_of_no_trace_makes_no_span(traced, collector):
