@@ -20,6 +20,7 @@ import structlog
 
 from actors.logs import configure_logs
 from actors.metrics import export_metrics
+from actors.traces import start_traces
 from actors.version import VERSION
 from cluster.cache.runner import CacheManager
 from cluster.config import Config
@@ -187,6 +188,7 @@ class Starter:
                 level=self.boot.config.log.level, stream=log_file(self.boot), actor=self.boot.name, node=self.boot.node
             )
             arm_from_environment(os.environ)
+            start_traces(self.boot.config, component=self.boot.kind, instance=self.boot.name, node=self.boot.node)
             self._export_metrics()
             presence = await build()
             await presence.announce(self._record())

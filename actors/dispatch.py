@@ -22,6 +22,7 @@ from actors.job_sessions import JobSessions, WorkSession
 from actors.placement import Placement
 from actors.remote_caches import RemoteCaches
 from actors.workers import RETRY_PAUSE_S, RETRY_S, Workers
+from cluster import tracing
 from cluster.cache.origins import origin_of
 from cluster.cache.runner import usable_providers
 from cluster.config import Config
@@ -366,6 +367,8 @@ class OpDispatcher:
                         is_waiting = False
                         return await self._owned(use, keys, work, fence)
                     case Joined() | Aborting():
+                        if isinstance(outcome, Joined):
+                            tracing.current().link(outcome.trace)
                         # Left in the end only: between two looks, too, the owner is to know of who waits.
                         is_waiting = True
                         await self._ended(key, outcome.fence_number, outcome.lease_remaining_s)

@@ -12,11 +12,13 @@ import math
 import random
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
 from actors.options import namespace
-from actors.replies import unwrap
+from actors.replies import rpc, unwrap
+from cluster import tracing
 from cluster.collect.verify import Verified
 from cluster.errors import ActorLostError, DeadlineExceededError, UnavailableError, WorkerBusyError
 from cluster.fetch.retry import RetryPolicy
@@ -51,6 +53,7 @@ from cluster.messages import (
 from cluster.op_messages import ContentKeyRequest, ContentKeyResult, RunOpRequest, RunOpResult, WatchOpRequest
 from cluster.ref import ImageRecord
 from cluster.topology import op_worker_name, scheduler_name, shard_name, worker_name
+from cluster.tracing import Span, SpanKind
 from cluster.wire import encode
 
 #: Seconds that a poll may take beyond those it waits there: one that was sent to an actor as it died, and is held by
@@ -90,8 +93,10 @@ class ActorHandle:
 
     async def call(self, method: str, kind: str, request: object, result_type: type[Any], timeout_s: float) -> Any:
         """Call *method* with an encoded *request* and return the decoded result."""
-        reply = await self.call_raw(method, encode(kind, request), timeout_s=timeout_s)
-        return unwrap(kind, result_type, reply)
+        name, attributes = rpc(type(self).__name__.removesuffix("Handle"), method)
+        with tracing.span(name, attributes | {"lazyfarm.actor": self.name}, kind=SpanKind.CLIENT) as span:
+            reply = await self.call_raw(method, encode(kind, _traced(request, span)), timeout_s=timeout_s)
+            return unwrap(kind, result_type, reply)
 
     async def call_raw(self, method: str, *args: object, timeout_s: float) -> Any:
         """Call *method* with plain arguments.
@@ -118,6 +123,14 @@ class ActorHandle:
         except ray.exceptions.RayError as exc:
             self._actor = None
             raise ActorLostError(f"actor {self.name}", _summary(exc)) from exc
+
+
+def _traced(request: Any, span: Span) -> object:
+    """Return *request* with the span that it is made under, where its session can say so."""
+    session: SessionInfo | None = getattr(request, "session", None)
+    if session is None or not (traceparent := span.traceparent):
+        return request
+    return replace(request, session=replace(session, traceparent=traceparent))
 
 
 def _summary(exc: BaseException) -> str:

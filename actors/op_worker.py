@@ -15,6 +15,7 @@ from actors.boot import Boot, Starter, Stores, build_stores, new_token, node_roo
 from actors.op_log import OpLog
 from actors.session_host import SessionServer
 from actors.shell import answers
+from cluster import tracing
 from cluster.descriptor import Compression
 from cluster.errors import ClusterError
 from cluster.faultpoints import FaultPoint, ahit
@@ -155,15 +156,16 @@ class OpWorker(SessionServer):
 
         try:
             async with self._sessions.serving(request.session), self._place(parts):
-                ref = await parts.performer.run(
-                    vertex,
-                    request.inputs,
-                    lease_id=request.lease_id,
-                    secrets=secret,
-                    log=told.tell,
-                    timeout_s=request.timeout_s,
-                    origins=request.origins,
-                )
+                with tracing.span("op", {tracing.VERTEX: vertex.digest, "lazyfarm.op": vertex.kind}):
+                    ref = await parts.performer.run(
+                        vertex,
+                        request.inputs,
+                        lease_id=request.lease_id,
+                        secrets=secret,
+                        log=told.tell,
+                        timeout_s=request.timeout_s,
+                        origins=request.origins,
+                    )
                 await ahit(FaultPoint.RESULT_RECORDED)
                 await parts.keys.publish(request.keys, Result(ref=ref, config=request.config))
                 await ahit(FaultPoint.RESULT_PUBLISHED)
@@ -186,13 +188,15 @@ class OpWorker(SessionServer):
 
     @contextlib.asynccontextmanager
     async def _place(self, parts: _Parts) -> AsyncIterator[None]:
-        async with parts.slots:
-            self._running += 1
-            self._show_ops()
-            try:
-                yield
-            finally:
-                self._running -= 1
+        with tracing.span("wait for a place"):
+            await parts.slots.acquire()
+        self._running += 1
+        self._show_ops()
+        try:
+            yield
+        finally:
+            self._running -= 1
+            parts.slots.release()
 
     def _show_ops(self) -> None:
         OPS.set(self._running, state="running")

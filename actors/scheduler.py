@@ -22,6 +22,7 @@ from actors.placement import Placement
 from actors.remote_caches import RemoteCaches
 from actors.session_host import SessionServer
 from actors.workers import Workers
+from cluster import tracing
 from cluster.digest import Digest
 from cluster.errors import ClusterError, InternalError, JobEndedError, JobNotFoundError, LeaseLostError, StaleFenceError
 from cluster.faultpoints import FaultPoint, ahit
@@ -45,6 +46,7 @@ from cluster.ref import RefId
 from cluster.solver.imported import ImportedKeys
 from cluster.solver.runner import Solver
 from cluster.solver.values import JobDone, JobFailed, JobOutcome, JobStopped, Result
+from cluster.tracing import SpanKind
 from cluster.wire import decode, encode_error
 from storage.cache_keys import RedisKeyStore
 from storage.job_events import RedisJobEvents
@@ -201,7 +203,7 @@ class SolverScheduler(SessionServer):
             return
         run = self._runs[claimed.claim.job] = _Run(claimed.claim, claimed.record.spec)
         JOBS.set(len(self._runs))
-        self._starter.background.spawn(self._build_job(parts, run, claimed, former))
+        self._starter.background.spawn(self._trace_job(parts, run, claimed, former))
 
     async def _renew_forever(self, parts: _Parts) -> None:
         ttl_s = self._starter.boot.config.build.claim_ttl_s
@@ -230,7 +232,16 @@ class SolverScheduler(SessionServer):
 
     # -- one job ---------------------------------------------------------------------------------------------------
 
-    async def _build_job(self, parts: _Parts, run: _Run, claimed: ClaimedJob, former: _Run | None) -> None:
+    async def _trace_job(self, parts: _Parts, run: _Run, claimed: ClaimedJob, former: _Run | None) -> None:
+        """Build a job as a part of its driver's trace."""
+        about = {tracing.JOB: run.spec.id}
+        with tracing.continuing("job", run.spec.session.traceparent, about, kind=SpanKind.CONSUMER) as span:
+            outcome = await self._build_job(parts, run, claimed, former)
+            span.put({"lazyfarm.job.outcome": _OUTCOMES[type(outcome)]})
+            if isinstance(outcome, JobFailed):
+                span.end(outcome.error)
+
+    async def _build_job(self, parts: _Parts, run: _Run, claimed: ClaimedJob, former: _Run | None) -> JobOutcome:
         job = run.claim.job
         if former is not None:
             # t=0  this scheduler is stopped for a while; another claims the job, and dies
@@ -255,6 +266,7 @@ class SolverScheduler(SessionServer):
         if not run.is_lost:
             JOB_SECONDS.observe(time.monotonic() - started_s, outcome=_OUTCOMES[type(outcome)])
         bound.info("job.complete", outcome=type(outcome).__name__, lost=run.is_lost)
+        return outcome
 
     async def _outcome(self, parts: _Parts, run: _Run, claimed: ClaimedJob) -> JobOutcome:
         spec = run.spec

@@ -9,8 +9,10 @@ from typing import TypeVar
 
 import structlog
 
-from actors.replies import ERROR, RESULT
+from actors.replies import ERROR, RESULT, rpc
+from cluster import tracing
 from cluster.errors import ClusterError, InternalError
+from cluster.messages import SessionInfo
 from cluster.wire import decode, encode, encode_error
 
 S = TypeVar("S")
@@ -34,7 +36,10 @@ def answers(
         async def call(self: S, payload: bytes) -> bytes:
             try:
                 request = decode(kind, request_type, payload)
-                result = await method(self, request)
+                session: SessionInfo | None = getattr(request, "session", None)
+                name, attributes = rpc(type(self).__name__, method.__name__)
+                with tracing.continuing(name, session.traceparent if session is not None else "", attributes):
+                    result = await method(self, request)
                 return RESULT + encode(f"{kind}-result", result)
             except asyncio.CancelledError:
                 raise

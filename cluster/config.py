@@ -287,6 +287,20 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TracingConfig:
+    """Traces, by OpenTelemetry."""
+
+    #: ``http[s]://HOST[:PORT]`` of who takes OTLP over HTTP; "": nothing is traced.
+    endpoint: str = ""
+    #: File with ``NAME: VALUE`` lines, headers of every request there; "" for none.
+    headers_file: str = ""
+    #: Share of the traces that begin here that are kept.
+    sample_ratio: float = 1.0
+    #: Begins the ``service.name`` of every span: ``-driver``, ``-scheduler``, … follows.
+    service_name: str = "lazyfarm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything that can be set."""
 
@@ -304,6 +318,7 @@ class Config:
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     log: LogConfig = field(default_factory=LogConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    tracing: TracingConfig = field(default_factory=TracingConfig)
     #: By registry host; ``default`` for the rest.
     registries: dict[str, RegistryConfig] = field(default_factory=dict)
 

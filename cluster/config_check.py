@@ -168,6 +168,7 @@ _SECRET = re.compile(r"pass(word|wd|phrase)?|secret|token|api_?key|access_key|cr
 _SECRET_ADVICE = {
     "redis": "put the password into a file and name it in redis.password_file",
     "s3": "put the keys into a file and name it in s3.credentials_file",
+    "tracing": "put the header into a file and name it in tracing.headers_file",
     "ray": "put the token into a file and name it in ray.token_file",
     REGISTRIES: "drivers answer for registry credentials, from their own config.json and credential helpers",
 }
@@ -268,6 +269,7 @@ RANGES: dict[str, Range] = {
     "gateway.grace_s": Range(1, _HOUR_S),
     # Each has two connections to Redis and a thread.
     "gateway.sessions": Range(1, 10_000),
+    "tracing.sample_ratio": Range(0, 1),
     "registries.*.max_concurrency": Range(1, 10_000),
     "registries.*.max_requests_per_s": Range(0, 10_000),
     "registries.*.quota_pace_s": Range(0, _HOUR_S),
@@ -283,6 +285,7 @@ _NAME = re.compile(r"[a-z0-9-]{1,32}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 #: Or "".
 _REDIS_USER = re.compile(r"[^\s:]{0,64}")
+_SERVICE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _REGION = re.compile(r"[A-Za-z0-9-]{1,64}")
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _HOST_PORT = re.compile(_HOST.pattern.removesuffix("?").removesuffix("(?::[0-9]{1,5})") + r":[0-9]{1,5}")
@@ -307,16 +310,33 @@ def _redis_url(text: str) -> str:
 
 
 def _s3_endpoint(text: str) -> str:
+    reason = _endpoint(text, _SECRET_ADVICE["s3"])
+    return reason if reason or not _has_more(text) else f"{_BARE} and nothing more; the bucket is s3.bucket"
+
+
+def _otlp_endpoint(text: str) -> str:
+    reason = _endpoint(text, _SECRET_ADVICE["tracing"])
+    return reason if reason or not _has_more(text) else f"{_BARE} and nothing more; /v1/traces is added"
+
+
+_BARE = "must be http[s]://HOST[:PORT]"
+
+
+def _endpoint(text: str, advice: str) -> str:
     if not text:
         return ""
     parts, reason = _url(text, ("http", "https"))
     if parts is None:
         return reason
     if parts.username is not None or parts.password is not None:
-        return f"holds credentials; {_SECRET_ADVICE['s3']}"
-    if not parts.hostname or parts.path.strip("/") or parts.query or parts.fragment:
-        return "must be http[s]://HOST[:PORT] and nothing more; the bucket is s3.bucket"
+        return f"holds credentials; {advice}"
     return ""
+
+
+def _has_more(text: str) -> bool:
+    """Tell whether a URL is not of one server alone."""
+    parts = urlsplit(text)
+    return bool(text) and (not parts.hostname or bool(parts.path.strip("/") or parts.query or parts.fragment))
 
 
 def _url(text: str, schemes: tuple[str, ...]) -> tuple[Any, str]:
@@ -381,6 +401,7 @@ FILES = (
     "s3.ca_file",
     "ray.token_file",
     "build.credentials_file",
+    "tracing.headers_file",
     "registries.*.ca_file",
 )
 
@@ -405,6 +426,8 @@ RULES: dict[str, Callable[[Any], str]] = {
     "gateway.key_file": _absolute,
     "gateway.s3_endpoint": _s3_endpoint,
     "log.level": _one_of("debug", "info", "warning", "error"),
+    "tracing.endpoint": _otlp_endpoint,
+    "tracing.service_name": _matches(_SERVICE, "1 to 64 letters, digits, ., _ and -"),
     "registries.*.mirrors": _mirrors,
     "registries.*.plain_http": lambda _: "",
     **dict.fromkeys(FILES, _absolute),

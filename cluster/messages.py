@@ -36,6 +36,8 @@ class SessionInfo:
     part_of: str = ""
     #: The job that it is done for; "" for none.
     job: str = ""
+    #: The span that the call is made under (:mod:`cluster.tracing`); "" where it is not traced.
+    traceparent: str = ""
 
     @property
     def tenant(self) -> str:

@@ -534,8 +534,9 @@ class FlightStore(Protocol):
         """Join or own the flight of *key*, in one script.
 
         Present if the blob is there. Owned, with a new fence, if nobody owns it or the owner's lease has
-        lapsed (then with what upload it left). Else Joined, and *worker* is recorded as waiting until
-        *ttl_s* from now (it renews). Aborting if the owner is stopping for want of waiters.
+        lapsed (then with what upload it left). Else Joined, with the span that was current where its owner
+        joined, and *worker* is recorded as waiting until *ttl_s* from now (it renews). Aborting if the owner
+        is stopping for want of waiters.
 
         Args:
             key: ``blob:sha256:…``.

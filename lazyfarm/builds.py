@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
 
 from actors.handles import FetchWorkerHandle, SchedulerHandle
 from actors.version import VERSION
+from cluster import tracing
 from cluster.cache_options import CacheSource, CacheTarget
 from cluster.config import Config
 from cluster.digest import Digest, digest_of
@@ -29,6 +30,7 @@ from cluster.provider import registries_of as provider_registries
 from cluster.ref import ImageRecord, RefId, RefState
 from cluster.reference import ImageReference, parse_reference
 from cluster.remote_cache import CacheEntry, embed
+from cluster.tracing import SpanKind
 from lazyfarm.graph import Resolved, State, resolve
 from lazyfarm.job import EventCallback, Job, Result, read_secrets
 from lazyfarm.jobs import FarmJobs
@@ -152,7 +154,7 @@ class Builds:
         return Job(
             self,
             job,
-            submit=lambda: self._submit(job, graph, options),
+            submit=lambda: self._traced_submit(job, graph, options),
             is_detached=options.detached,
             on_event=on_event,
         )
@@ -166,6 +168,7 @@ class Builds:
         record = await self._jobs.find(job)
         return Job(self, record.id, submit=None, is_detached=record.spec.is_detached)
 
+    @tracing.begins("resolve")
     async def resolve(self, image: str, *, platform: str | None, plain_http: bool) -> ResolvedImage:
         """Read an image's manifest and config; no ref is made."""
         reference = parse_reference(image)
@@ -186,6 +189,13 @@ class Builds:
             platform=found.image.platform,
             config=found.config,
         )
+
+    async def _traced_submit(
+        self, job: JobId, graph: State | Sequence[State] | Resolved | Definition, options: BuildOptions
+    ) -> None:
+        """Submit a job: all that is done for it is a part of this span's trace."""
+        with tracing.beginning("submit", {tracing.JOB: job}, kind=SpanKind.PRODUCER):
+            await self._submit(job, graph, options)
 
     async def _submit(
         self, job: JobId, graph: State | Sequence[State] | Resolved | Definition, options: BuildOptions
@@ -226,7 +236,7 @@ class Builds:
             id=job,
             definition=digest_of(payload),
             targets=definition.targets,
-            session=replace(session, job=job),
+            session=replace(session, job=job, traceparent=tracing.current().traceparent),
             no_cache=tuple(d for d in rerun if not isinstance(definition.vertices[d].op, _SOURCES)),
             cache_from=tuple(options.cache_from),
             cache_to=tuple(options.cache_to),

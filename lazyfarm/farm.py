@@ -15,7 +15,9 @@ from types import TracebackType
 from typing import BinaryIO, Self, TypeVar, cast
 
 from actors.handles import CacheShardHandle, FetchWorkerHandle, SessionServerHandle
+from actors.traces import start_driver_traces
 from actors.version import VERSION
+from cluster import tracing
 from cluster.audit import AuditEntry, AuditFilter
 from cluster.cache.names import find_ref
 from cluster.cache.ring import ShardRing
@@ -187,6 +189,7 @@ class Farm:
         except ModuleNotFoundError as exc:
             raise NotInstalledError(exc.name or "Ray") from exc
 
+        start_driver_traces(wanted)
         session = Session(wanted, source_of(credentials), keep_s=wanted.cache.keep_s if keep else None)
         try:
             await asyncio.to_thread(session.open)
@@ -240,6 +243,7 @@ class Farm:
         """
         return Operation(self, lambda stream: self.pull_told(image, platform, stream, plain_http=plain_http), progress)
 
+    @tracing.begins("pull")
     async def pull_told(self, image: str, platform: str | None, stream: str | None, *, plain_http: bool) -> Ref:
         """Resolve an image, and tell a progress stream of it."""
         reference = parse_reference(image)
@@ -257,6 +261,7 @@ class Farm:
         handlers = [DescHandler(digest=layer.digest, provider=handle) for layer in result.image.layers]
         return Ref(self, result.layers, result.image, handlers)
 
+    @tracing.begins("get")
     async def get(self, ref: str) -> Ref:
         """Look up a ref by ID, by the first digits of its ID, or by the name or digest of its image.
 
@@ -278,6 +283,7 @@ class Farm:
         )
         return Ref(self, result.layers, image)
 
+    @tracing.begins("get by blob")
     async def get_by_blob(
         self,
         descriptor: Descriptor,
@@ -363,6 +369,7 @@ class Farm:
         """
         return Operation(self, lambda stream: self._push(ref, target, stream, plain_http=plain_http), progress)
 
+    @tracing.begins("push")
     async def _push(self, ref: Ref | str | Result, target: str, stream: str | None, *, plain_http: bool) -> PushResult:
         reference = parse_reference(target)
         if isinstance(ref, Result):
@@ -467,6 +474,7 @@ class Farm:
         )
         return await job.submitted()
 
+    @tracing.begins("tag")
     async def tag(self, result: Result, name: str, *, created_s: int | None = None) -> Ref:
         """Make an image of what a build came to, under *name* in this farm. No layer moves.
 
@@ -741,6 +749,7 @@ class Farm:
 
     # -- for Ref and Operation ---------------------------------------------------------------------------------
 
+    @tracing.begins("unlazy")
     async def unlazy_chain(self, ref: Ref, stream: str | None) -> UnlazyResult:
         """Unlazy a ref's whole chain at one worker."""
         request = UnlazyRequest(
@@ -754,6 +763,7 @@ class Farm:
         )
         return result
 
+    @tracing.begins("extract")
     async def extract_chain(self, ref: Ref, node: str | None, stream: str | None) -> ExtractResult:
         """Extract a ref's chain on a node; NodeDrainingError where that takes nothing new."""
         if node in {record.id for record in await self.nodes() if record.draining}:

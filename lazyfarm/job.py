@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster import tracing
 from cluster.errors import InternalError, InvalidArgumentError, JobCancelledError
 from cluster.job import JobEnded, JobEvent, JobId, JobRecord, JobState
 from cluster.job_result import InlineEntry
@@ -113,7 +114,7 @@ class Job:
         return self._id
 
     def __await__(self) -> Generator[Any, None, Result]:
-        return self._result().__await__()
+        return self._traced_result().__await__()
 
     async def submitted(self) -> Job:
         """Return once it is submitted: a detached one goes on from here, whatever becomes of this process."""
@@ -153,6 +154,10 @@ class Job:
             return
         async with self._farm.attending_job(self._id):
             yield
+
+    async def _traced_result(self) -> Result:
+        with tracing.beginning("solve", {tracing.JOB: self._id}):
+            return await self._result()
 
     async def _result(self) -> Result:
         try:

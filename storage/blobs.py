@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING, Any, Self, cast
 from uuid import uuid4
 
+from cluster import tracing
 from cluster.config import S3Config
 from cluster.errors import BlobNotFoundError, ClusterError, UnavailableError, UnsafeStoreError
 from cluster.metrics import S3_SECONDS
 from cluster.ports import ObjectInfo, Part
+from cluster.tracing import Span, SpanKind
 from storage.s3_errors import translated
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ _REFUSED = frozenset({401, 403, 429})
 _SERVER_ERROR = 500
 #: Where botocore's context of a call keeps when the call began.
 _STARTED_S = "lazyfarm_started_s"
+#: And its span.
+_SPAN = "lazyfarm_span"
 _BACKOFF_MAX_S = 5.0
 
 
@@ -556,11 +560,21 @@ def _say_as_ceph_reads(params: dict[str, Any], **_: object) -> None:
         headers["x-amz-copy-if-match"] = condition
 
 
-def _note_start(context: dict[str, Any], **_: Any) -> None:
+def _note_start(event_name: str, context: dict[str, Any], **_: Any) -> None:
     context[_STARTED_S] = time.monotonic()
+    # Until the head of the answer, as the histogram is.
+    operation = event_name.rpartition(".")[2]
+    about = {"rpc.system.name": "aws-api", "rpc.method": f"S3/{operation}"}
+    context[_SPAN] = tracing.start(f"S3/{operation}", tracing.current(), about, kind=SpanKind.CLIENT)
 
 
-def _note_end(event_name: str, context: dict[str, Any], parsed: dict[str, Any] | None = None, **_: Any) -> None:
+def _note_end(
+    event_name: str,
+    context: dict[str, Any],
+    parsed: dict[str, Any] | None = None,
+    exception: BaseException | None = None,
+    **_: Any,
+) -> None:
     """Count a call that has ended: *event_name* ends in its operation, *parsed* is missing where no answer came."""
     status = 0 if parsed is None else parsed["ResponseMetadata"]["HTTPStatusCode"]
     # That there is no such object, or no more of it, is an answer.
@@ -570,6 +584,10 @@ def _note_end(event_name: str, context: dict[str, Any], parsed: dict[str, Any] |
         operation=event_name.rpartition(".")[2],
         outcome="failed" if is_failed else "ok",
     )
+    span: Span = context[_SPAN]
+    if status:
+        span.put({"http.response.status_code": status})
+    span.end(exception or (UnavailableError("S3", f"HTTP {status}") if is_failed else None))
 
 
 def _bare(etag: str) -> str:

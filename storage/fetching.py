@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
+from cluster import tracing
 from cluster.audit import handle_of
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest, digest_of, hex_of
@@ -46,6 +47,7 @@ from storage.local_blobs import ArrivingBlob, NodeBlobs
 from storage.registry.blob import BlobResponse, BlobSource
 from storage.registry.calls import tell
 from storage.registry.endpoint import Endpoint
+from storage.registry.spans import STATUS, request_span
 from storage.transfer import (
     BlobTransfer,
     BufferPool,
@@ -118,9 +120,16 @@ class _RegistrySource:
         registry = self._endpoint.registry
         budget = Budget(kind=RequestKind.BLOB, account=self.identity)
         holding = self._limiter.slot(registry, deadline_s=_SLOT_DEADLINE_S, budget=budget)
-        slot = self._bridge.ask(holding.__aenter__(), _SLOT_DEADLINE_S + 10)
+        with tracing.span("wait for a turn", {"lazyfarm.registry": registry}):
+            slot = self._bridge.ask(holding.__aenter__(), _SLOT_DEADLINE_S + 10)
         try:
-            with self._open_authorized(slot, offset, length) as response:
+            url = self._endpoint.blob_url(self._descriptor.digest)
+            # From the question, through what redirects and challenges it takes, to the last byte.
+            with (
+                request_span("GET", url, registry=registry) as span,
+                self._open_authorized(slot, offset, length) as response,
+            ):
+                span.put({STATUS: response.status, "lazyfarm.offset": offset})
                 try:
                     yield response
                 except UnavailableError as exc:
@@ -285,7 +294,7 @@ class ThreadedTransfers:
             new_staging=lambda: self._blobs.begin(digest, descriptor.size_bytes, origins),
             resume=upload,
         )
-        running = loop.run_in_executor(self._threads, transfer.run)
+        running = loop.run_in_executor(self._threads, tracing.carried(transfer.run))
         try:
             done = await asyncio.shield(running)
         except asyncio.CancelledError:

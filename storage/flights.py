@@ -9,7 +9,7 @@ from typing import Any
 
 import msgpack
 
-from cluster import wire
+from cluster import tracing, wire
 from cluster.audit import AuditEntry
 from cluster.errors import InternalError, StaleFenceError, UnknownVersionError, WireError
 from cluster.flight.values import (
@@ -102,6 +102,7 @@ class RedisFlightStore:
             secrets.token_hex(8),
             wire.VERSION,
             self._audit.limits if self._audit else "",
+            tracing.current().traceparent,
             may_repeat=True,
         )
         FLIGHT_JOINS.add(outcome=reply[0].decode())
@@ -245,13 +246,14 @@ def _elsewhere(reply: list[Any]) -> Elsewhere:
     match reply:
         case [b"present", blob]:
             return Present(blob=BLOB.decode(blob))
-        case [b"joined", number, owner, current, total, left_ms]:
+        case [b"joined", number, owner, current, total, left_ms, trace]:
             return Joined(
                 fence_number=int(number),
                 owner=owner.decode(),
                 current_bytes=int(current),
                 total_bytes=int(total),
                 lease_remaining_s=left_ms / 1000,
+                trace=trace.decode(),
             )
         case [b"aborting", number, left_ms]:
             return Aborting(fence_number=int(number), lease_remaining_s=left_ms / 1000)

@@ -25,6 +25,7 @@ from typing import BinaryIO, Final, NamedTuple, Protocol, assert_never, cast
 import zstandard
 from isal import isal_zlib
 
+from cluster import tracing
 from cluster.descriptor import Compression, Descriptor
 from cluster.digest import Digest
 from cluster.errors import (
@@ -153,7 +154,7 @@ class LayerUpload:
             ClusterError: whatever *write_tar* raised, unchanged.
         """
         with ThreadPoolExecutor(1, thread_name_prefix="layer-tar") as executor:
-            writing = executor.submit(self._write)
+            writing = executor.submit(tracing.carried(self._write))
             try:
                 info = self._send(writing)
                 written = writing.result()

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 
+from cluster import tracing
 from cluster.audit import AuditEntry, NoAudit, Operation
 from cluster.digest import Digest
 from cluster.disk_room import BoundlessDisk, NodeDisk, Part
@@ -319,7 +320,7 @@ class NodeBlobs:
         try:
             async with self._slots.slot(blob.digest, tenants):
                 began_s = time.monotonic()
-                await self._loop.run_in_executor(self._threads, self._copy, blob)
+                await self._loop.run_in_executor(self._threads, tracing.carried(self._copy), blob)
             entry = AuditEntry(
                 operation=Operation.DOWNLOAD, who=next(iter(tenants), ""), digest=blob.digest, source="s3"
             )

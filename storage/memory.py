@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+from cluster import tracing
 from cluster.audit import AuditEntry, Operation, absence
 from cluster.circuit import BURST_S, BreakerLimits, Circuit, HostCircuit
 from cluster.collect.ports import Doomed
@@ -76,6 +77,7 @@ class _Flight:
     is_aborting: bool = False
     current_bytes: int = 0
     total_bytes: int = 0
+    trace: str = ""
 
 
 @dataclass(slots=True)
@@ -377,7 +379,8 @@ class MemoryFlightStore:
         if flight is not None:
             self._settle(key, Vacated(fence_number=flight.fence.number))
         fence = Fence(key=key, epoch=memory.epoch, number=self._next_fence(), token=token)
-        memory.flights[key] = _Flight(fence=fence, owner=worker, expires_s=memory.now_s() + ttl_s)
+        trace = tracing.current().traceparent
+        memory.flights[key] = _Flight(fence=fence, owner=worker, expires_s=memory.now_s() + ttl_s, trace=trace)
         memory.waiters.get(key, {}).pop(worker, None)
         upload = self._upload(key)
         if flight is not None:
@@ -411,6 +414,7 @@ class MemoryFlightStore:
             current_bytes=flight.current_bytes,
             total_bytes=flight.total_bytes,
             lease_remaining_s=remaining_s,
+            trace=flight.trace,
         )
 
     async def leave(self, key: str, *, worker: str) -> bool:

@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from typing import TypeVar
 
+from cluster import tracing
 from cluster.errors import ClusterError
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ async def in_thread(threads: Executor, call: Callable[[threading.Event], T]) -> 
         call: Looks at the event often enough, and raises StoppedError once it is set.
     """
     stop = threading.Event()
-    running = asyncio.get_running_loop().run_in_executor(threads, call, stop)
+    running = asyncio.get_running_loop().run_in_executor(threads, tracing.carried(call), stop)
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:

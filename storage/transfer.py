@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass
 from typing import Generic, NoReturn, Protocol, TypeVar, assert_never
 
+from cluster import tracing
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
 from cluster.errors import (
@@ -271,7 +272,7 @@ class _StoreFailedError(Exception):
 def _run_all(count: int, work: Callable[[], None]) -> None:
     """Run *work* in *count* threads until all have ended; raise the first error."""
     with ThreadPoolExecutor(max(1, count), thread_name_prefix="range") as pool:
-        running = [pool.submit(work) for _ in range(count)]
+        running = [pool.submit(tracing.carried(work)) for _ in range(count)]
     for future in running:
         try:
             future.result()

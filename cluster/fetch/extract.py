@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from cluster import tracing
 from cluster.digest import EMPTY_CHAIN, Digest, hex_of
 from cluster.disk_room import BoundlessDisk, NodeDisk, Part, snapshot_key, snapshot_parts, taken_bytes
 from cluster.errors import (
@@ -311,10 +312,13 @@ class Extractor:
     async def _unpack(self, record: RefRecord, context: FlightContext[Caller]) -> None:
         """Unpack one layer as its bytes come; try anew where they came wrong and come again."""
         for attempt in range(1, _MAX_TRIES + 1):
-            blob = await self._blobs.get(record.blob.digest, [caller.tenant for caller in context.callers])
+            about = {tracing.BLOB: record.blob.digest, tracing.CHAIN: record.chain}
+            with tracing.span("bring", about):
+                blob = await self._blobs.get(record.blob.digest, [caller.tenant for caller in context.callers])
             await ahit(FaultPoint.EXTRACT_BEFORE)
             try:
-                await self._apply(record, blob)
+                with tracing.span("unpack", about):
+                    await self._apply(record, blob)
             except ClusterError:
                 # Bytes are unpacked before they are known to be right: if they were wrong, that is the error.
                 try:

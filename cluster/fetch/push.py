@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from cluster import tracing
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
 from cluster.errors import (
@@ -175,7 +176,9 @@ class Pusher:
     ) -> LayerPush:
         """Bring one layer to *target* as :meth:`push` does, and tell of its end; raises likewise."""
         try:
-            done = await self._place(layer, target, caller, providers)
+            with tracing.span("push layer", {tracing.BLOB: layer.digest, "lazyfarm.target": target.source}) as span:
+                done = await self._place(layer, target, caller, providers)
+                span.put({"lazyfarm.how": done.how, "lazyfarm.pushed_bytes": done.bytes})
         except asyncio.CancelledError:
             self._spawn(self._tell(caller, layer, LayerPhase.CANCELLED, ""))
             raise

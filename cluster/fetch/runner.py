@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, assert_never
 
+from cluster import tracing
 from cluster.audit import AuditEntry, NoAudit, Operation, error_of, handle_of, outcome_of
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
@@ -53,6 +54,7 @@ from cluster.ports import AuditNotes, Authorizer, FlightRenewer, FlightStore, Le
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.provider import DescHandler, ProviderHandle
 from cluster.ref import BlobRecord
+from cluster.tracing import Span
 from cluster.wire import decode_error, encode_error
 
 
@@ -153,6 +155,8 @@ class _Arrival:
     source: str
     #: True where another process's flight, or an earlier one, brought it.
     elsewhere: bool
+    #: The span under which it was waited for, or fetched.
+    trace: str = ""
 
 
 #: Seconds from one look for another's flight to the next, times the number of fetches that wait for a slot.
@@ -252,6 +256,19 @@ class Unlazier:
             LeaseLostError: the caller's lease is gone; the blob is present all the same.
             ClusterError: no source has it right.
         """
+        about: tracing.Attributes = {tracing.BLOB: descriptor.digest, "lazyfarm.blob.size": descriptor.size_bytes}
+        with tracing.span("unlazy", about) as span:
+            fetch = await self._unlazy(descriptor, caller, span)
+            span.put(
+                {
+                    "lazyfarm.source": fetch.source,
+                    "lazyfarm.joined": fetch.joined,
+                    "lazyfarm.fetched_bytes": fetch.bytes_fetched,
+                }
+            )
+            return fetch
+
+    async def _unlazy(self, descriptor: Descriptor, caller: Caller, span: Span) -> LayerFetch:
         digest = descriptor.digest
         started_s = self._clock()
         item = _Item(self._progress, caller.streams(digest), digest, descriptor.size_bytes, self._spawn)
@@ -281,6 +298,8 @@ class Unlazier:
         joined = outcome.joined or arrival.elsewhere
         how = "joined" if joined else "fetched"
         self.note(descriptor, caller, how, arrival.source, self._clock() - started_s)
+        if outcome.joined:
+            span.link(arrival.trace)
         await item.end(LayerPhase.JOINED if joined else LayerPhase.DONE, arrival.source)
         return LayerFetch(
             digest=digest,
@@ -348,6 +367,13 @@ class Unlazier:
     # -- the cluster's flight ----------------------------------------------------------------------
 
     async def _fly(self, descriptor: Descriptor, context: FlightContext[Caller]) -> _Arrival:
+        """Take part in the cluster's flight, as a part of the trace of the caller that came first."""
+        with tracing.span("flight", {tracing.BLOB: descriptor.digest}) as span:
+            arrival = await self._take_part(descriptor, context)
+            span.put({"lazyfarm.flight.role": "waiter" if arrival.elsewhere else "owner"})
+            return replace(arrival, trace=span.traceparent)
+
+    async def _take_part(self, descriptor: Descriptor, context: FlightContext[Caller]) -> _Arrival:
         """Join or own the cluster's flight until the blob is present, or the flight this waited for failed."""
         key = f"blob:{descriptor.digest}"
         async with contextlib.AsyncExitStack() as room:
@@ -418,10 +444,11 @@ class Unlazier:
         slot = self._slots.ask(key, (caller.tenant for caller in context.callers))
         is_kept = False
         try:
-            while not slot.granted.done():
-                if (elsewhere := await self._join_another(key)) is not None:
-                    return elsewhere
-                await asyncio.wait([slot.granted], timeout=max(self._poll_s, self._slots.waiting * _LOOK_PACE_S))
+            with tracing.span("wait for a slot"):
+                while not slot.granted.done():
+                    if (elsewhere := await self._join_another(key)) is not None:
+                        return elsewhere
+                    await asyncio.wait([slot.granted], timeout=max(self._poll_s, self._slots.waiting * _LOOK_PACE_S))
             outcome = await self._store.join(key, worker=self._worker, token=self._new_token(), ttl_s=self._ttl_s)
             if not isinstance(outcome, Owned):
                 return outcome
@@ -441,6 +468,7 @@ class Unlazier:
             ClusterError: the flight failed while we waited for it.
         """
         context.report(joined.current_bytes, joined.total_bytes)
+        tracing.current().link(joined.trace)
         self._renewer.keep_waiting(key, worker=self._worker, ttl_s=self._ttl_s)
         try:
             ended = await self._hear_end(key, joined, context)
@@ -612,7 +640,9 @@ class Unlazier:
             return context.callers
 
         ownership.began_s = self._clock()
-        fetched = await self._transfers.fetch(descriptor, callers, fence, ownership.upload, context.report)
+        with tracing.span("transfer", {tracing.BLOB: descriptor.digest}) as span:
+            fetched = await self._transfers.fetch(descriptor, callers, fence, ownership.upload, context.report)
+            span.put({"lazyfarm.source": fetched.source, "lazyfarm.fetched_bytes": fetched.bytes_fetched})
         is_committed = False
         try:
             await ahit(FaultPoint.COMMIT_BEFORE)

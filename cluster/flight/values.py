@@ -62,6 +62,8 @@ class Joined:
     total_bytes: int
     #: Seconds until the owner's lease lapses unless it renews.
     lease_remaining_s: float
+    #: The span that its owner works under, as a ``traceparent``; "" where it is not traced.
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,11 @@ from typing import TypeVar, assert_never
 
 import structlog
 
-from cluster import wire
+from cluster import tracing, wire
 from cluster.digest import Digest
 from cluster.errors import ClusterError, DeadlineExceededError, InternalError, UnavailableError
 from cluster.graph import Definition, Vertex
-from cluster.job import JobId, VertexEvent
+from cluster.job import JobId, VertexEvent, VertexState
 from cluster.solver.ports import JobEvents, KeyStore, OpRunner
 from cluster.solver.state import SolverState, SolverStatistics
 from cluster.solver.values import (
@@ -51,6 +51,7 @@ from cluster.solver.values import (
     Stopped,
     TaskId,
 )
+from cluster.tracing import NOTHING, Span
 
 T = TypeVar("T")
 
@@ -61,6 +62,15 @@ _TOLD_AT_ONCE = 500
 
 #: Instructions that are answered.
 _Ask = GetCacheMap | LookUp | Load | ComputeContentKey | Run | Keep
+#: What their spans are called.
+_SPANS = {
+    GetCacheMap: "cache map",
+    LookUp: "cache lookup",
+    Load: "load",
+    ComputeContentKey: "content key",
+    Run: "run",
+    Keep: "keep",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +90,26 @@ class _Watch:
 
     ended: asyncio.Future[JobOutcome]
     untold: list[VertexEvent] = field(default_factory=list)
+    #: What the job is a part of, and the spans of its vertices that are under way.
+    span: Span = NOTHING
+    vertices: dict[Digest, Span] = field(default_factory=dict)
     #: The job has come to this, once all of it is told.
     outcome: JobOutcome | None = None
     teller: asyncio.Task[None] | None = None
+
+    def of(self, vertex: Digest) -> Span:
+        """Return the span of a vertex, which begins with what is first asked or told of it."""
+        if self.span is NOTHING:
+            return NOTHING
+        found = self.vertices.get(vertex)
+        if found is None:
+            found = self.vertices[vertex] = tracing.start("vertex", self.span, {tracing.VERTEX: vertex})
+        return found
+
+    def end_spans(self) -> None:
+        """End what others' work began anew after its end for this job."""
+        while self.vertices:
+            self.vertices.popitem()[1].end()
 
 
 class Solver:
@@ -117,6 +144,8 @@ class Solver:
         self._tasks: dict[TaskId, asyncio.Task[Answer]] = {}
         #: What is not begun yet, by task, in order.
         self._waiting: dict[TaskId, _Ask] = {}
+        #: The spans of runs that are under way, and the jobs that they are told to, by vertex.
+        self._runs: dict[Digest, tuple[JobId, Span]] = {}
         #: How many of the tasks are no runs.
         self._asking = 0
         #: What nobody's answer depends on: further keys, releases, tellers.
@@ -135,7 +164,7 @@ class Solver:
             raise self._closed
         if job in self._jobs:
             raise InternalError(f"job {job} is submitted while it goes on")
-        self._jobs[job] = _Watch(asyncio.get_running_loop().create_future())
+        self._jobs[job] = _Watch(asyncio.get_running_loop().create_future(), span=tracing.current())
         self._feed(JobSubmitted(job, definition, frozenset(no_cache)))
 
     async def wait(self, job: JobId) -> JobOutcome:
@@ -183,6 +212,7 @@ class Solver:
         self._closed = self._closed or UnavailableError("solver", "it is being closed")
         watches, self._jobs = self._jobs, {}
         for watch in watches.values():
+            watch.end_spans()
             if not watch.ended.done():
                 watch.ended.set_exception(self._closed)
                 watch.ended.exception()  # it may be that nobody waits
@@ -270,7 +300,10 @@ class Solver:
 
     def _on_done(self, ask: _Ask, task: asyncio.Task[Answer]) -> None:
         del self._tasks[ask.task]
-        self._asking -= not isinstance(ask, Run)
+        if isinstance(ask, Run):
+            self._runs.pop(ask.vertex.digest, None)
+        else:
+            self._asking -= 1
         if task.cancelled():
             error = InternalError(f"{type(ask).__name__} was cancelled while it was waited for")
             # Where it was told to stop, any answer is its end.
@@ -283,12 +316,31 @@ class Solver:
     async def _answer(self, ask: _Ask) -> Answer:
         """Do what is asked; whatever comes of it is an answer, so that it neither ends the loop nor hangs a job."""
         try:
-            return await self._ask(ask)
+            with tracing.within(self._span_for(ask)), tracing.span(_SPANS[type(ask)]) as span:
+                if isinstance(ask, Run) and span is not NOTHING:
+                    self._runs[ask.vertex.digest] = ask.job, span
+                answer = await self._ask(ask)
+                if isinstance(answer, Ran):
+                    span.put({"lazyfarm.cached": answer.was_cached})
+                elif isinstance(answer, Found):
+                    span.put({"lazyfarm.records": len(answer.records)})
+                return answer
         except ClusterError as exc:
             return Failed(ask.task, exc)
         except Exception as exc:  # noqa: BLE001 - a bug in an op must end its jobs, not hang them
             _log.exception("solver.bug", asked=type(ask).__name__)
             return Failed(ask.task, InternalError(f"{type(ask).__name__}: {type(exc).__name__}: {exc}"))
+
+    def _span_for(self, ask: _Ask) -> Span:
+        """Return the span of the vertex that something is asked for, in the trace of the job that wants it first."""
+        if not tracing.is_installed():
+            return NOTHING
+        job = next(iter(self._state.beneficiaries(ask.task)), None) if isinstance(ask, LookUp) else ask.job
+        watch = None if job is None else self._jobs.get(job)
+        if watch is None:
+            return NOTHING
+        vertex = self._state.vertex_of(ask.task)
+        return watch.span if vertex is None else watch.of(vertex)
 
     async def _ask(self, ask: _Ask) -> Answer:
         match ask:
@@ -350,7 +402,23 @@ class Solver:
         error = b"" if report.error is None else wire.encode_error(report.error)
         event = VertexEvent(vertex=report.vertex, name=report.name, state=report.state, error=error, node=report.node)
         watch.untold.append(event)
+        if watch.span is not NOTHING:
+            self._trace(report, watch)
         self._tell(report.job, watch)
+
+    def _trace(self, report: Report, watch: _Watch) -> None:
+        """Have a vertex's span begin, move on and end with what is reported of it."""
+        span = watch.of(report.vertex)
+        if report.state is VertexState.RUNNING:
+            if report.node:
+                span.put({tracing.NODE: report.node})
+            job, run = self._runs.get(report.vertex, (report.job, NOTHING))
+            if job != report.job:
+                span.link(run.traceparent)  # one run for several jobs is told in one's trace
+        elif report.state.is_end:
+            del watch.vertices[report.vertex]
+            span.put({"lazyfarm.vertex.name": report.name, "lazyfarm.vertex.state": report.state.value})
+            span.end(report.error if report.state is not VertexState.CANCELLED else asyncio.CancelledError())
 
     def _tell(self, job: JobId, watch: _Watch) -> None:
         if watch.teller is None:
@@ -367,6 +435,7 @@ class Solver:
         watch.teller = None
         if watch.outcome is not None and self._jobs.get(job) is watch:
             del self._jobs[job]
+            watch.end_spans()
             watch.ended.set_result(watch.outcome)
 
     def _chore(self, what: str, doing: Awaitable[object]) -> asyncio.Task[None]:

@@ -318,6 +318,11 @@ class SolverState:
             return (known.job.id,)
         return tuple(dict.fromkeys((*known.edge.wanted, *known.edge.jobs)))
 
+    def vertex_of(self, task: TaskId) -> Digest | None:
+        """Return the vertex that a task is done for; None for a job's own, and once it is over."""
+        known = self._tasks.get(task)
+        return None if known is None or known.edge is None else known.edge.vertex.digest
+
     def cache_opts(self, job: JobId, vertex: Digest, wanted: Sequence[str]) -> dict[str, bytes]:
         """Return what the job's vertices published of *wanted*, from *vertex* down; see :func:`collect_opts`."""
         known = self._jobs.get(job)

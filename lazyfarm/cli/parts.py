@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from cluster import tracing
 from cluster.errors import FarmNotRunningError, NotThroughGatewayError
 from lazyfarm.cli.output import Output
 from lazyfarm.cli.reach import accepts, url_address
@@ -211,16 +212,21 @@ async def connect(place: Path | str) -> Farm:
 
 def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Farm], Awaitable[T]]) -> T:
     """Join the farm, *act*, and leave it; Ctrl-C cancels *act*. One line in ``STATE/logs/cli.log``."""
+    from actors.traces import start_driver_traces  # noqa: PLC0415 - likewise
     from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - asyncio, which reading commands do without
 
     async def joined() -> T:
-        async with await connect(settings.gateway or settings.state_dir) as farm:
-            return await act(farm)
+        # A command goes on with its caller's trace, as BuildKit's do: a step of a CI's pipeline, say.
+        start_driver_traces(settings.config)
+        with tracing.beginning(f"lazyfarm {command}", parent=os.environ.get("TRACEPARENT", "")):
+            async with await connect(settings.gateway or settings.state_dir) as farm:
+                return await act(farm)
 
     with _driver_logs(settings, command), out.undisturbed():
         try:
             return run_to_end(joined)
         finally:
+            tracing.flush()
             _leave()
 
 

@@ -8,10 +8,11 @@
 -- ARGV[5] a random name, for a data set that has no epoch yet
 -- ARGV[6] version of payloads
 -- ARGV[7] limits of the audit stream (lib/audit.lua), which tells of a take-over
+-- ARGV[8] the span that asks, which an owner works under, as a traceparent, or an empty string
 -- return  {'present', blob record}
 --         {'owned', epoch, fence, upload, parts, taken over}: upload is [key, upload ID, part bytes] or nil, parts
 --             a flat list of numbers and ETags; taken over is 1 where another's hold had lapsed, else 0
---         {'joined', fence, owner, current bytes, total bytes, milliseconds left to the owner}
+--         {'joined', fence, owner, current bytes, total bytes, milliseconds left to the owner, the owner's span}
 --         {'aborting', fence, milliseconds left}
 --         {'free'}: nobody owns it, and this attempt was to join only; nothing has changed
 -- Safe to repeat: who owns already, by the same token, is told so again.
@@ -35,7 +36,8 @@ local function owned(epoch, fence, taken_over)
   return {'owned', epoch, fence, fields[1] and fields, redis.call('HGETALL', parts_key(prefix, key)), taken_over}
 end
 
-local held = redis.call('HMGET', flight, 'fence', 'token', 'owner', 'expires', 'aborting', 'current', 'total', 'epoch')
+local held = redis.call('HMGET', flight, 'fence', 'token', 'owner', 'expires', 'aborting', 'current', 'total', 'epoch',
+  'trace')
 local last = held[1]
 local left = last and tonumber(held[4]) - now or 0
 if left > 0 then
@@ -47,7 +49,8 @@ if left > 0 then
   end
   redis.call('ZADD', waiters, now + ttl, worker)
   redis.call('EXPIRE', waiters, DAY_S)
-  return {'joined', last, held[3], held[6], held[7], left}
+  -- An owner of an older release told of none.
+  return {'joined', last, held[3], held[6], held[7], left, held[9] or ''}
 end
 
 if token == '' then
@@ -65,7 +68,7 @@ local fence = redis.call('INCR', prefix .. ':fence')
 redis.call('DEL', flight)
 redis.call('HSET', flight,
   'epoch', epoch, 'fence', fence, 'token', token, 'owner', worker, 'expires', now + ttl,
-  'aborting', 0, 'current', 0, 'total', 0)
+  'aborting', 0, 'current', 0, 'total', 0, 'trace', ARGV[8])
 redis.call('EXPIRE', flight, DAY_S)
 redis.call('ZREM', waiters, worker)
 flight_note(prefix, key, now)

@@ -18,6 +18,7 @@ from cluster.errors import ClusterError, RegistryProtocolError, UnavailableError
 from cluster.fetch.retry import RetryPolicy
 from storage.registry.answers import count_answer, of_redirect_target, raise_if_transient, translate_network_error
 from storage.registry.endpoint import MAX_REDIRECTS, REDIRECTS, USER_AGENT, Trust, next_hop, registry_config
+from storage.registry.spans import STATUS, request_span
 
 #: Longest answer that is read where the caller names no limit.
 _MAX_BODY_BYTES = 1024**2
@@ -141,20 +142,22 @@ class Transport:
         parts = urlsplit(url)
         tls = self._trust.context(parts.netloc, redirected_from=host) if parts.scheme == "https" else True
         try:
-            async with self._open().request(
-                method,
-                URL(url, encoded=True),
-                headers=headers,
-                data=data,
-                allow_redirects=False,
-                ssl=tls,
-                timeout=limits or control_timeout(registry_config(self._config, host)),
-            ) as response:
-                count_answer(host, response.status)
-                raise_if_transient(response.status, response.headers, what=what)
-                body = await _read(response, max_bytes)
-                challenge = ", ".join(response.headers.getall("WWW-Authenticate", []))
-                return Answer(response.status, response.headers, body, url, crossed, challenge)
+            with request_span(method, url, registry=host) as span:
+                async with self._open().request(
+                    method,
+                    URL(url, encoded=True),
+                    headers=headers,
+                    data=data,
+                    allow_redirects=False,
+                    ssl=tls,
+                    timeout=limits or control_timeout(registry_config(self._config, host)),
+                ) as response:
+                    count_answer(host, response.status)
+                    span.put({STATUS: response.status})
+                    raise_if_transient(response.status, response.headers, what=what)
+                    body = await _read(response, max_bytes)
+                    challenge = ", ".join(response.headers.getall("WWW-Authenticate", []))
+                    return Answer(response.status, response.headers, body, url, crossed, challenge)
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             count_answer(host, None)
             raise translate_network_error(exc, host=parts.netloc, what=what) from exc

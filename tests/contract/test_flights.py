@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from cluster import tracing
 from cluster.digest import digest_of
 from cluster.errors import InternalError, StaleFenceError
 from cluster.flight.values import (
@@ -24,6 +25,7 @@ from cluster.flight.values import (
 from cluster.lease import LeaseId, blob_resource
 from cluster.ref import BlobRecord
 from tests.doubles.stores import eventually
+from tests.doubles.tracing import RecordingTracer
 
 DIGEST = digest_of(b"layer")
 KEY = blob_resource(DIGEST)
@@ -580,3 +582,14 @@ async def test_the_list_of_flights_forgets_those_that_died(redis_farm):
         await join(stores, key=blob_resource(digest_of(b"live %d" % n)))
     assert len(await stores.flights.under_way()) == 20
     assert await redis_farm.links[0].execute("SCARD", f"{redis_farm.keys.prefix}:flights") < 30
+
+
+async def test_who_joins_learns_of_its_owner_s_span(stores, monkeypatch):
+    """The span that was current where the owner joined is told to who waits; "" where none was."""
+    tracer = RecordingTracer(monkeypatch)
+    with tracing.beginning("owner"):
+        fence = await own(stores)
+    assert (await join(stores, "n1")).trace == tracer.spans[0].traceparent
+    await stores.flights.vacate(fence)
+    await own(stores)
+    assert (await join(stores, "n1")).trace == ""

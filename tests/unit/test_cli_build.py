@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.cache_options import parse_cache_source, parse_cache_target
+from cluster.config import Config
 from cluster.digest import digest_of
 from cluster.errors import ManifestNotFoundError
 from cluster.graph import RunOp
@@ -107,8 +108,7 @@ class FakeFarm:
 @pytest.fixture
 def farm(monkeypatch, tmp_path):
     fake = FakeFarm()
-    log = SimpleNamespace(level="info")
-    settings = SimpleNamespace(state_dir=tmp_path / "state", config=SimpleNamespace(log=log), gateway="")
+    settings = SimpleNamespace(state_dir=tmp_path / "state", config=Config(), gateway="")
     (tmp_path / "state" / "logs").mkdir(parents=True)
 
     async def connect(where):

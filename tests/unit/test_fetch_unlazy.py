@@ -6,6 +6,7 @@ from itertools import count
 
 import pytest
 
+from cluster import tracing
 from cluster.audit import Operation
 from cluster.digest import digest_of
 from cluster.errors import (
@@ -49,6 +50,7 @@ from tests.doubles.fetch import (
     layer_of,
 )
 from tests.doubles.stores import AUDIT, FakeClock, eventually
+from tests.doubles.tracing import RecordingTracer
 
 LAYER = layer_of(b"the layer's blob")
 KEY = f"blob:{LAYER.digest}"
@@ -260,6 +262,44 @@ async def test_processes_share_one_fetch(cluster):
     assert cluster.end_of("l2") is LayerPhase.JOINED
     assert not b.renewer.waiting
     assert not a.renewer.owned
+
+
+async def test_who_joins_links_to_the_span_that_fetched(cluster, monkeypatch):
+    """In this process or another: one trace tells the transfer, the others say whose flight they waited for."""
+    tracer = RecordingTracer(monkeypatch)
+    a, b = cluster.process("a"), cluster.process("b", poll_s=60.0)
+    calls = []
+    for name, process, lease in (("owner", a, "l1"), ("near", a, "l2"), ("far", b, "l3")):
+        with tracing.beginning(name):
+            calls.append(await process.call(lease))
+        if name == "owner":
+            fetch = await a.transfers.arrival()
+    await b.is_waiting()
+    await eventually(lambda: a.unlazier._flights.statistics().callers == 2)
+    fetch.proceed.set()
+    await asyncio.gather(*calls)
+
+    spans = {span.path: span for span in tracer.spans}
+    owner = spans["owner", "unlazy", "flight"]
+    assert spans["near", "unlazy"].links == spans["far", "unlazy", "flight"].links == [owner.traceparent]
+    assert [path for path in spans if path[-1] == "transfer"] == [("owner", "unlazy", "flight", "transfer")]
+    assert owner.attributes["lazyfarm.flight.role"] == "owner"
+    assert spans["far", "unlazy", "flight"].attributes["lazyfarm.flight.role"] == "waiter"
+    assert all(span.ends == 1 for span in tracer.spans if span.parent)
+
+
+async def test_a_cancelled_caller_s_spans_end(cluster, monkeypatch):
+    """Who goes away ends its spans, those of the work that it alone wanted among them."""
+    tracer = RecordingTracer(monkeypatch)
+    process = cluster.process("a")
+    with tracing.beginning("caller"):
+        call = await process.call("l1")
+    await process.transfers.arrival()
+    call.cancel()
+    await failure(call, asyncio.CancelledError)
+
+    ended_so = {span.name: type(span.error) for span in tracer.spans if span.name in {"unlazy", "flight", "transfer"}}
+    assert ended_so == dict.fromkeys(("unlazy", "flight", "transfer"), asyncio.CancelledError)
 
 
 async def test_progress_crosses_processes(cluster):

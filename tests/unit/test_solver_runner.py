@@ -4,11 +4,13 @@ import asyncio
 
 import pytest
 
+from cluster import tracing
 from cluster.errors import NeedsRemoteProvidersError, UnavailableError
 from cluster.job import VertexState
 from cluster.solver.runner import Solver
 from cluster.solver.values import JobDone, JobFailed, JobStopped
 from tests.doubles.solver import FakeEvents, FakeKeys, FakeOps, Graph
+from tests.doubles.tracing import RecordingTracer
 
 NEEDS = NeedsRemoteProvidersError(("sha256:aa", "sha256:bb"))
 
@@ -238,3 +240,64 @@ async def test_events_that_cannot_be_told_do_not_fail_the_job(solver, ops, event
     events.publish = refuse
     graph = Graph()
     assert isinstance(await solver.solve("job", graph.definition(graph.add("a"))), JobDone)
+
+
+async def test_vertices_are_spans_of_the_job_s_trace(solver, ops, monkeypatch):
+    """What is asked for a vertex is told under it, and it under what submitted the job; every span ends."""
+    tracer = RecordingTracer(monkeypatch)
+    graph = Graph()
+    top = graph.add("b", graph.add("a"))
+    with tracing.beginning("job"):
+        assert isinstance(await solver.solve("one", graph.definition(top)), JobDone)
+
+    paths = [span.path for span in tracer.spans]
+    assert paths.count(("job", "vertex", "run")) == paths.count(("job", "vertex", "cache lookup")) == 2
+    assert ("job", "keep") in paths
+    vertices = {span.attributes["lazyfarm.vertex.name"]: span for span in tracer.spans if span.name == "vertex"}
+    assert {name: span.attributes["lazyfarm.vertex.state"] for name, span in vertices.items()} == {
+        "a": "completed",
+        "b": "completed",
+    }
+    assert all(span.ends == 1 for span in tracer.spans)
+
+
+async def test_a_job_that_shares_a_run_links_to_it(solver, ops, events, monkeypatch):
+    """One run for two jobs is told in the trace of the first; the second's vertex links to it."""
+    tracer = RecordingTracer(monkeypatch)
+    graph = Graph()
+    top = graph.add("a")
+    ops.gates["a"] = asyncio.Event()
+    with tracing.beginning("one"):
+        one = asyncio.create_task(solver.solve("one", graph.definition(top)))
+        await ops.arrived["a"].wait()
+    with tracing.beginning("two"):
+        two = asyncio.create_task(solver.solve("two", graph.definition(top)))
+    while ("a", VertexState.RUNNING) not in events.told["two"]:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    ops.gates["a"].set()
+    assert isinstance(await one, JobDone)
+    assert isinstance(await two, JobDone)
+
+    (run,) = [span for span in tracer.spans if span.name == "run"]
+    (shared,) = [span for span in tracer.spans if span.path == ("two", "vertex")]
+    assert run.path == ("one", "vertex", "run")
+    assert shared.links == [run.traceparent]
+
+
+async def test_a_vertex_that_fails_or_is_cancelled_ends_its_span_so(solver, ops, monkeypatch):
+    """A failed vertex has its error, those of a cancelled job their cancellation."""
+    tracer = RecordingTracer(monkeypatch)
+    graph = Graph()
+    failing, waiting = graph.add("a"), graph.add("b")
+    ops.errors["run", "a"] = UnavailableError("x", "gone")
+    ops.gates["b"] = asyncio.Event()
+    with tracing.beginning("failed"):
+        await solver.solve("one", graph.definition(failing))
+    with tracing.beginning("cancelled"):
+        two = asyncio.create_task(solver.solve("two", graph.definition(waiting)))
+        await ops.arrived["b"].wait()
+        solver.cancel("two")
+        assert isinstance(await two, JobStopped)
+
+    errors = {span.path[0]: type(span.error) for span in tracer.spans if span.name == "vertex"}
+    assert errors == {"failed": UnavailableError, "cancelled": asyncio.CancelledError}
