@@ -773,6 +773,15 @@ def test_a_document_with_a_key_that_is_said_nowhere_is_noticed():
             check_document(("down",), wrong)
 
 
+def test_a_token_file_that_is_not_there_is_told_before_anybody_is_asked(tmp_path):
+    """Of a farm elsewhere, which needs no state directory here."""
+    there = ("--address", "http://127.0.0.1:1", "--token-file", str(tmp_path / "none"))
+    result = run("submit", "--json", "--state-dir", str(tmp_path / "state"), *there, "driver.py")
+    told = read_document(("submit",), result.stdout)
+    assert (told["error"]["type"], result.exit_code) == ("InvalidArgumentError", 1)
+    assert "none" in told["error"]["message"]
+
+
 def test_the_version_is_told():
     """From the installed package."""
     assert run("--version").stdout.startswith("lazyfarm 0.")
