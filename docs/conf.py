@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,8 @@ project = "lazyfarm"
 release = metadata.version("lazyfarm")
 copyright = "the lazyfarm authors"  # noqa: A001 - Sphinx's name
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+#: The last is the head of a page that is made here.
+exclude_patterns = ["_build", "reference/documents.md"]
 html_theme = "furo"
 html_title = "lazyfarm"
 myst_enable_extensions = ["colon_fence"]
@@ -68,7 +70,22 @@ def _configuration_page(app: Any) -> None:
     (Path(app.srcdir) / "reference" / "configuration.md").write_text("\n".join(parts))
 
 
+def _documents_page(app: Any) -> None:
+    """Write what each command prints as JSON, and how it ends, from the shapes that tests check it with."""
+    from lazyfarm.cli.documents import DOCUMENTS, EXIT_STATUSES, PROGRESS, Failure, schema  # noqa: PLC0415
+
+    said = (Path(app.srcdir) / "reference" / "documents.md").read_text().rstrip()
+    parts = [said, "", "## Exit statuses", "", "| status | meaning |", "| --- | --- |"]
+    parts += [f"| {status} | {meaning} |" for status, meaning in EXIT_STATUSES.items()]
+    shapes = {"a command that fails": Failure, "a line of `--progress json`": PROGRESS}
+    shapes |= {f"`lazyfarm {name} --json`": shape for name, shape in DOCUMENTS.items()}
+    for name, shape in shapes.items():
+        parts += ["", f"## Schema of {name}", "", "```json", json.dumps(schema(shape), indent=2), "```"]
+    (Path(app.srcdir) / "reference" / "json.md").write_text("\n".join([*parts, ""]))
+
+
 def setup(app: Any) -> None:
-    """Have both made before anything is read."""
+    """Have all made before anything is read."""
     app.connect("builder-inited", _command_pages)
     app.connect("builder-inited", _configuration_page)
+    app.connect("builder-inited", _documents_page)

@@ -45,6 +45,7 @@ async def submit(
     working_dir: Path,
     environment: Mapping[str, str] | None = None,
     submission_id: str | None = None,
+    address: str = "",
     on_log: Callable[[str], object] | None = None,
 ) -> Submitted:
     """Run a driver script on the farm's head, with the Python that the farm runs with.
@@ -56,6 +57,7 @@ async def submit(
         working_dir: Is sent along, and is where the script runs. No secrets in it either.
         environment: Variables of the script, which Ray keeps and shows likewise.
         submission_id: A name for the job; None: Ray's choice.
+        address: Its job server, as this machine reaches it; "": the one that *settings* know of.
         on_log: Told of what it prints, until it has ended; None: it is not waited for. A cancelled call stops the job.
 
     Raises:
@@ -63,7 +65,7 @@ async def submit(
         InvalidArgumentError: there is no such script, or Ray refuses what is asked.
         UnavailableError: its job server does not answer.
     """
-    url = settings.running.ray_jobs_url if settings.running else ""
+    url = address or (settings.running.ray_jobs_url if settings.running else "")
     if not url:
         raise FarmNotRunningError(
             str(settings.state_dir),
@@ -74,10 +76,10 @@ async def submit(
     from actors.join import set_ray_environment  # noqa: PLC0415 - Ray takes two seconds to import
 
     set_ray_environment(settings.config)
-    client = await _asked(settings, lambda: _client(url))
+    client = await _asked(url, lambda: _client(url))
     runtime_env = {"working_dir": str(working_dir), "env_vars": dict(environment or {})}
     job = await _asked(
-        settings,
+        url,
         lambda: client.submit_job(
             entrypoint=shlex.join(["python", script, *arguments]), submission_id=submission_id, runtime_env=runtime_env
         ),
@@ -87,17 +89,17 @@ async def submit(
     try:
         async for text in client.tail_job_logs(job):
             on_log(text)
-        return await _ended(settings, client, job)
+        return await _ended(url, client, job)
     except asyncio.CancelledError:
         with contextlib.suppress(UnavailableError, InvalidArgumentError):
-            await asyncio.shield(_asked(settings, lambda: client.stop_job(job)))
+            await asyncio.shield(_asked(url, lambda: client.stop_job(job)))
         raise
 
 
-async def _ended(settings: FarmSettings, client: JobSubmissionClient, job: str) -> Submitted:
+async def _ended(url: str, client: JobSubmissionClient, job: str) -> Submitted:
     """Wait until Ray says what became of a job."""
     give_up_s = time.monotonic() + _SETTLE_S
-    while not (info := await _asked(settings, lambda: client.get_job_info(job))).status.is_terminal():
+    while not (info := await _asked(url, lambda: client.get_job_info(job))).status.is_terminal():
         if time.monotonic() > give_up_s:
             break
         await asyncio.sleep(_LOOK_S)
@@ -110,14 +112,14 @@ def _client(url: str) -> JobSubmissionClient:
     return JobSubmissionClient(url)
 
 
-async def _asked(settings: FarmSettings, ask: Callable[[], T]) -> T:
+async def _asked(url: str, ask: Callable[[], T]) -> T:
     """Ask Ray's job server, on a thread; its errors become ours."""
     try:
         return await asyncio.to_thread(ask)
     except ConnectionError as exc:
         raise UnavailableError("the farm's job server", _first_line(exc)) from exc
     except (RuntimeError, ValueError) as exc:
-        raise InvalidArgumentError("job", str(settings.state_dir), _first_line(exc)) from exc
+        raise InvalidArgumentError("job", f"for {url}", _first_line(exc)) from exc
 
 
 def _first_line(exc: BaseException) -> str:

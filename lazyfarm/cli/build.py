@@ -38,6 +38,7 @@ from lazyfarm.outputs import STDOUT, Output
 if TYPE_CHECKING:
     from cluster.job import JobEvent
     from cluster.messages import PushResult
+    from lazyfarm.cli import documents
     from lazyfarm.farm import Farm
     from lazyfarm.job import Job
     from lazyfarm.ref import Ref
@@ -348,7 +349,7 @@ def _check_secrets(definition: Definition, given: Mapping[str, object]) -> None:
 # -- what is told -----------------------------------------------------------------------------------------
 
 
-def document(built: Built) -> dict[str, object]:
+def document(built: Built) -> documents.Build | documents.DetachedBuild:
     """Return the JSON document of a build."""
     if built.ref is None:
         return {"job": built.job, "detached": True}
@@ -367,7 +368,7 @@ def document(built: Built) -> dict[str, object]:
     }
 
 
-def _pushed(push: PushResult | None) -> list[dict[str, object]] | None:
+def _pushed(push: PushResult | None) -> list[documents.PushedLayer] | None:
     if push is None:
         return None
     return [{"digest": layer.digest, "how": layer.how, "bytes": layer.bytes} for layer in push.layers]

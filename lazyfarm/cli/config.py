@@ -13,6 +13,7 @@ from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
 
 if TYPE_CHECKING:
+    from lazyfarm.cli import documents
     from lazyfarm.config_reference import KeyReference
 
 app = command_app()
@@ -79,7 +80,7 @@ def _value(reference: KeyReference, set_here: dict[str, object]) -> str:
     return json.dumps(set_here[reference.key]) if reference.key in set_here else reference.default
 
 
-def _document(reference: KeyReference, set_here: dict[str, object]) -> dict[str, object]:
+def _document(reference: KeyReference, set_here: dict[str, object]) -> documents.ConfigKey:
     return {
         "key": reference.key,
         "default": reference.default,

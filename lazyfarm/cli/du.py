@@ -15,6 +15,7 @@ from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, exampl
 
 if TYPE_CHECKING:
     from cluster.collect.stock import ImageUse, RefUse, Usage
+    from lazyfarm.cli import documents
     from lazyfarm.cli.output import Output
 
 app = command_app()
@@ -104,7 +105,7 @@ def _yes(*, is_so: bool) -> str:
     return "yes" if is_so else ""
 
 
-def document(usage: Usage) -> dict[str, object]:
+def document(usage: Usage) -> documents.BucketUsage:
     """Return the JSON document; sizes are bytes, times wall-clock seconds."""
     return {
         "refs": [

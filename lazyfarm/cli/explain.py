@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cluster.collect.stock import Hold
+    from lazyfarm.cli import documents
     from lazyfarm.explain import LayerStory, LayerWait
     from lazyfarm.miss import Miss
 
@@ -106,7 +107,7 @@ def _arrival(layer: LayerStory) -> str:
     return f"lazy: {why}" + (f"; it would come from {' or '.join(layer.providers)}" if layer.providers else "")
 
 
-def _story_document(layer: LayerStory) -> dict[str, object]:
+def _story_document(layer: LayerStory) -> documents.LayerStory:
     return {
         **_document(layer.wait),
         "came_from": layer.came_from or None,
@@ -175,7 +176,7 @@ def _reasons(found: Miss) -> Iterator[str]:
             yield f"  or an image has moved: {', '.join(found.images)}"
 
 
-def _miss_document(found: Miss) -> dict[str, object]:
+def _miss_document(found: Miss) -> documents.Miss:
     return {
         "job": found.job,
         "vertex": found.vertex,
@@ -247,7 +248,7 @@ def _told(layer: LayerWait) -> str:
     return ", ".join(told)
 
 
-def _document(layer: LayerWait) -> dict[str, object]:
+def _document(layer: LayerWait) -> documents.LayerWait:
     return {
         "digest": layer.digest,
         "state": layer.state,

@@ -15,6 +15,7 @@ from lazyfarm.cli.options import JsonOption, RefArgument, StateDirOption, comman
 
 if TYPE_CHECKING:
     from cluster.messages import ExtractResult
+    from lazyfarm.cli import documents
     from lazyfarm.farm import Farm
 
 app = command_app()
@@ -56,7 +57,7 @@ def extract(
         )
 
 
-def document(results: Sequence[ExtractResult]) -> dict[str, object]:
+def document(results: Sequence[ExtractResult]) -> documents.Extracted:
     """Return the JSON document of an extract, on one node or several."""
     return {
         "ref": results[0].ref_id if results else "",

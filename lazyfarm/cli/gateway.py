@@ -11,6 +11,7 @@ from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, exampl
 from lazyfarm.cli.output import Output
 
 if TYPE_CHECKING:
+    from lazyfarm.cli import documents
     from lazyfarm.settings import FarmSettings
 
 app = command_app()
@@ -33,7 +34,8 @@ async def _serve(settings: FarmSettings, out: Output) -> None:
 
     async with open_gateway(settings) as (_, url):
         token = token_file(settings.state_dir)
-        out.document({"gateway": url, "token_file": str(token)})
+        told: documents.GatewayAddress = {"gateway": url, "token_file": str(token)}
+        out.document(told)
         out.line(f"gateway: {url}")
         out.line(f"token: {token}")
         out.stdout.flush()

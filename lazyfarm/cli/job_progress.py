@@ -39,6 +39,7 @@ from lazyfarm.cli.job_view import (
 from lazyfarm.cli.output import Output
 
 if TYPE_CHECKING:
+    from lazyfarm.cli import documents
     from lazyfarm.cli.job_frame import JobFrame
 
 MODES = ("auto", "plain", "tty", "json")
@@ -148,7 +149,7 @@ def document(event: JobEvent) -> dict[str, object]:
             return {"event": "end", "state": event.state.value, **_error(event.error), "time": event.wall_s}
 
 
-def error_document(payload: bytes) -> dict[str, str] | None:
+def error_document(payload: bytes) -> documents.Problem | None:
     """Return the JSON document of an error, as all commands have it; None where there is none."""
     error = read_error(payload)
     if error is None:

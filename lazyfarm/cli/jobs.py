@@ -19,6 +19,7 @@ from lazyfarm.cli.output import Output
 
 if TYPE_CHECKING:
     from cluster.job import JobRecord
+    from lazyfarm.cli import documents
     from lazyfarm.jobs import FarmJobs
     from lazyfarm.records import JobDetails
 
@@ -219,7 +220,7 @@ class JobLogs:
 # -- documents ------------------------------------------------------------------------------------------
 
 
-def summary(details: JobDetails) -> dict[str, object]:
+def summary(details: JobDetails) -> documents.JobSummary:
     """Return a job as ``jobs ls`` has it; times are wall-clock seconds of the farm's store, null: not yet."""
     record = details.record
     return {
@@ -237,7 +238,7 @@ def summary(details: JobDetails) -> dict[str, object]:
     }
 
 
-def document(details: JobDetails, view: JobView) -> dict[str, object]:
+def document(details: JobDetails, view: JobView) -> documents.JobDetails:
     """Return the JSON document of ``jobs show``."""
     return {
         **summary(details),

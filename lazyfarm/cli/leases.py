@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from cluster.collect.leaks import Leak
     from cluster.lease import Lease
+    from lazyfarm.cli import documents
     from lazyfarm.leases import FarmLeases
 
 app = command_app()
@@ -155,7 +156,7 @@ def _tell_leaks(out: Output, found: Sequence[Leak], *, are_released: bool) -> No
     out.line(count(len(found), "leak") + (", released" if found and are_released else ""))
 
 
-def document(lease: Lease) -> dict[str, object]:
+def document(lease: Lease) -> documents.Lease:
     """Return a lease as ``leases ls`` has it; times are wall-clock seconds, null: pinned."""
     return {
         "id": lease.id,

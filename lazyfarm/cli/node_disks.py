@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cluster.collect.runner import Pruned
     from cluster.collect.values import Item
     from cluster.messages import NodePruneResult, NodeUsageResult
+    from lazyfarm.cli import documents
     from lazyfarm.cli.output import Output
 
 NodesOption: TypeAlias = Annotated[
@@ -86,7 +87,7 @@ def _short(item: Item) -> str:
     return f"{kind} {short(name)}"
 
 
-def _usage(node: NodeUsageResult) -> dict[str, object]:
+def _usage(node: NodeUsageResult) -> documents.NodeUsage:
     return {
         "node": node.node,
         "items": [_item(item) for item in node.items],
@@ -95,7 +96,7 @@ def _usage(node: NodeUsageResult) -> dict[str, object]:
     }
 
 
-def _pruned(node: NodePruneResult) -> dict[str, object]:
+def _pruned(node: NodePruneResult) -> documents.NodePruned:
     return {
         "node": node.node,
         "items": [_item(item) for item in node.items],
@@ -105,7 +106,7 @@ def _pruned(node: NodePruneResult) -> dict[str, object]:
     }
 
 
-def _item(item: Item) -> dict[str, object]:
+def _item(item: Item) -> documents.DiskItem:
     return {
         "id": item.id,
         "type": item.kind.value,

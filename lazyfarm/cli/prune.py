@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cluster.collect.runner import Pruned
     from cluster.collect.values import Item
     from cluster.messages import NodePruneResult
+    from lazyfarm.cli import documents
     from lazyfarm.collection import FarmCollection
     from lazyfarm.farm import Farm
 
@@ -100,7 +101,7 @@ def prune(
         out.line(in_all(pruned))
 
 
-def document(pruned: Pruned) -> dict[str, object]:
+def document(pruned: Pruned) -> documents.BucketPruned:
     """Return the JSON document; sizes are bytes, times wall-clock seconds."""
     return {
         "items": [_item(item) for item in pruned.items],
@@ -110,7 +111,7 @@ def document(pruned: Pruned) -> dict[str, object]:
     }
 
 
-def _item(item: Item) -> dict[str, object]:
+def _item(item: Item) -> documents.PrunedItem:
     return {
         "id": item.id,
         "type": item.kind.value,

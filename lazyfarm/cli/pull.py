@@ -14,6 +14,7 @@ from lazyfarm.cli.layers import watching
 from lazyfarm.cli.options import JsonOption, PlainHttpOption, StateDirOption, command_app, example
 
 if TYPE_CHECKING:
+    from lazyfarm.cli import documents
     from lazyfarm.farm import Farm
     from lazyfarm.ref import Ref
 
@@ -69,7 +70,7 @@ def pull(
         out.line(f"ref {ref.id}: {count(len(ref.layers), 'layer')}, {lazy} lazy, {size(total_bytes)}")
 
 
-def document(ref: Ref) -> dict[str, object]:
+def document(ref: Ref) -> documents.Pulled:
     """Return the JSON document of a pulled image."""
     return {
         "ref": ref.id,

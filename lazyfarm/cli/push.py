@@ -15,6 +15,7 @@ from lazyfarm.cli.options import JsonOption, PlainHttpOption, RefArgument, State
 
 if TYPE_CHECKING:
     from cluster.messages import PushResult
+    from lazyfarm.cli import documents
     from lazyfarm.farm import Farm
 
 app = command_app()
@@ -48,7 +49,7 @@ def push(
         out.line(f"{result.target}  {result.digest}")
 
 
-def document(result: PushResult) -> dict[str, object]:
+def document(result: PushResult) -> documents.Pushed:
     """Return the JSON document of a push."""
     return {
         "target": result.target,

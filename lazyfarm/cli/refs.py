@@ -15,6 +15,7 @@ from lazyfarm.cli.options import JsonOption, RefArgument, StateDirOption, comman
 if TYPE_CHECKING:
     from cluster.origin import Needed, Origin
     from cluster.ref import RefState
+    from lazyfarm.cli import documents
     from lazyfarm.records import RefDetails
 
 app = command_app()
@@ -82,7 +83,7 @@ def show_ref(*, ref: RefArgument, state_dir: StateDirOption = None, as_json: Jso
         )
 
 
-def summary(state: RefState) -> dict[str, object]:
+def summary(state: RefState) -> documents.RefSummary:
     """Return a ref as ``refs ls`` has it."""
     record = state.record
     return {
@@ -101,7 +102,7 @@ def summary(state: RefState) -> dict[str, object]:
     }
 
 
-def document(details: RefDetails) -> dict[str, object]:
+def document(details: RefDetails) -> documents.RefDetails:
     """Return the JSON document of ``refs show``."""
     state = details.state
     return {

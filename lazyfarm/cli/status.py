@@ -17,6 +17,7 @@ from storage.services.page import page_url
 
 if TYPE_CHECKING:
     from cluster.messages import ActorRecord, NodeRecord
+    from lazyfarm.cli import documents
 
 app = command_app()
 
@@ -63,7 +64,7 @@ def show(settings: FarmSettings, out: Output, more: Mapping[str, object] | None 
     return problems
 
 
-def document(settings: FarmSettings, nodes: Sequence[NodeRecord], actors: Sequence[ActorRecord]) -> dict[str, object]:
+def document(settings: FarmSettings, nodes: Sequence[NodeRecord], actors: Sequence[ActorRecord]) -> documents.Status:
     """Return the JSON document of ``status`` and ``up``."""
     config = settings.config
     return {

@@ -20,6 +20,7 @@ from lazyfarm.cli.output import Output
 if TYPE_CHECKING:
     from cluster.job import JobRecord
     from cluster.messages import NodeRecord
+    from lazyfarm.cli import documents
     from lazyfarm.web.flights import Flight
     from lazyfarm.web.reading import FarmReader
 
@@ -168,7 +169,7 @@ def _more(out: Output, number: int) -> None:
         out.line(f"and {number - _MOST} more")
 
 
-def _document(now: Now) -> dict[str, object]:
+def _document(now: Now) -> documents.Top:
     return {
         "nodes": [
             {"id": node.id, "alive": node.alive, "draining": node.draining, "ops": now.ops.get(node.id, 0)}

@@ -12,6 +12,7 @@ from lazyfarm.cli.options import JsonOption, RefArgument, StateDirOption, comman
 
 if TYPE_CHECKING:
     from cluster.messages import UnlazyResult
+    from lazyfarm.cli import documents
     from lazyfarm.farm import Farm
 
 app = command_app()
@@ -52,7 +53,7 @@ def unlazy(*, ref: RefArgument, state_dir: StateDirOption = None, as_json: JsonO
         )
 
 
-def document(result: UnlazyResult) -> dict[str, object]:
+def document(result: UnlazyResult) -> documents.Unlazied:
     """Return the JSON document of an unlazy."""
     return {
         "ref": result.ref_id,

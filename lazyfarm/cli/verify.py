@@ -15,6 +15,7 @@ from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, exampl
 if TYPE_CHECKING:
     from cluster.collect.verify import BlobFault, Verified
     from cluster.ports import ObjectInfo
+    from lazyfarm.cli import documents
     from lazyfarm.cli.output import Output
 
 app = command_app()
@@ -106,7 +107,7 @@ def _tell_quarantine(out: Output, found: Sequence[ObjectInfo]) -> None:
     out.table(("SIZE", "OBJECT"), [(size(one.size_bytes), one.key) for one in found], numbers=("SIZE",))
 
 
-def document(verified: Verified) -> dict[str, object]:
+def document(verified: Verified) -> documents.Verified:
     """Return the JSON document; sizes are bytes."""
     return {
         "blobs": verified.blobs,

@@ -23,7 +23,9 @@ from storage.connect import connect
 from storage.farm_file import read_running
 from storage.services.process import FARM_MARK, marked_pids
 from tests.doubles.at_rest import in_files, in_gcs, in_processes, in_redis
+from tests.doubles.documents import read_document
 from tests.doubles.farm import RunningFarm
+from tests.doubles.hosts import Network
 from tests.doubles.registry import random_image
 
 pytestmark = [pytest.mark.cluster, pytest.mark.registry, pytest.mark.timeout(240)]
@@ -355,3 +357,115 @@ def test_who_has_no_token_joins_nothing(farm, tmp_path):
                 intruder.kill()
                 intruder.wait()
     assert len(farm.cli_json("status")["nodes"]) == nodes
+
+
+# -- from another machine ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Elsewhere:
+    """A machine of another address, which has the token and no state directory of the farm's."""
+
+    url: str
+    within: list[str]
+    environ: dict[str, str]
+
+    def run(self, *command, cwd=None):
+        """Run a command there; its path begins with the name of a program of this environment."""
+        return subprocess.run(
+            [*self.within, Path(sys.executable).with_name(command[0]), *command[1:]],
+            cwd=cwd,
+            env=self.environ,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+
+@pytest.fixture
+def elsewhere(jobs, tmp_path):
+    """A network namespace from which the farm's loopback is reached at its gateway, as through a forwarded port."""
+    network = Network(number=60, count=1)
+    token = tmp_path / "token"
+    token.write_text(jobs.token_file.read_text())
+    url = jobs.url.replace("127.0.0.1", network.gateway)
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("LAZYFARM", "RAY"))}
+    environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    environ |= {"RAY_API_SERVER_ADDRESS": url, "LAZYFARM_STATE_DIR": str(tmp_path / "none")}
+    with network.up():
+        yield Elsewhere(url, network.inside(0), environ)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+
+#: Reads a file that was sent along and a variable, and joins the farm; ends as it is told to.
+TELLING = """
+import os, sys
+from pathlib import Path
+from lazyfarm.blocking import Farm
+
+with Farm.connect() as farm:
+    print("told", len(farm.nodes()), Path("beside.txt").read_text(), os.environ["WORD"], sys.argv[1], flush=True)
+if sys.argv[1] == "wait":
+    import time
+    time.sleep(600)
+sys.exit(int(sys.argv[1]))
+"""
+
+#: What a program of Ray's own does there: submits, follows, asks, stops.
+CLIENT = """
+import sys, time
+from ray.job_submission import JobSubmissionClient
+
+client = JobSubmissionClient(sys.argv[1])
+runtime_env = {"working_dir": ".", "env_vars": {"WORD": "client"}}
+job = client.submit_job(entrypoint="python driver.py wait", runtime_env=runtime_env)
+while "told" not in client.get_job_logs(job):
+    assert not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
+    time.sleep(0.2)
+print(client.get_job_logs(job))
+assert client.stop_job(job)
+while not client.get_job_status(job).is_terminal():
+    time.sleep(0.2)
+print("status", client.get_job_status(job).value)
+"""
+
+
+@pytest.mark.root
+@needs_root
+def test_jobs_come_from_another_machine(jobs, elsewhere, tmp_path):
+    """Ray's command line, its client and `lazyfarm submit --address`: what is sent along, variables, exit codes, logs.
+
+    No port of the farm's but the job server's is asked for, and nothing is read from a state directory.
+    """
+    directory = write_driver(tmp_path / "work", TELLING)
+    (directory / "beside.txt").write_text("beside")
+
+    environment = json.dumps({"env_vars": {"WORD": "ray"}})
+    command = ["ray", "job", "submit", "--working-dir", ".", "--runtime-env-json", environment]
+    failed = elsewhere.run(*command, "--", "python", "driver.py", "3", cwd=directory)
+    assert failed.returncode == 1
+    assert "told 3 beside ray 3" in failed.stdout
+    assert "exit code 3" in failed.stdout
+
+    (tmp_path / "client.py").write_text(CLIENT)
+    stopped = elsewhere.run("python", str(tmp_path / "client.py"), elsewhere.url, cwd=directory)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "told 3 beside client wait" in stopped.stdout
+    assert stopped.stdout.splitlines()[-1] == "status STOPPED"
+
+    short = ["lazyfarm", "submit", "--address", elsewhere.url, "--env", "WORD=short", "--json", "driver.py", "7"]
+    told = elsewhere.run(*short, cwd=directory)
+    assert told.returncode == 7, told.stderr
+    document = read_document(("submit",), told.stdout)
+    assert (document["status"], document["exit_code"]) == ("failed", 7)
+    assert "told 3 beside short 7" in told.stderr
+    assert jobs.details(document["job"])["driver_exit_code"] == 7
+    assert not Path(elsewhere.environ["LAZYFARM_STATE_DIR"]).exists()
+
+    wrong = tmp_path / "wrong"
+    wrong.write_text("guessed")
+    refused = elsewhere.run(*short[:4], "--token-file", str(wrong), *short[4:], cwd=directory)
+    assert refused.returncode == 1
+    assert set(read_document(("submit",), refused.stdout)) == {"error"}

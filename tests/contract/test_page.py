@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import re
 import socket
 import urllib.error
 import urllib.request
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -33,7 +35,7 @@ from cluster.provider import ProviderHandle
 from cluster.ref import RefRecord
 from cluster.traffic import Traffic
 from cluster.wire import encode_error
-from lazyfarm.graph import image
+from lazyfarm.graph import image, merge
 from lazyfarm.settings import load_running
 from lazyfarm.web.app import ROWS, build_app
 from lazyfarm.web.reading import FarmReader
@@ -46,6 +48,7 @@ from storage.services.page import PageService, page_link, page_url
 from storage.services.state_dir import StateDir
 from storage.traffic import RedisTraffic
 from storage.whereabouts import RedisWhereabouts
+from tests.doubles.browser import browser, has_browser
 from tests.doubles.collect import Bench, L, chain, layer
 from tests.doubles.observed import eventually
 from tests.doubles.redis import redis_binaries
@@ -403,3 +406,70 @@ def test_a_port_that_is_taken_is_said(farm):
                 page.start(WebConfig(port=port), "d")
         finally:
             page.stop()
+
+
+# -- as big as it gets ----------------------------------------------------------------------------------------
+
+#: What the document has of elements, and what of them was put in or changed since it was asked to look.
+ELEMENTS = "document.querySelectorAll('*').length"
+WATCH = """
+window.touched = 0;
+new MutationObserver(changes => {
+    for (const {addedNodes} of changes) {
+        window.touched += 1;
+        for (const node of addedNodes) window.touched += node.querySelectorAll?.("*").length ?? 0;
+    }
+}).observe(document.body, {subtree: true, childList: true, attributes: true, characterData: true});
+"""
+
+
+@asynccontextmanager
+async def looking(farm):
+    """Open the page of its own process in a browser; what a script complains of fails the test."""
+    page = PageService(StateDir(farm.state_dir))
+    await asyncio.to_thread(page.start, WebConfig(), "d")
+    try:
+        async with browser() as running, running.tab() as tab:
+            await tab.open(page_link(farm.state_dir))
+            yield tab
+            assert tab.complaints == []
+    finally:
+        await asyncio.to_thread(page.stop)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_browser(), reason="there is no chromium")
+async def test_ten_thousand_refs_and_a_thousand_vertices_stay_smooth(farm):
+    """A browser holds no more of 10,000 refs than of a hundred; news of one step touches that step, not a thousand."""
+    stores = farm.stores()
+    definition = await farm.submit("big", merge([image(IMAGE).run(f"echo {n}") for n in range(998)]))
+    assert len(definition.order) == 1000
+    vertices = definition.order
+    await farm.tell("big", *(VertexEvent(vertex=one, name="RUN", state=VertexState.WAITING) for one in vertices))
+
+    async def add(numbers):
+        many = [RefRecord.over(layer(f"one-{n}"), None, "example/many:1") for n in numbers]
+        for start in range(0, len(many), 1000):
+            await stores.refs.get_or_create(many[start : start + 1000], {}, lease_id=L)
+
+    await add(range(100))
+    async with looking(farm) as tab:
+        await tab.open(page_url(farm.state_dir) + "/refs")
+        few = await tab.ask(ELEMENTS)
+        await add(range(100, 10_000))
+        await tab.open(page_url(farm.state_dir) + "/refs")
+        assert "of 10002 refs" in " ".join((await tab.text()).split())
+        assert await tab.ask(ELEMENTS) <= few + 10
+        await tab.ask(WATCH)
+        await tab.press("/", text="/")
+        await tab.call("Input.insertText", text=layer("one-7777").digest)
+        await tab.until("document.querySelectorAll('tbody tr').length === 1")
+        assert await tab.ask("touched") < few
+
+        await tab.open(page_url(farm.state_dir) + "/jobs/big")
+        assert await tab.ask("document.querySelectorAll('.vertex').length") == 1000
+        assert await tab.ask(ELEMENTS) < 20 * 1000
+        await tab.ask(WATCH)
+        await farm.tell("big", VertexEvent(vertex=vertices[500], name="RUN", state=VertexState.RUNNING))
+        await tab.until("document.querySelectorAll('.vertex.running').length === 1")
+        assert 0 < await tab.ask("touched") < 100

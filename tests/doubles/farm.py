@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from cluster.settings import FarmSettings
 from lazyfarm.farm import Farm
 from lazyfarm.records import FarmRecords
 from lazyfarm.settings import load_settings
+from tests.doubles.documents import read_document
 
 #: Settings that make faults show within a test's patience.
 FAST = {
@@ -66,8 +66,8 @@ class RunningFarm:
         return done
 
     def cli_json(self, *arguments: str, **options) -> dict:
-        """Run the command line with ``--json`` and return its document."""
-        return json.loads(self.cli(*arguments, "--json", **options).stdout)
+        """Run the command line with ``--json`` and return its document, which is as its schema says."""
+        return read_document(arguments, self.cli(*arguments, "--json", **options).stdout)
 
     @contextmanager
     def records(self) -> Iterator[FarmRecords]:

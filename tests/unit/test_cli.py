@@ -4,7 +4,6 @@ The cluster's own tests run the same commands against a real farm.
 """
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 from actors.launch import DownReport, UpReport
+from cluster.audit import AuditEntry
 from cluster.collect.values import Item, ItemKind
 from cluster.collect.verify import BlobFault, FaultKind, Verified
 from cluster.descriptor import Descriptor
@@ -43,12 +43,16 @@ from cluster.ref import BlobRecord, RefRecord, RefState, RefUsage
 from cluster.settings import FarmSettings, Running
 from lazyfarm.cli import down as down_command
 from lazyfarm.cli import driving, parts, up
+from lazyfarm.cli.audit_lines import audit_document
+from lazyfarm.cli.boundary import EXIT_ERROR, EXIT_INTERRUPTED
+from lazyfarm.cli.documents import DOCUMENTS, EXIT_STATUSES
 from lazyfarm.cli.human import duration, short, size
 from lazyfarm.cli.layers import LiveLayers, PlainLayers
-from lazyfarm.cli.main import COMMANDS, app
+from lazyfarm.cli.main import app
 from lazyfarm.cli.output import Output
 from lazyfarm.cli.reach import url_address
 from storage.farm_file import write_running
+from tests.doubles.documents import check_document, commands, read_document
 
 MIB = 1024**2
 IMAGE = "docker.io/library/debian:12"
@@ -287,7 +291,7 @@ def document(*args):
     result = run(*args, "--json")
     assert [line for line in result.stderr.splitlines() if not line.startswith("(raylet)")] == []
     assert result.stdout.count("\n") == 1
-    return json.loads(result.stdout), result.exit_code
+    return read_document(args, result.stdout), result.exit_code
 
 
 def short_layer(state):
@@ -752,21 +756,48 @@ def test_a_shell_completes_commands_and_options(typed, offered):
     assert sorted(done.stdout.split()) == offered
 
 
-def test_every_command_has_help_with_an_example():
-    """`lazyfarm X --help` is enough to use X; every one takes --state-dir and --json."""
-    for name in COMMANDS:
-        subcommands = {
-            "refs": [["ls"], ["show"]],
-            "leases": [["ls"], ["show"], ["pin"], ["release"], ["leaks"]],
-            "jobs": [["ls"], ["show"], ["logs"], ["cancel"]],
-            "explain": [["pull"], ["wait"], ["kept"]],
-            "config": [["explain"], ["show"]],
-        }.get(name, [[]])
-        for sub in subcommands:
-            told = run(name, *sub, "--help").stdout
-            assert "Example:\n    lazyfarm " + " ".join([name, *sub]) in told
-            assert "--state-dir" in told
-            assert "--json" in told
+@pytest.mark.parametrize("name", commands())
+def test_every_command_has_help_with_an_example(name):
+    """`lazyfarm X --help` is enough to use X; every one takes --state-dir and --json, and its document has a shape."""
+    told = run(*name.split(), "--help").stdout
+    assert f"Example:\n    lazyfarm {name}" in told
+    options = {option for parameter in commands()[name].params for option in parameter.opts}
+    assert {"--state-dir", "--json"} <= options
+    assert name in DOCUMENTS
+
+
+def test_exit_statuses_are_those_that_the_reference_tells():
+    """Of what commands end with by themselves, and of the usage that click refuses."""
+    assert set(EXIT_STATUSES) == {0, EXIT_ERROR, 2, EXIT_INTERRUPTED}
+    assert "Exit status: 0 done, 1 error, 2 wrong usage, 130 interrupted." in run("--help").stdout
+
+
+def test_no_shape_is_of_a_command_that_is_not_there():
+    """The list of documents and the list of commands are the same."""
+    assert set(DOCUMENTS) == set(commands())
+
+
+def test_an_audit_entry_is_told_with_every_field():
+    """Which is how its shape lists them: it is made of the entry by name."""
+    told = audit_document(AuditEntry(operation="pull"))
+    check_document(("audit",), told)
+
+
+def test_a_document_with_a_key_that_is_said_nowhere_is_noticed():
+    """Else the checks of all other tests would prove little."""
+    check_document(("down",), {"stopped": []})
+    for wrong in ({}, {"stopped": [], "more": 1}, {"stopped": [1]}):
+        with pytest.raises(AssertionError, match="down"):
+            check_document(("down",), wrong)
+
+
+def test_a_token_file_that_is_not_there_is_told_before_anybody_is_asked(tmp_path):
+    """Of a farm elsewhere, which needs no state directory here."""
+    there = ("--address", "http://127.0.0.1:1", "--token-file", str(tmp_path / "none"))
+    result = run("submit", "--json", "--state-dir", str(tmp_path / "state"), *there, "driver.py")
+    told = read_document(("submit",), result.stdout)
+    assert (told["error"]["type"], result.exit_code) == ("InvalidArgumentError", 1)
+    assert "none" in told["error"]["message"]
 
 
 def test_the_version_is_told():

@@ -22,6 +22,7 @@ from cluster.progress import LayerPhase, ProgressItem
 from cluster.reference import parse_reference
 from lazyfarm.cli import parts
 from lazyfarm.cli.main import app
+from tests.doubles.documents import read_document, read_progress
 
 PINNED = "sha256:" + "a" * 64
 MIB = 1 << 20
@@ -137,7 +138,7 @@ def document(*args):
     result = run(*args, "--json")
     assert result.stderr == ""
     assert result.stdout.count("\n") == 1, result.stdout
-    return json.loads(result.stdout), result.exit_code
+    return read_document(("build",), result.stdout), result.exit_code
 
 
 def test_a_build_is_solved_named_pushed_and_written(farm, context, tmp_path):
@@ -241,7 +242,7 @@ def test_a_detached_build_is_submitted_and_left(farm, context):
 def test_events_as_documents_are_alone_on_stdout(farm, context):
     """What people are told is on stderr then."""
     result = run(context, "-t", NAME, "--push", "--progress", "json")
-    assert [json.loads(line)["event"] for line in result.stdout.splitlines()] == ["vertex", "end"]
+    assert [line["event"] for line in read_progress(result.stdout)] == ["vertex", "end"]
     assert f"pushed {NAME}" in result.stderr
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 from contextlib import asynccontextmanager
@@ -24,6 +23,7 @@ from lazyfarm.graph import image
 from lazyfarm.jobs import FarmJobs
 from lazyfarm.records import JobDetails
 from storage.memory_solver import MemoryJobEvents, MemoryJobStore, SolverMemory
+from tests.doubles.documents import read_document, read_progress
 from tests.doubles.stores import FakeClock
 
 GRAPH = image("debian:12").run("make").named("[build] RUN make")
@@ -132,7 +132,7 @@ def document(*args):
     result = run(*args, "--json")
     assert result.stderr == ""
     assert result.stdout.count("\n") == 1
-    return json.loads(result.stdout), result.exit_code
+    return read_document(args, result.stdout), result.exit_code
 
 
 # -- ls, show -------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def test_attach_with_events_has_nothing_else_on_stdout(farm):
     farm.run_and_fail("aa1")
     result = run("attach", "--progress", "json", "aa1")
     assert result.exit_code == 1
-    kinds = [json.loads(line)["event"] for line in result.stdout.splitlines()]
+    kinds = [line["event"] for line in read_progress(result.stdout)]
     assert kinds == ["vertex", "vertex", "vertex", "log", "log", "vertex", "end"]
     assert result.stderr.startswith("error: ")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 
 import pytest
 from typer.testing import CliRunner
@@ -18,6 +17,7 @@ from lazyfarm.cli.output import Output
 from lazyfarm.cli.top import _watch
 from lazyfarm.web import reading
 from lazyfarm.web.flights import Flight
+from tests.doubles.documents import read_document
 from tests.doubles.stores import eventually
 
 BLOB = digest_of(b"layer")
@@ -118,7 +118,7 @@ def test_nothing_that_goes_on_is_no_table(top, monkeypatch):
 def test_as_a_document_it_is_all_there_is(top, monkeypatch):
     """Every flight, in one object."""
     monkeypatch.setattr(Reader, "flying", [flight(number) for number in range(20)])
-    document = json.loads(top("--json"))
+    document = read_document(("top",), top("--json"))
     assert len(document["flights"]) == 20
     assert document["nodes"][0] == {"id": "n0", "alive": True, "draining": False, "ops": 2}
     assert [each["job"] for each in document["jobs"]] == ["j-running", "j-queued"]

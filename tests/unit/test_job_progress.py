@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 import typer
@@ -27,6 +28,7 @@ from lazyfarm.cli.human import short
 from lazyfarm.cli.job_frame import JobFrame, StoreTime
 from lazyfarm.cli.job_progress import JsonProgress, LiveProgress, PlainProgress, check_mode, showing
 from lazyfarm.cli.job_view import JobView, at, visible
+from lazyfarm.cli.layers import watching
 from lazyfarm.cli.output import Output
 
 MIB = 1 << 20
@@ -447,6 +449,29 @@ def test_a_frame_without_a_terminal_is_the_last_one():
     lines = out.stdout.getvalue().splitlines()
     assert lines[0].rstrip() == "[+] Building 4.0s (2/3) FAILED"
     assert lines[-5:] == ["------", f" > {MAKE}:", "0.100 gcc -c main.c", "0.200 main.c: error", "------"]
+
+
+#: A foreground or background colour, of 16, 256 or all: not bold, dim or a move of the cursor.
+COLOUR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])[0-9;]*m")
+
+
+@pytest.mark.parametrize("is_wanted", [True, False], ids=["colours", "NO_COLOR"])
+def test_a_terminal_has_colours_unless_nobody_wants_them(is_wanted, monkeypatch):
+    """`NO_COLOR` holds for the display of a build and for bars of layers; both still redraw themselves."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not is_wanted:
+        monkeypatch.setenv("NO_COLOR", "1")
+    build, layers = output(stdout=Terminal()), output(stdout=Terminal())
+    with showing(build, "auto") as watch:
+        for event in BUILD:
+            watch(event)
+    with watching(layers) as watch:
+        watch(ProgressItem(item="fetch:sha256:aa", phase=LayerPhase.FAILED, current_bytes=5, total_bytes=10))
+    for out in (build, layers):
+        shown = out.stdout.getvalue()
+        assert "\x1b[" in shown
+        assert bool(COLOUR.search(shown)) == is_wanted, shown
 
 
 def test_a_display_that_is_left_early_ends_tidily():
