@@ -1,6 +1,7 @@
 """Fixtures for all tests, from the doubles."""
 
 pytest_plugins = [
+    "tests.doubles.documents",
     "tests.doubles.farm",
     "tests.doubles.s3",
     "tests.doubles.stores",

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
+import pytest
 import typer
 from jsonschema import Draft202012Validator
+from typer.testing import CliRunner
 
 from lazyfarm.cli.documents import DOCUMENTS, PROGRESS, Failure, schema
 from lazyfarm.cli.main import app
+
+_USAGE = 2
 
 
 def commands() -> dict[str, Any]:
@@ -50,6 +56,51 @@ def read_progress(text: str) -> list[dict[str, Any]]:
     for line in told:
         _check("progress", line)
     return told
+
+
+def check_output(words: Sequence[str], stdout: str, stderr: str, status: int) -> None:
+    """Check what a command printed to no terminal: documents as promised, and nothing that moves or colours."""
+    modes = {word for before, word in pairwise(words) if before == "--progress"}
+    if "json" in modes:
+        read_progress(stdout)
+    elif "--json" in words and words[0] != "submit" and "--help" not in words:
+        _check_documents(tuple(words), stdout, status)
+    # What a build's own commands coloured is handed on as it is.
+    if "tty" not in modes and [*words[:2]] != ["jobs", "logs"]:
+        assert "\x1b" not in stdout + stderr, f"{words}: an escape sequence in a pipe"
+
+
+def _check_documents(words: tuple[str, ...], text: str, status: int) -> None:
+    lines = text.splitlines()
+    if status == _USAGE:
+        assert not lines, f"{words}: wrong usage is told on stderr"
+        return
+    if words[0] != "audit":
+        assert len(lines) == 1, f"{words}: {len(lines)} lines, not one document"
+    for line in lines:
+        document = json.loads(line)
+        if isinstance(document.get("error"), dict):
+            assert status in (1, 130), f"{words}: an error, and exit status {status}"
+            _check("failure", document)
+        else:
+            check_document(words, document)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _checked() -> Iterator[None]:
+    """Check every command that any test runs within this process."""
+    invoke = CliRunner.invoke
+
+    def checked(self: CliRunner, called: Any, args: Any = None, **options: Any) -> Any:
+        result = invoke(self, called, args, **options)
+        # An exception that no command turned into an exit status is the test's own affair.
+        if called is app and args and (result.exception is None or isinstance(result.exception, SystemExit)):
+            check_output(args, result.stdout, result.stderr, result.exit_code)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CliRunner, "invoke", checked)
+        yield
 
 
 def _check(name: str, document: object) -> None:

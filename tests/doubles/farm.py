@@ -20,7 +20,7 @@ from cluster.settings import FarmSettings
 from lazyfarm.farm import Farm
 from lazyfarm.records import FarmRecords
 from lazyfarm.settings import load_settings
-from tests.doubles.documents import read_document
+from tests.doubles.documents import check_output, read_document
 
 #: Settings that make faults show within a test's patience.
 FAST = {
@@ -63,6 +63,7 @@ class RunningFarm:
             check=False,
         )
         assert not check or done.returncode == 0, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        check_output(arguments, done.stdout, done.stderr, done.returncode)
         return done
 
     def cli_json(self, *arguments: str, **options) -> dict:
