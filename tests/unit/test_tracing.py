@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -45,9 +46,21 @@ def collector():
         yield found
 
 
+@contextlib.contextmanager
+def _tracer(endpoint, *, node="", **options):
+    """Make a tracer; its thread ends with the body, and tries nothing again after it."""
+    made = otel_tracer(_config(endpoint, **options), component="driver", instance="test", node=node)
+    try:
+        yield made
+    finally:
+        made._exporter.shutdown()
+        made._provider.shutdown()
+
+
 @pytest.fixture(scope="module")
 def tracer(collector):
-    return otel_tracer(_config(collector.url), component="driver", instance="test", node="n0")
+    with _tracer(collector.url, node="n0") as made:
+        yield made
 
 
 @pytest.fixture
@@ -228,12 +241,10 @@ def test_a_link_names_another_span(traced):
 def test_headers_come_from_their_file(tmp_path, collector):
     """Each request has them; a line that is none turns this process's traces off, and says so in one line."""
     (tmp_path / "headers").write_text("X-Token: hunter2\n\n")
-    made = otel_tracer(
-        _config(collector.url, headers_file=str(tmp_path / "headers")), component="driver", instance="x", node=""
-    )
-    made.start("with headers", parent="", kind=tracing.SpanKind.INTERNAL, attributes={}).end()
-    made.send()
-    collector.wait(lambda spans: any(span.name == "with headers" for span in spans))
+    with _tracer(collector.url, headers_file=str(tmp_path / "headers")) as made:
+        made.start("with headers", parent="", kind=tracing.SpanKind.INTERNAL, attributes={}).end()
+        made.send()
+        collector.wait(lambda spans: any(span.name == "with headers" for span in spans))
     assert any(headers.get("x-token") == "hunter2" for headers in collector.headers)
 
     (tmp_path / "headers").write_text("hunter2\n")
@@ -249,14 +260,13 @@ def test_a_collector_that_is_away_is_told_of_once_and_holds_nobody_up(caplog, mo
     monkeypatch.setattr(otel, "_SEND_S", 0.2)
     with collecting() as found:
         port = found.port
-    made = otel_tracer(_config(f"http://127.0.0.1:{port}"), component="driver", instance="x", node="")
     caplog.set_level(logging.DEBUG)
 
     def tell(count):
         for number in range(count):
             made.start(f"span {number}", parent="", kind=tracing.SpanKind.INTERNAL, attributes={}).end()
 
-    with structlog.testing.capture_logs() as lines:
+    with _tracer(f"http://127.0.0.1:{port}") as made, structlog.testing.capture_logs() as lines:
         tell(6000)  # more than the queue takes
         for _ in range(3):
             made.send()
@@ -274,10 +284,11 @@ def test_a_collector_that_is_away_is_told_of_once_and_holds_nobody_up(caplog, mo
 def test_a_process_that_ends_waits_a_moment_once(monkeypatch):
     """A collector that takes no connection costs the end of a process one short wait, and one line."""
     monkeypatch.setattr(otel, "_FLUSH_S", 0.05)
-    with socket.create_server(("127.0.0.1", 0), backlog=1) as silent:
-        made = otel_tracer(
-            _config(f"http://127.0.0.1:{silent.getsockname()[1]}"), component="driver", instance="x", node=""
-        )
+    monkeypatch.setattr(otel, "_SEND_S", 0.5)
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=1) as silent,
+        _tracer(f"http://127.0.0.1:{silent.getsockname()[1]}") as made,
+    ):
         made.start("last", parent="", kind=tracing.SpanKind.INTERNAL, attributes={}).end()
         with structlog.testing.capture_logs() as lines:
             made.flush()
