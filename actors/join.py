@@ -28,6 +28,8 @@ _CONNECT_S = 5.0
 def set_ray_environment(config: Config) -> None:
     """Set what Ray reads from the environment of a driver: the token's file, and no calls home."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # What it tells of nodes that are gone would be coloured in pipes, too.
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     if config.ray.token_file:
         os.environ["RAY_AUTH_MODE"] = "token"

@@ -10,8 +10,9 @@ Three promises that pools have broken elsewhere:
 
 - A caller that is cancelled never poisons the connection: its command has been submitted, its reply is
   read and dropped.
-- Every call ends by its deadline. Replies come in order, so one timer on the oldest call is enough; when
-  it fires, the connection is given up, as what follows on it would be late too.
+- Every call ends by its deadline, or some deadlines later where answers keep coming. Replies come in order, so one
+  timer on the oldest call is enough; when it fires, the connection is given up, as what follows on it would be
+  late too.
 - A command is sent twice only if its caller said that it may be (*may_repeat*): reads, and scripts that
   are idempotent. Any other whose connection drops ends in UnavailableError, outcome unknown.
 """
@@ -19,6 +20,7 @@ Three promises that pools have broken elsewhere:
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -40,6 +42,8 @@ from storage.translate import error_code, is_elsewhere, translate_reply
 _NOT_IN_TIME = "no connection in time"
 #: Seconds between looks at what replicas have.
 _REPLICATION_LOOK_S = 0.05
+#: Time limits for which a call may be late, beyond its own, as long as the server answers others.
+_PATIENCE = 4
 
 
 class _Call:
@@ -86,6 +90,8 @@ class RedisLink:
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._drops = 0
+        #: When the last answer came, loop time.
+        self._heard_s = -math.inf
         self._is_flush_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -258,6 +264,7 @@ class RedisLink:
             if self._connection is not None:
                 self._connection.abort()
             return
+        self._heard_s = asyncio.get_running_loop().time()
         call = self._sent[0]
         call.replies.append(reply)
         if len(call.replies) == call.count:
@@ -343,8 +350,7 @@ class RedisLink:
     def _on_timer(self) -> None:
         self._timer = None
         loop = asyncio.get_running_loop()
-        oldest = self._sent[0] if self._sent else None
-        if oldest is not None and oldest.deadline <= loop.time():
+        if self._sent and self._overdue_s() <= loop.time():
             # Answers come in order: whatever was sent after it would be late as well.
             for call in self._sent:
                 if call.deadline <= loop.time():
@@ -353,9 +359,20 @@ class RedisLink:
             if self._connection is not None:
                 self._connection.abort()
         self._expire()
-        deadlines = [calls[0].deadline for calls in (self._sent, self._waiting) if calls]
+        deadlines = [self._waiting[0].deadline] if self._waiting else []
+        if self._sent:
+            deadlines.append(self._overdue_s())
         if deadlines:
             self._timer = loop.call_at(max(min(deadlines), loop.time() + 0.01), self._on_timer)
+
+    def _overdue_s(self) -> float:
+        """Return when the oldest call that was sent is late.
+
+        A server that answers others meanwhile is there, and this process, or the server, has much to do: to give up
+        what it is about to answer, and to ask it all again, would make that worse.
+        """
+        oldest_s, timeout_s = self._sent[0].deadline, self.address.timeout_s
+        return min(max(oldest_s, self._heard_s + timeout_s), oldest_s + _PATIENCE * timeout_s)
 
     def _expire(self) -> bool:
         """Fail the unsent calls whose deadline is over; tell whether any is left."""

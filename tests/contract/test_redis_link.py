@@ -109,6 +109,29 @@ async def test_a_call_ends_by_its_deadline(server):
         assert await link.execute("PING") == b"PONG"
 
 
+async def test_a_server_that_goes_on_answering_is_not_given_up(server):
+    """Calls that stand in line for longer than one may take end well, on the connection that they were sent on."""
+    async with linked(server, timeout_s=1.0) as link:
+        drops = link.drops
+        started = time.monotonic()
+        # Each holds up what was sent after it, and is answered by itself.
+        assert await asyncio.gather(*(link.execute("BLPOP", "nothing", "0.25") for _ in range(8))) == [None] * 8
+        assert time.monotonic() - started > 1.5
+        assert link.drops == drops
+
+
+async def test_a_server_that_stops_answering_halfway_is_given_up(server):
+    """What it answered before counts for so long only."""
+    async with linked(server, timeout_s=0.5) as link:
+        calls = [asyncio.create_task(link.execute("BLPOP", "nothing", "0.2")) for _ in range(4)]
+        await calls[0]
+        with frozen(server):
+            for call in calls[1:]:
+                with pytest.raises(DeadlineExceededError, match="no answer in"):
+                    await asyncio.wait_for(call, 5.0)
+        assert await link.execute("PING") == b"PONG"
+
+
 async def test_nobody_there_is_unavailable():
     """A server that can't be reached is UnavailableError within the deadline."""
     link = connect(RedisConfig(url="redis://127.0.0.1:1/0", timeout_s=0.3))
@@ -479,4 +502,4 @@ async def test_renewal_doesnt_wait_for_the_event_loop(server):
 
 
 async def _join(link, keys, ttl_ms, token="t"):
-    return await link.run("flight_join", keys.prefix, "blob:x", "n0", token, ttl_ms, "epoch", 1)
+    return await link.run("flight_join", keys.prefix, "blob:x", "n0", token, ttl_ms, "epoch", 1, "", "")
