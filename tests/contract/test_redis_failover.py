@@ -310,7 +310,7 @@ async def test_callers_outlive_a_fail_over(watched):
     ):
         stack.callback(renewer.close)
         sync = stack.enter_context(contextlib.closing(connect_sync(config)))
-        joined = await link.run("flight_join", keys.prefix, "k", "n0", "t", PATIENT_S * 1000, "epoch", 1)
+        joined = await link.run("flight_join", keys.prefix, "k", "n0", "t", PATIENT_S * 1000, "epoch", 1, "", "")
         fence = Fence(key="k", epoch=joined[1].decode(), number=int(joined[2]), token="t")
         renewer.keep(fence, ttl_s=PATIENT_S, on_lost=lost.set)
         assert sync.execute("EXISTS", f"{keys.prefix}:flight:k") == 1
@@ -437,7 +437,7 @@ async def test_callers_outlive_a_fail_over_within_a_cluster(clustered):
     renewer = RedisFlightRenewer(config, keys)
     lost = threading.Event()
     async with link.subscribe("channel") as messages:
-        joined = await link.run("flight_join", prefix, "k", "n0", "t", PATIENT_S * 1000, "epoch", 1)
+        joined = await link.run("flight_join", prefix, "k", "n0", "t", PATIENT_S * 1000, "epoch", 1, "", "")
         fence = Fence(key="k", epoch=joined[1].decode(), number=int(joined[2]), token="t")
         renewer.keep(fence, ttl_s=PATIENT_S, on_lost=lost.set)
         assert sync.run_many([("lease_holders", (prefix, "x"))] * 2) == [[], []]
