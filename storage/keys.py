@@ -67,7 +67,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``arriving:CHAIN`` | zset, minutes | node that is getting the snapshot → when that was noted, milliseconds |
 | ``noted`` | zset | node → since when what is noted of its snapshots counts, milliseconds |
 | ``ops:NODE`` | zset | run of an op there → until when that is believed, milliseconds |
-| ``traffic`` | hash | a figure of :class:`cluster.traffic.Traffic` → its sum |
+| ``traffic`` | hash | a figure of :class:`cluster.traffic.Traffic` → its sum; ``FIGURE REGISTRY`` → its part |
 | ``traffic:SECONDS`` | hash, a week | the same, of the five minutes that began then |
 | ``audit`` | stream, ``audit.retention_s`` | payloads ``audit`` (:class:`cluster.audit.AuditEntry`) |
 | ``mark`` | string | ID of these records: with the farm's name, its mark in the bucket |
