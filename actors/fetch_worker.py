@@ -506,7 +506,7 @@ class FetchWorker(SessionServer):
             caller = self._as_caller(authorizer, request.session, request.lease_id, providers)
             pushed = await parts.pusher.push(request.image, target, caller, providers, plain_http=request.plain_http)
             count_pushed(pushed.layers)
-            parts.stores.traffic.note(push_traffic(pushed.layers, chain))
+            parts.stores.traffic.note(push_traffic(pushed.layers, chain, target.host))
             entry = replace(
                 _entry("push", request.session),
                 credential=handle_of(authorizer.identity(target.host)),

@@ -79,6 +79,8 @@ class Quota:
 class Pace:
     """How fast to go on while little is left."""
 
+    #: Requests that are left of what sets the pace.
+    remaining: int
     #: Seconds between two requests.
     every_s: float
     #: Seconds in which no request is of use.
@@ -117,7 +119,8 @@ def _pace(quota: Quota, slowest_s: float) -> Pace | None:
     if for_s <= 0:
         return None
     every_s = min(slowest_s, for_s / max(1, quota.remaining))
-    return Pace(every_s=every_s, hold_s=for_s if quota.remaining == 0 and quota.reset_s else 0.0, for_s=for_s)
+    hold_s = for_s if quota.remaining == 0 and quota.reset_s else 0.0
+    return Pace(remaining=quota.remaining, every_s=every_s, hold_s=hold_s, for_s=for_s)
 
 
 # -- the spellings ---------------------------------------------------------------------------------------

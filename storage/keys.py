@@ -43,6 +43,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``host:HOST`` | hash, 1 h | ``limit not_before halved rate lift_at tokens recent asked_at refused``, ``circuit``… |
 | ``circuits`` | zset, an hour | registry host that was given up → since when, milliseconds |
 | ``quota:KIND:LENGTH:ACCOUNT:HOST`` | hash, a day | ``every last_at hold_at until_at``: what little is left there |
+| ``quotas:HOST`` | zset, a day | ``KIND:ACCOUNT`` of the former → until when it holds, milliseconds |
 | ``turns:KIND:LENGTH:ACCOUNT:HOST`` | zset, likewise | who waits for it → when it may ask, milliseconds |
 | ``slots:HOST`` | zset, seconds | slot → expiry, milliseconds |
 | ``queue:HOST`` | zset, seconds | who waits for a slot → its place |
@@ -66,7 +67,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``arriving:CHAIN`` | zset, minutes | node that is getting the snapshot → when that was noted, milliseconds |
 | ``noted`` | zset | node → since when what is noted of its snapshots counts, milliseconds |
 | ``ops:NODE`` | zset | run of an op there → until when that is believed, milliseconds |
-| ``traffic`` | hash | a figure of :class:`cluster.traffic.Traffic` → its sum |
+| ``traffic`` | hash | a figure of :class:`cluster.traffic.Traffic` → its sum; ``FIGURE REGISTRY`` → its part |
 | ``traffic:SECONDS`` | hash, a week | the same, of the five minutes that began then |
 | ``audit`` | stream, ``audit.retention_s`` | payloads ``audit`` (:class:`cluster.audit.AuditEntry`) |
 | ``mark`` | string | ID of these records: with the farm's name, its mark in the bucket |

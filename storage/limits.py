@@ -49,6 +49,19 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LowQuota:
+    """What an account may still ask of a host, where that is little."""
+
+    #: Of requests: a :class:`cluster.quota.RequestKind`, or what a later release counts apart.
+    kind: str
+    #: Of what sets the pace, as the registry last said; None: an earlier release heard it, and didn't note it.
+    remaining: int | None
+    #: Seconds until all are there again, and until any request is of use.
+    window_s: float
+    hold_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HostBudget:
     """What a registry host may be asked now, and is."""
 
@@ -65,6 +78,8 @@ class HostBudget:
     #: 429s since it was last forgotten, after an hour without a request; seconds until anybody may ask again.
     refused: int
     closed_s: float
+    #: Of each account and kind of request that little is left of; the least first.
+    quotas: tuple[LowQuota, ...]
 
     @property
     def is_reduced(self) -> bool:
@@ -137,15 +152,15 @@ class RedisHostLimiter:
                 "registry.little_left",
                 host=slot.host,
                 kind=slot.budget.kind,
-                left=min(quota.remaining for quota in quotas),
+                left=pace.remaining,
                 every_s=round(pace.every_s, 3),
                 hold_s=round(pace.hold_s, 3),
             )
         times_s = (0.0, 0.0, 0.0) if pace is None else (pace.every_s, pace.hold_s, pace.for_s)
+        remaining = 0 if pace is None else pace.remaining
         times_ms = [math.ceil(seconds * 1000) for seconds in times_s]
-        await self._link.run(
-            "host_quota", self._prefix, slot.host, slot.budget.kind, slot.budget.account, *times_ms, may_repeat=True
-        )
+        of = slot.host, slot.budget.kind, slot.budget.account
+        await self._link.run("host_quota", self._prefix, *of, *times_ms, remaining, may_repeat=True)
 
     async def throttled(self, slot: Slot, retry_after_s: float) -> None:
         """Record a 429."""
@@ -184,7 +199,7 @@ class RedisHostLimiter:
         return sorted((self._budget(told) for told in found), key=lambda budget: budget.host)
 
     def _budget(self, found: list[Any]) -> HostBudget:
-        name, limit, rate, closed_ms, refused, recent, busy, waiting = found
+        name, limit, rate, closed_ms, refused, recent, busy, waiting, quotas = found
         host = name.decode()
         max_limit, max_rate = self._configured(host)
         lowered = max_rate if rate is None else float(rate)
@@ -199,6 +214,7 @@ class RedisHostLimiter:
             recent_rate=float(recent),
             refused=refused,
             closed_s=closed_ms / 1000,
+            quotas=tuple(sorted((_low_quota(*told) for told in quotas), key=_by_what_is_left)),
         )
 
     def _configured(self, host: str) -> tuple[int, float]:
@@ -273,6 +289,15 @@ class RedisHostLimiter:
             # Redis is away: requests go on, their slots lapse, and the next renewal takes them again.
             with contextlib.suppress(UnavailableError):
                 await self._link.run("slot_renew", self._prefix, int(SLOT_TTL_S * 1000), *held, may_repeat=True)
+
+
+def _low_quota(kind: bytes, left: bytes | None, window_ms: int, hold_ms: int) -> LowQuota:
+    remaining = None if left is None else int(left)
+    return LowQuota(kind=kind.decode(), remaining=remaining, window_s=window_ms / 1000, hold_s=hold_ms / 1000)
+
+
+def _by_what_is_left(quota: LowQuota) -> tuple[bool, int, str]:
+    return quota.remaining is None, quota.remaining or 0, quota.kind
 
 
 def _too_late(host: str, wait_s: float) -> RateLimitedError:

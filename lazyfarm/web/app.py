@@ -24,6 +24,7 @@ from cluster.digest import Digest
 from cluster.errors import AmbiguousJobError, ClusterError, JobNotFoundError
 from cluster.job import JobEvent, JobId, JobState
 from cluster.ref import RefId
+from cluster.traffic import Traffic
 from lazyfarm.cli.human import count, duration, short, size
 from lazyfarm.cli.job_progress import describe
 from lazyfarm.cli.job_view import LogLine, at, read_error, visible
@@ -82,7 +83,7 @@ class _Pages:
         }  # fmt: skip
         self._templates.globals |= {
             "farm": reader.settings.config.farm.name, "pages": _PAGES, "graph": graph,
-            "plot_size": (plot.WIDTH, plot.HEIGHT),
+            "plot_size": (plot.WIDTH, plot.HEIGHT), "joined_height": plot.JOINED_HEIGHT,
         }  # fmt: skip
 
     def app(self) -> Starlette:
@@ -154,9 +155,9 @@ class _Pages:
 
     async def _registries(self, request: Request) -> Response:
         wanted = _Filter.of(request)
-        budgets = [one for one in await self._reader.registries() if wanted.holds(one.host)]
+        found = [one for one in await self._reader.registries() if wanted.holds(one.budget.host)]
         return self._shown(
-            request, "registries.html", "Registries", every_s=_LIVE_S, rows=_Rows(budgets, request), choices=()
+            request, "registries.html", "Registries", every_s=_LIVE_S, rows=_Rows(found, request), choices=()
         )
 
     async def _avoided(self, request: Request) -> Response:
@@ -170,6 +171,7 @@ class _Pages:
             every_s=_SLOW_S,
             total=total,
             lazy_bytes=stocked.usage.avoided_bytes,
+            within=sum((traffic for _, traffic in slots), Traffic()),
             plot=plot.draw(slots),
             window=window,
             windows=tuple(_WINDOWS),

@@ -10,6 +10,8 @@ from cluster.traffic import Traffic
 from storage.traffic import SLOT_S
 
 WIDTH, HEIGHT = 960, 180
+#: Height of the plot of joined requests, which are no bytes and have a scale of their own.
+JOINED_HEIGHT = 60
 _GAP = 1.0
 #: Most bars that can be told apart.
 _MOST_BARS = 96
@@ -33,6 +35,8 @@ class Bar:
     width: float
     traffic: Traffic
     parts: tuple[Part, ...]
+    #: The requests that joined another's, in the plot below; None where there were none.
+    joined: Part | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,8 @@ class Plot:
     bars: tuple[Bar, ...]
     #: Bytes at the top.
     top: int
+    #: Requests at the top of the plot below.
+    top_joined: int
     seconds_a_bar: int
     #: Where on the time axis something is written, and what.
     marks: tuple[tuple[float, str], ...]
@@ -53,6 +59,7 @@ def draw(slots: Sequence[tuple[int, Traffic]]) -> Plot:
     groups = [slots[start : start + each] for start in range(0, len(slots), each)]
     sums = [(group[0][0], sum((traffic for _, traffic in group), Traffic())) for group in groups]
     top = max((_moved(traffic) + traffic.avoided_bytes for _, traffic in sums), default=0) or 1
+    top_joined = max((traffic.joined for _, traffic in sums), default=0) or 1
     step = WIDTH / max(len(sums), 1)
     bars = tuple(
         Bar(
@@ -60,7 +67,8 @@ def draw(slots: Sequence[tuple[int, Traffic]]) -> Plot:
             x=round(index * step, 2),
             width=round(max(step - _GAP, 1.0), 2),
             traffic=traffic,
-            parts=_parts(traffic, top),
+            parts=_stacked(_figures(traffic), top, HEIGHT),
+            joined=next(iter(_stacked((("joined", traffic.joined),), top_joined, JOINED_HEIGHT)), None),
         )
         for index, (began, traffic) in enumerate(sums)
     )
@@ -69,6 +77,7 @@ def draw(slots: Sequence[tuple[int, Traffic]]) -> Plot:
     return Plot(
         bars=bars,
         top=top,
+        top_joined=top_joined,
         seconds_a_bar=each * SLOT_S,
         marks=tuple((round(index * step, 2), time.strftime(form, time.gmtime(sums[index][0]))) for index in marked),
     )
@@ -78,17 +87,20 @@ def _moved(traffic: Traffic) -> int:
     return traffic.fetched_bytes + traffic.pushed_bytes
 
 
-def _parts(traffic: Traffic, top: int) -> tuple[Part, ...]:
-    found: list[Part] = []
-    y = float(HEIGHT)
-    figures = (
+def _figures(traffic: Traffic) -> tuple[tuple[str, int], ...]:
+    return (
         ("moved", _moved(traffic)),
         ("not-fetched", traffic.not_fetched_bytes),
         ("not-pushed", traffic.not_pushed_bytes),
     )
-    for name, count_bytes in figures:
-        if count_bytes:
-            height = max(HEIGHT * count_bytes / top, 1.0)  # seen, however little it is
+
+
+def _stacked(figures: Sequence[tuple[str, int]], top: int, of_height: int) -> tuple[Part, ...]:
+    found: list[Part] = []
+    y = float(of_height)
+    for name, figure in figures:
+        if figure:
+            height = max(of_height * figure / top, 1.0)  # seen, however little it is
             y -= height
             found.append(Part(name=name, y=round(max(y, 0.0), 2), height=round(height, 2)))
     return tuple(found)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from cluster.circuit import GivenUp
 from cluster.collect.runner import Collector
 from cluster.collect.stock import ImageUse, Kept, RefUse, Stock, Usage
 from cluster.graph import Definition
@@ -22,6 +23,7 @@ from lazyfarm.cli.status import find_problems
 from lazyfarm.jobs import FarmJobs
 from lazyfarm.redis_only import connected
 from lazyfarm.web.flights import Flight, FlightRates
+from storage.circuits import Circuits
 from storage.collect import RedisCollectStore
 from storage.flights import RedisFlightStore
 from storage.leases import RedisLeaseStore
@@ -99,6 +101,21 @@ class JobNow:
     events: tuple[JobEvent, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistryNow:
+    """What one registry may be asked, and whether the cluster has given it up."""
+
+    budget: HostBudget
+    given_up: GivenUp | None
+
+    @property
+    def state(self) -> str:
+        """Return how it is, in a word."""
+        if self.given_up is not None:
+            return "failed"
+        return "reduced" if self.budget.is_reduced or self.budget.quotas else "ready"
+
+
 class Fresh(Generic[T]):
     """What is costly to read: read once for all who ask at a time, and not again for a while.
 
@@ -147,6 +164,7 @@ class FarmReader:
         self._flights = RedisFlightStore(self._link, keys)
         self._rates = FlightRates()
         self._limiter = RedisHostLimiter(self._link, keys, settings.config)
+        self._circuits = Circuits(self._link, keys)
         self._traffic = RedisTraffic(self._link, keys)
         self._whereabouts = RedisWhereabouts(self._link, keys)
         self.jobs = FarmJobs.over(self._link, keys)
@@ -234,9 +252,11 @@ class FarmReader:
         """Return what time it is there."""
         return await self._collect.now_wall_s()
 
-    async def registries(self) -> list[HostBudget]:
+    async def registries(self) -> list[RegistryNow]:
         """Return how it stands with each registry that was asked of late."""
-        return await self._limiter.budgets()
+        budgets, circuits = await asyncio.gather(self._limiter.budgets(), self._circuits.given_up())
+        given_up = {one.host: one for one in circuits}
+        return [RegistryNow(budget=budget, given_up=given_up.get(budget.host)) for budget in budgets]
 
     async def traffic(self, window_s: float) -> tuple[Traffic, list[tuple[int, Traffic]]]:
         """Return what was moved and avoided in all, and over the last *window_s* seconds."""

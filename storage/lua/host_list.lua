@@ -2,11 +2,12 @@
 --
 -- KEYS[1] prefix of the farm's keys
 -- return  a list of {host, limit or nil, rate or nil, milliseconds until anybody may ask, 429s, requests of late,
---         slots taken, who waits for one}
+--         slots taken, who waits for one, what quota_list returns}
 -- Hosts that are forgotten leave the list.
 -- include: time
 -- include: host
 -- include: rate
+-- include: quota
 local prefix, now, found = KEYS[1], now_ms(), {}
 for _, host in ipairs(redis.call('SMEMBERS', prefix .. ':hosts')) do
   local known = redis.call('HMGET', prefix .. ':host:' .. host, 'limit', 'rate', 'not_before', 'refused', 'asked_at')
@@ -19,6 +20,7 @@ for _, host in ipairs(redis.call('SMEMBERS', prefix .. ':hosts')) do
       tostring(recent / RECENT_S),
       redis.call('ZCOUNT', prefix .. ':slots:' .. host, '(' .. now, '+inf'),
       redis.call('ZCOUNT', prefix .. ':queue-seen:' .. host, '(' .. now, '+inf'),
+      quota_list(prefix, host, now),
     }
   end
 end

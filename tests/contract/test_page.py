@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 from starlette.testclient import TestClient
 
+from cluster.circuit import BURST_S
 from cluster.config import Config, WebConfig
 from cluster.digest import digest_of
 from cluster.errors import DigestMismatchError, StartError
@@ -32,6 +33,7 @@ from cluster.messages import ActorRecord, NodeRecord, SessionInfo
 from cluster.ports import Slot
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.provider import ProviderHandle
+from cluster.quota import Budget, Quota, RequestKind
 from cluster.ref import RefRecord
 from cluster.traffic import Traffic
 from cluster.wire import encode_error
@@ -52,7 +54,7 @@ from tests.doubles.browser import browser, has_browser
 from tests.doubles.collect import Bench, L, chain, layer
 from tests.doubles.observed import eventually
 from tests.doubles.redis import redis_binaries
-from tests.doubles.stores import FarmOfRedis
+from tests.doubles.stores import BREAKER, FarmOfRedis
 
 pytestmark = pytest.mark.redis
 
@@ -201,7 +203,8 @@ async def test_images_flights_registries_and_what_was_avoided(farm):
     await stores.flights.report(owned.fence, 1 << 20, 4 << 20)
     await stores.limiter.throttled(Slot("registry.example"), 0.0)
     traffic = RedisTraffic(farm.link, farm.keys)
-    traffic.note(Traffic(fetched_bytes=5 << 20, not_pushed_bytes=3 << 20, joined=4))
+    part = Traffic(fetched_bytes=2 << 20, joined=3)
+    traffic.note(Traffic(fetched_bytes=5 << 20, not_pushed_bytes=3 << 20, joined=4, registries={EVIL: part}))
     await eventually(lambda: farm.link.execute("EXISTS", farm.keys.traffic), "the figures to be noted")
 
     assert f"{IMAGE} 100 B 100 B 100 B held" in farm.words("/images")
@@ -210,7 +213,43 @@ async def test_images_flights_registries_and_what_was_avoided(farm):
     assert "registry.example reduced 0 of 2 (12) 0" in farm.words("/registries")
     said = farm.words("/avoided?window=6h")
     assert "3.0 MiB not pushed 4 requests that joined another's 5.0 MiB moved" in said
-    assert 'class="not-pushed"' in farm.get("/avoided")
+    assert f"{EVIL} 2.0 MiB 0 B 0 B 0 B 3 From" in said
+    page = farm.get("/avoided")
+    assert 'class="not-pushed"' in page
+    assert '<rect class="joined"' in page
+    assert EVIL not in page
+
+
+async def test_figures_of_an_earlier_release_are_shown(farm):
+    """It counted no requests that joined, and told of no registry: 0, and none."""
+    await farm.link.run("traffic_note", farm.keys.prefix, 300, 600, "fetched_bytes", 5 << 20)
+    said = farm.words("/avoided")
+    assert "0 requests that joined another's 5.0 MiB moved" in said
+    assert "Nothing was moved or avoided at a registry" in said
+    assert '<rect class="joined"' not in farm.get("/avoided")
+
+
+async def test_a_registry_tells_of_its_breaker_and_its_quota(farm):
+    """Since when it is given up, why, and when it is tried again; what is left where that is little, for how long."""
+    stores = farm.stores()
+    for _ in range(BREAKER.failures):
+        await stores.limiter.failed(Slot("gone.example"), f"gone.example: {EVIL}")
+        farm.pass_time(2 * BURST_S)
+    low = Slot("low.example", budget=Budget(kind=RequestKind.MANIFEST, account="me:you"))
+    await stores.limiter.throttled(low, 0.0)
+    await stores.limiter.quoted(low, [Quota(remaining=7, limit=100, reset_s=7200.0)])
+
+    said = farm.words("/registries?q=gone")
+    assert re.search(r"failed 0 of \d+ .* open for [\d.]+ s, tried again in \d+ s gone\.example: ", said), said
+    assert EVIL in said
+    assert EVIL not in farm.get("/registries")
+    said = farm.words("/registries?q=low")
+    assert re.search(r"reduced .* closed manifest: 7 left for (2 h|120 min)", said), said
+
+    farm.pass_time(BREAKER.open_s)
+    assert "tried again by the next request" in farm.words("/registries?q=gone")
+    await stores.limiter.quoted(low, [Quota(remaining=90, limit=100, reset_s=7200.0)])
+    assert "manifest" not in farm.words("/registries?q=low")
 
 
 def test_what_has_not_changed_is_not_sent_again(farm):
@@ -312,7 +351,7 @@ def test_a_late_visitor_sees_the_whole_story(farm, failed):
     filtered = farm.get("/jobs/4f2a00?state=failed")
     assert re.findall(r'<li id="v-\w+" class="vertex (\w+)" hidden>', filtered) == ["cancelled"]
     log = farm.words(f"/jobs/4f2a00/{run}")
-    assert f"one 0.000 {EVIL} 0.000 red" in log
+    assert re.search(rf"one [\d.]+ {re.escape(EVIL)} [\d.]+ red", log), log
 
 
 @pytest.mark.parametrize(

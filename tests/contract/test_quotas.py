@@ -164,3 +164,42 @@ async def test_enough_costs_nothing(redis_farm):
         await asyncio.sleep(0.02)  # what the last one released is no part of it
 
     assert told == [0, 1, 1, 0]
+
+
+# -- for people, in Redis ----------------------------------------------------------------------------------
+
+
+async def quotas_of(stores):
+    """Return what people are told of the host's quotas."""
+    await stores.limiter.throttled(Slot(HOST), 0.0)  # a host that was never asked is not listed
+    (budget,) = await stores.limiter.budgets()
+    return budget.quotas
+
+
+async def test_what_little_is_left_is_listed_by_account_and_kind(redis_farm):
+    """The least first; until there is enough, or all is there again."""
+    stores = redis_farm.stores()
+    await say(stores, LOW)
+    await say(stores, NONE_LEFT, budget=OTHERS[0])
+    await say(stores, LOW, budget=OTHERS[2])  # its account has a colon
+
+    await say(stores, Quota(remaining=3, limit=5, reset_s=1.0), LOW)  # of the former there is enough
+    least, *others = await quotas_of(stores)
+    assert (least.kind, least.remaining) == ("blob", 0)
+    assert (least.window_s, least.hold_s) == pytest.approx((1800.0, 1800.0), abs=30.0)
+    assert [(one.kind, one.remaining, one.hold_s) for one in others] == [("manifest", 10, 0.0)] * 2
+
+    await say(stores, ENOUGH)
+    redis_farm.pass_time(LOW.reset_s)
+    assert [one.kind for one in await quotas_of(stores)] == ["blob"]
+
+
+async def test_a_quota_that_an_earlier_release_noted_last_has_no_number(redis_farm):
+    """It didn't say how many are left, only that it is little."""
+    stores = redis_farm.stores()
+    await say(stores, LOW)
+    (link,) = redis_farm.links
+    await link.execute("HDEL", f"{redis_farm.keys.prefix}:quota:manifest:2:me:{HOST}", "left")
+
+    (one,) = await quotas_of(stores)
+    assert one.remaining is None

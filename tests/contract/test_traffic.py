@@ -22,9 +22,10 @@ async def test_what_is_noted_adds_up_in_all_and_now(redis_farm):
     began = await now_wall_s(redis_farm.links[0])
     one.note(Traffic())
     assert await redis_farm.links[0].execute("EXISTS", redis_farm.keys.traffic) == 0
-    one.note(Traffic(fetched_bytes=5, joined=1))
+    one.note(Traffic(fetched_bytes=5, joined=1, registries={"r.example:5000": Traffic(fetched_bytes=5, joined=1)}))
     other.note(Traffic(fetched_bytes=7, not_pushed_bytes=9))
-    total = Traffic(fetched_bytes=12, joined=1, not_pushed_bytes=9)
+    part = Traffic(fetched_bytes=5, joined=1)
+    total = Traffic(fetched_bytes=12, joined=1, not_pushed_bytes=9, registries={"r.example:5000": part})
 
     async def is_noted():
         return await other.total() == total
@@ -38,6 +39,14 @@ async def test_what_is_noted_adds_up_in_all_and_now(redis_farm):
     assert len(slots) in (4, 5)  # the one that it began in, and three before
     (last,) = [start for start, traffic in slots[-1:] if traffic.figures]
     assert KEPT_S - 60 < await redis_farm.links[0].execute("TTL", redis_farm.keys.traffic_slot(last)) <= KEPT_S
+
+
+async def test_what_an_earlier_release_noted_is_read(redis_farm):
+    """Side by side with it: of a registry, and of what it didn't count, it noted nothing."""
+    redis_farm.stores()
+    (link,) = redis_farm.links
+    await link.execute("HSET", redis_farm.keys.traffic, "fetched_bytes", 5)
+    assert await RedisTraffic(link, redis_farm.keys).total() == Traffic(fetched_bytes=5)
 
 
 async def test_no_more_is_asked_for_than_is_kept(redis_farm):

@@ -138,10 +138,10 @@ def test_the_tightest_limit_counts(quotas, slowest_s):
     ("quota", "expected"),
     [
         (Quota(remaining=21, limit=100, window_s=21600.0), None),
-        (Quota(remaining=19, limit=100, window_s=21600.0), Pace(every_s=10.0, hold_s=0.0, for_s=21600.0)),
-        (Quota(remaining=0, limit=100, window_s=21600.0), Pace(every_s=10.0, hold_s=0.0, for_s=21600.0)),
-        (Quota(remaining=10, limit=100, reset_s=5.0), Pace(every_s=0.5, hold_s=0.0, for_s=5.0)),
-        (Quota(remaining=0, limit=100, reset_s=1800.0), Pace(every_s=10.0, hold_s=1800.0, for_s=1800.0)),
+        (Quota(remaining=19, limit=100, window_s=21600.0), Pace(remaining=19, every_s=10.0, hold_s=0.0, for_s=21600.0)),
+        (Quota(remaining=0, limit=100, window_s=21600.0), Pace(remaining=0, every_s=10.0, hold_s=0.0, for_s=21600.0)),
+        (Quota(remaining=10, limit=100, reset_s=5.0), Pace(remaining=10, every_s=0.5, hold_s=0.0, for_s=5.0)),
+        (Quota(remaining=0, limit=100, reset_s=1800.0), Pace(remaining=0, every_s=10.0, hold_s=1800.0, for_s=1800.0)),
     ],
     ids=str,
 )

@@ -22,7 +22,7 @@ from lazyfarm.web.graph import HEIGHT, WIDTH, lay_out
 from lazyfarm.web.guard import HEADERS, Guard
 from lazyfarm.web.job import JobStory
 from lazyfarm.web.plot import HEIGHT as PLOT_HEIGHT
-from lazyfarm.web.plot import draw
+from lazyfarm.web.plot import JOINED_HEIGHT, draw
 from lazyfarm.web.reading import Fresh
 from storage.services.page import PageService, page_link, page_url
 from storage.services.state_dir import StateDir
@@ -162,15 +162,18 @@ def test_bars_stand_on_each_other_and_end_at_the_top():
         (0, Traffic(fetched_bytes=100, not_fetched_bytes=200, not_pushed_bytes=100)),
         (SLOT_S, Traffic(pushed_bytes=1)),
         (2 * SLOT_S, Traffic(joined=1)),
+        (3 * SLOT_S, Traffic(joined=500)),
     ]
     plot = draw(slots)
     assert plot.top == 400
-    first, second, third = plot.bars
+    first, second, third, fourth = plot.bars
     assert [part.name for part in first.parts] == ["moved", "not-fetched", "not-pushed"]
     assert first.parts[-1].y == 0
     assert sum(part.height for part in first.parts) == PLOT_HEIGHT
     assert [part.height for part in second.parts] == [1.0]
     assert third.parts == ()
+    assert (plot.top_joined, first.joined) == (500, None)
+    assert (third.joined.height, fourth.joined.y, fourth.joined.height) == (1.0, 0.0, JOINED_HEIGHT)
 
 
 def test_many_slots_share_bars():

@@ -1,6 +1,10 @@
 -- What an account may still ask of one kind at a registry host, where that is little: `every` milliseconds between two
 -- requests, `last_at` when the last of those that have a turn is made, `hold_at` until when none is of use, `until_at`
--- when all is there again. Beside it the turns: who waits → when its turn is.
+-- when all is there again, `left` how many requests the registry said were left. Beside it the turns: who waits → when
+-- its turn is. `quotas:HOST` names those of a host: `KIND:ACCOUNT` → `until_at`.
+
+-- As long as any is believed: a day.
+local QUOTAS_S = 86400
 
 local function quota_keys(prefix, host, kind, account)
   local name = kind .. ':' .. #account .. ':' .. account .. ':' .. host
@@ -8,15 +12,35 @@ local function quota_keys(prefix, host, kind, account)
 end
 
 -- Note what is left: 0 for `for_ms` where that is enough.
-local function quota_set(prefix, host, kind, account, every_ms, hold_ms, for_ms, now)
+local function quota_set(prefix, host, kind, account, every_ms, hold_ms, for_ms, left, now)
   local quota, turns = quota_keys(prefix, host, kind, account)
+  local quotas, name = prefix .. ':quotas:' .. host, kind .. ':' .. account
+  redis.call('ZREMRANGEBYSCORE', quotas, '-inf', now)
   if for_ms == 0 then
     redis.call('DEL', quota, turns)
+    redis.call('ZREM', quotas, name)
     return
   end
   local last_at = math.max(now, tonumber(redis.call('HGET', quota, 'last_at') or 0))
   redis.call('HSET', quota, 'every', every_ms, 'last_at', last_at, 'hold_at', now + hold_ms, 'until_at', now + for_ms)
+  redis.call('HSET', quota, 'left', left)
   redis.call('PEXPIREAT', quota, now + for_ms)
+  redis.call('ZADD', quotas, now + for_ms, name)
+  redis.call('EXPIRE', quotas, QUOTAS_S)
+end
+
+-- Return {kind, requests left, milliseconds until all is there again, milliseconds until any is of use} of each of a
+-- host's that little is left of. Requests left are nil where an earlier release noted it anew.
+local function quota_list(prefix, host, now)
+  local found = {}
+  for _, name in ipairs(redis.call('ZRANGEBYSCORE', prefix .. ':quotas:' .. host, '(' .. now, '+inf')) do
+    local kind, account = name:match('^([^:]*):(.*)$')
+    local known = redis.call('HMGET', (quota_keys(prefix, host, kind, account)), 'left', 'hold_at', 'until_at')
+    if known[3] then
+      table.insert(found, {kind, known[1], known[3] - now, math.max(0, known[2] - now)})
+    end
+  end
+  return found
 end
 
 -- Return milliseconds until a request may be made, and whether little is left. It gets a turn if that is within what
