@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
+from cluster.audit import AuditEntry
 from cluster.cache_options import CacheSource, CacheTarget
 from cluster.collect.runner import Pruned
 from cluster.collect.stock import Kept, Usage
@@ -19,6 +20,7 @@ from cluster.collect.values import Item
 from cluster.collect.verify import Verified
 from cluster.descriptor import Descriptor
 from cluster.digest import Digest
+from cluster.drain import UnderWay
 from cluster.job import JobId, JobRecord, JobState
 from cluster.job_result import InlineEntry
 from cluster.lease import Lease, LeaseId
@@ -340,6 +342,33 @@ class VerifyTold:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuditCall:
+    """Read the audit stream; as :class:`cluster.audit.AuditFilter`."""
+
+    #: Of the last so many seconds; None: all that is kept.
+    last_s: float | None
+    job: str
+    digest: str
+    operation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainCall:
+    """Drain a node."""
+
+    node: str
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainTold:
+    """What is under way on a node that drains, at a look or at last."""
+
+    left: UnderWay
+    is_end: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SubmitCall:
     """Submit a job; its local directories are sent already."""
 
@@ -469,6 +498,10 @@ PRUNE = Stream("prune", PruneCall, PruneTold, replays=False)
 NODE_USAGE: Method[NodeCall, list[NodeUsageResult]] = Method("node-usage", NodeCall, list[NodeUsageResult])
 NODE_PRUNE: Method[PruneCall, list[NodePruneResult]] = Method("node-prune", PruneCall, list[NodePruneResult])
 VERIFY = Stream("verify", VerifyCall, VerifyTold, replays=False)
+#: Old entries go meanwhile.
+AUDIT = Stream("audit", AuditCall, AuditEntry, replays=False)
+DRAIN = Stream("drain", DrainCall, DrainTold, replays=False)
+UNDRAIN = Method("undrain", Named, Nothing)
 
 SUBMIT = Method("submit", SubmitCall, Nothing)
 ATTEND = Method("attend", AttendCall, Nothing)

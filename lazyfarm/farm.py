@@ -817,6 +817,11 @@ class Farm:
         """Return where refs are recorded."""
         return self._refs
 
+    @property
+    def audit_log(self) -> RedisAudit:
+        """Return the audit stream."""
+        return self._audit
+
     async def hold(self, ref_ids: Sequence[RefId]) -> None:
         """Attach refs to this driver's lease."""
         await self._refs.use(ref_ids, lease_id=self._lease())

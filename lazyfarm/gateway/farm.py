@@ -292,29 +292,32 @@ class GatewayFarm(Farm):
         return await self._gateway.call(calls.NODES, Nothing())
 
     async def audit(
-        self,
-        *,
-        last_s: float | None = None,  # noqa: ARG002 - the base's
-        job: str = "",  # noqa: ARG002 - likewise
-        digest: str = "",  # noqa: ARG002 - likewise
-        operation: str = "",  # noqa: ARG002 - likewise
+        self, *, last_s: float | None = None, job: str = "", digest: str = "", operation: str = ""
     ) -> list[AuditEntry]:
-        """Not from here: who looks after the farm reads it."""
-        raise NotThroughGatewayError("the audit stream")
+        """Return what the audit stream has; see the base."""
+        self._raise_if_closed()
+        call = calls.AuditCall(last_s=last_s, job=job, digest=digest, operation=operation)
+        return [entry async for entry in self._gateway.stream(calls.AUDIT, call)]
 
     async def drain(
-        self,
-        node: str,
-        *,
-        timeout_s: float = DRAIN_S,  # noqa: ARG002 - the base's
-        on_left: Callable[[UnderWay], object] = lambda _: None,  # noqa: ARG002 - likewise
+        self, node: str, *, timeout_s: float = DRAIN_S, on_left: Callable[[UnderWay], object] = lambda _: None
     ) -> UnderWay:
-        """Not from here: who looks after the farm does it."""
-        raise NotThroughGatewayError(f"draining {node}")
+        """Have a node get nothing new, and wait until it has ended what it has; see the base."""
+        self._raise_if_closed()
+        result: UnderWay | None = None
+        async for told in self._gateway.stream(calls.DRAIN, calls.DrainCall(node=node, timeout_s=timeout_s)):
+            if told.is_end:
+                result = told.left
+            else:
+                on_left(told.left)
+        if result is None:
+            raise InternalError("the gateway told no end of a drain")
+        return result
 
     async def undrain(self, node: str) -> None:
-        """Not from here; as :meth:`drain`."""
-        raise NotThroughGatewayError(f"draining {node}")
+        """Have a node take work again; see the base."""
+        self._raise_if_closed()
+        await self._gateway.call(calls.UNDRAIN, calls.Named(name=node))
 
     # -- for what is built upon a farm -------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from cluster import gateway as calls
+from cluster.audit import AuditEntry, AuditFilter
 from cluster.digest import Digest
 from cluster.errors import InvalidArgumentError, UnavailableError
 from cluster.gateway import AnyMethod, AnyStream, Method, Nothing, RefView, Stream
@@ -158,6 +159,9 @@ class Surface:
         self._on(calls.NODE_USAGE, lambda call: farm.node_usage(call.node))
         self._on(calls.NODE_PRUNE, self._prune_nodes)
         self._streams(calls.VERIFY, self._verify)
+        self._streams(calls.AUDIT, self._audit)
+        self._streams(calls.DRAIN, self._drain)
+        self._on(calls.UNDRAIN, lambda call: _done(farm.undrain(call.name)))
         self._on(calls.SUBMIT, self._submit)
         self._on(calls.ATTEND, self._attend)
         self._on(calls.JOB, lambda call: builds.get_job(JobId(call.name)))
@@ -251,6 +255,23 @@ class Surface:
             )
 
         async for told in _told(verify, lambda all_: calls.VerifyTold(verified=all_, is_end=True)):
+            yield told
+
+    async def _audit(self, call: calls.AuditCall) -> AsyncIterator[AuditEntry]:
+        wanted = AuditFilter(job=call.job, digest=call.digest, operation=call.operation)
+        async for entry in self._farm.audit_log.entries(last_s=call.last_s):
+            if wanted.matches(entry):
+                yield entry
+
+    # -- nodes -------------------------------------------------------------------------------------------------
+
+    async def _drain(self, call: calls.DrainCall) -> AsyncIterator[calls.DrainTold]:
+        def drain(tell: Callable[[calls.DrainTold], None]) -> Awaitable[Any]:
+            return self._farm.drain(
+                call.node, timeout_s=call.timeout_s, on_left=lambda left: tell(calls.DrainTold(left=left))
+            )
+
+        async for told in _told(drain, lambda left: calls.DrainTold(left=left, is_end=True)):
             yield told
 
     # -- jobs --------------------------------------------------------------------------------------------------

@@ -21,9 +21,11 @@ import pytest
 import structlog
 
 from cluster import gateway as calls
+from cluster.audit import AuditEntry, Operation
 from cluster.config import Config, FarmConfig, GatewayConfig, S3Config
 from cluster.descriptor import Descriptor
 from cluster.digest import digest_of
+from cluster.drain import UnderWay
 from cluster.errors import (
     CredentialHelperError,
     GatewayNotTrustedError,
@@ -41,6 +43,7 @@ from cluster.gateway import PATH
 from cluster.graph import encode_definition
 from cluster.job import JobId
 from cluster.lease import LeaseId, ref_resource
+from cluster.messages import NodeRecord
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.ref import RefRecord
 from lazyfarm import blocking
@@ -55,6 +58,7 @@ from lazyfarm.ref import Ref
 from storage.blobs import S3ContentStore
 from storage.connect import connect
 from storage.local_trees import LocalTrees
+from storage.presence import Presence
 from storage.registry.credentials import Credential, CredentialSource
 from tests.doubles import at_rest
 from tests.doubles.redis import free_port
@@ -240,6 +244,45 @@ async def test_errors_cross_as_they_are(gateway):
             await farm.unpin(LeaseId("pin-none"))
         with pytest.raises(NotThroughGatewayError):
             await farm.info(["registry.example.com"])
+
+
+async def test_the_audit_stream_is_read_from_outside(gateway, redis_farm):
+    """Oldest first, and only what was asked for crosses."""
+    stores = redis_farm.stores()
+    for number in range(3):
+        entry = AuditEntry(operation=Operation.UNLAZY, job=f"job-{number}", digest=digest_of(b"%d" % number))
+        stores.audit.note(entry, replace(entry, operation=Operation.PULL))
+    async with await gateway.connect() as farm:
+
+        async def is_noted():
+            return len(await farm.audit()) == 6
+
+        await until(is_noted)
+        assert await farm.audit() == [entry async for entry in stores.audit.entries()]
+        unlazied = await farm.audit(operation="unlazy", last_s=600.0)
+        assert [entry.job for entry in unlazied] == ["job-0", "job-1", "job-2"]
+        (one,) = await farm.audit(job="job-1", digest=digest_of(b"1")[:20], operation="pull")
+        assert (one.job, one.operation) == ("job-1", "pull")
+
+
+async def test_nodes_are_drained_from_outside(gateway, redis_farm):
+    """What is under way is told at each look and returned at last; one that isn't there is an error as from within."""
+    presence = Presence(connect(redis_farm.config), redis_farm.keys)
+    node = NodeRecord(id="n0", ray_id="n0", address="127.0.0.1", alive=True)
+    await presence.announce_nodes([node])
+    async with await gateway.connect() as farm:
+        looks = []
+        assert await farm.drain("n0", timeout_s=0.0, on_left=looks.append) == UnderWay()
+        assert looks == [UnderWay()]
+        assert [each.draining for each in await presence.nodes()] == [True]
+        await farm.undrain("n0")
+        assert [each.draining for each in await presence.nodes()] == [False]
+        for call in (farm.drain("n9"), farm.undrain("n9")):
+            with pytest.raises(NodeNotFoundError):
+                await call
+        with pytest.raises(InvalidArgumentError):
+            await farm.drain("n0", timeout_s=-1.0)
+    await presence._link.close()
 
 
 async def test_leases_of_others_are_not_for_a_driver(gateway):
