@@ -34,7 +34,7 @@ from cluster.messages import (
 )
 from cluster.progress import ProgressItem
 from cluster.provider import DescHandler
-from cluster.ref import ImageRecord, RefId, RefState
+from cluster.ref import BlobRecord, ImageRecord, RefId, RefState
 from cluster.wire import Reader, encode
 
 Q = TypeVar("Q")
@@ -271,6 +271,21 @@ class PushCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlobWay:
+    """Where a blob can be had by HTTP GET, for some time."""
+
+    blob: BlobRecord
+    url: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportWays:
+    """The blobs of an image that are present; asked for again, they have new URLs."""
+
+    ways: tuple[BlobWay, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RefIds:
     """Refs."""
 
@@ -480,6 +495,9 @@ HOLD = Method("hold", RefIds, Nothing)
 UNLAZY = Method("unlazy", RefCall, UnlazyResult)
 EXTRACT = Method("extract", RefCall, ExtractResult)
 PUSH = Method("push", PushCall, PushResult)
+EXPORT = Method("export", RefCall, ExportWays)
+#: Tells whether the gateway, too, found a blob damaged, and it is lazy now.
+DAMAGED = Method("damaged", Named, bool)
 END_STREAM = Method("end-stream", Named, Nothing)
 FOLLOW = Stream("follow", Named, ProgressItem)
 

@@ -289,6 +289,19 @@ class Part:
     etag: str
 
 
+class ObjectReader(Protocol):
+    """Reads objects by key, whole; the part of :class:`ContentStore` that who exports an image needs."""
+
+    def open(self, key: str, /) -> AbstractContextManager[ByteStream]:
+        """Open an object for reading, by one thread; leaving the context closes it.
+
+        Raises:
+            BlobNotFoundError: there is none; now, or from the stream. UnavailableError: likewise, no answer after
+                retries.
+        """
+        ...
+
+
 class ContentStore(Protocol):
     """Objects by key in the S3 bucket. Synchronous and thread-safe; knows keys, not digests.
 

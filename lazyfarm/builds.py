@@ -45,6 +45,7 @@ from storage.link import RedisLink
 
 if TYPE_CHECKING:
     from lazyfarm.context import ScannedTree
+    from lazyfarm.export import Exporter
     from lazyfarm.session import Session
 
 T = TypeVar("T")
@@ -365,10 +366,6 @@ class Builds:
         progress: ProgressCallback | None,
     ) -> None:
         """Write a result or image to this machine."""
-        from lazyfarm.export import Exporter  # noqa: PLC0415 - S3 and the unpackers, which few drivers need
-        from storage.blobs import S3ContentStore  # noqa: PLC0415 - likewise
-        from storage.snapshots.limits import LayerLimits  # noqa: PLC0415 - likewise
-
         wanted = parse_output(output) if isinstance(output, str) else output
         if wanted.kind is OutputKind.IMAGE:
             raise InvalidOutputError(str(output), "it names no file or directory: tag or push images of the farm")
@@ -382,10 +379,18 @@ class Builds:
             raise NotAnImageError(found.id)
         record = replace(found.record, name="") if isinstance(result, Result) else found.record
         await found.unlazy(progress=progress)
+        async with self._exporting(found) as exporter:
+            await exporter.export(record, wanted, stdout=stdout or sys.stdout.buffer, progress=progress)
+
+    @contextlib.asynccontextmanager
+    async def _exporting(self, found: Ref) -> AsyncIterator[Exporter]:  # noqa: ARG002 - the gateway's needs it
+        """Lend what writes an image to this machine."""
+        from lazyfarm.export import Exporter  # noqa: PLC0415 - S3 and the unpackers, which few drivers need
+        from storage.blobs import S3ContentStore  # noqa: PLC0415 - likewise
+        from storage.snapshots.limits import LayerLimits  # noqa: PLC0415 - likewise
+
         store = S3ContentStore(self._config.s3)
         try:
-            await Exporter(store, self._farm.ref_store, LayerLimits.of(self._config.node)).export(
-                record, wanted, stdout=stdout or sys.stdout.buffer, progress=progress
-            )
+            yield Exporter(store, self._farm.ref_store, LayerLimits.of(self._config.node))
         finally:
             await asyncio.to_thread(store.close)

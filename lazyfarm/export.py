@@ -31,13 +31,13 @@ from cluster.errors import (
     NodeDiskError,
     SnapshotError,
 )
-from cluster.ports import ByteStream, ContentStore, RefStore
+from cluster.ports import ByteStream, ObjectReader
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.ref import BlobRecord, ImageRecord
 from cluster.reference import parse_platform, parse_reference
 from lazyfarm.operation import ProgressCallback
 from lazyfarm.outputs import STDOUT, Output, OutputKind
-from storage.fetching import StoredBlobs
+from storage.fetching import checked
 from storage.snapshots.copying import CopyingSnapshotter
 from storage.snapshots.limits import LayerLimits
 from storage.snapshots.store import remove_tree
@@ -53,12 +53,24 @@ _IMAGE_NAME = "io.containerd.image.name"
 _OWNER_ALL = 0o700
 
 
+class BlobRecords(Protocol):
+    """Knows which blobs are present: of :class:`cluster.ports.RefStore`, what an export needs."""
+
+    async def blobs(self, digests: Sequence[Digest]) -> list[BlobRecord | None]:
+        """Tell which blobs are present."""
+        ...
+
+    async def mark_absent(self, blob: BlobRecord, reason: str) -> bool:
+        """Turn a blob that was found damaged lazy again, if it is still that very upload."""
+        ...
+
+
 class Exporter:
     """Writes images whose blobs are all in the content store to this machine's disk."""
 
-    def __init__(self, store: ContentStore, refs: RefStore, limits: LayerLimits | None = None) -> None:
+    def __init__(self, store: ObjectReader, refs: BlobRecords, limits: LayerLimits | None = None) -> None:
         """Make an exporter; *limits* as for the node's snapshotter."""
-        self._stored = StoredBlobs(store)
+        self._store = store
         self._refs = refs
         self._limits = limits
 
@@ -99,7 +111,7 @@ class Exporter:
         work = _Work(
             image=image,
             output=output,
-            stored=self._stored,
+            store=self._store,
             blobs=blobs,
             stdout=stdout,
             tell=tell,
@@ -142,7 +154,7 @@ class _Work:
 
     image: ImageRecord
     output: Output
-    stored: StoredBlobs
+    store: ObjectReader
     blobs: Mapping[Digest, BlobRecord]
     stdout: BinaryIO | None
     tell: Callable[[ProgressItem], None]
@@ -179,7 +191,7 @@ class _Work:
         blob = self.blobs[descriptor.digest]
         item = _Item(self.tell, descriptor)
         try:
-            with self.stored.stream(blob) as stream:
+            with checked(self.store, blob) as stream:
                 yield _Counted(stream, item, descriptor.size_bytes, self.stop)
         except _StoppedError:
             item.end(LayerPhase.CANCELLED)

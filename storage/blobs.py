@@ -206,6 +206,14 @@ class S3ContentStore:
         with translated(self._where, "sign", key):
             return self._client.generate_presigned_url(call, Params=params, ExpiresIn=int(ttl_s), HttpMethod="PUT")
 
+    def presigned_read(self, key: str, *, ttl_s: float) -> str:
+        """Return a URL at which whoever has it may GET an object, or a range of it, for *ttl_s* seconds."""
+        params = {"Bucket": self._config.bucket, "Key": key}
+        with translated(self._where, "sign", key):
+            return self._client.generate_presigned_url(
+                "get_object", Params=params, ExpiresIn=int(ttl_s), HttpMethod="GET"
+            )
+
     def list_parts(self, key: str, upload_id: str) -> list[Part]:
         """Return the parts that the store has, by number."""
         with translated(self._where, "list the parts of", key):

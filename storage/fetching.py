@@ -37,6 +37,7 @@ from cluster.ports import (
     FlightStore,
     HostLimiter,
     ObjectInfo,
+    ObjectReader,
     Slot,
 )
 from cluster.provider import S3_KIND, ProviderHandle
@@ -381,15 +382,20 @@ class StoredBlobs:
         """Write a small blob under a key of its own."""
         return await asyncio.to_thread(self._store.put, new_key(digest), data)
 
-    @contextlib.contextmanager
-    def stream(self, blob: BlobRecord) -> Iterator[ByteStream]:
-        """Open a blob for reading; its last bytes are given only once all of them hash to its digest.
+    def stream(self, blob: BlobRecord) -> AbstractContextManager[ByteStream]:
+        """Open a blob for reading; see :func:`checked`."""
+        return checked(self._store, blob)
 
-        Raises:
-            BlobNotFoundError: the object is gone. From the stream, BlobDamagedError: it has other bytes.
-        """
-        with self._store.open(blob.key) as stream:
-            yield _CheckedStream(stream, blob)
+
+@contextlib.contextmanager
+def checked(objects: ObjectReader, blob: BlobRecord) -> Iterator[ByteStream]:
+    """Open a blob for reading; its last bytes are given only once all of them hash to its digest.
+
+    Raises:
+        BlobNotFoundError: the object is gone. From the stream, BlobDamagedError: it has other bytes.
+    """
+    with objects.open(blob.key) as stream:
+        yield _CheckedStream(stream, blob)
 
 
 class _CheckedStream:

@@ -38,6 +38,10 @@ class Access:
     #: Whose certificates count; None: no TLS.
     trust: ssl.SSLContext | None = field(repr=False)
 
+    def trust_of(self, url: str) -> ssl.SSLContext | bool:
+        """Return whose certificates count at another server of the farm, its S3; True: the machine's own."""
+        return self.trust if url.startswith("https") and self.trust else True
+
     @classmethod
     def of(
         cls,

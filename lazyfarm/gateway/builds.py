@@ -8,13 +8,14 @@ import io
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import aiohttp
 
 from cluster import gateway as calls
+from cluster.config import NodeConfig
 from cluster.digest import Digest
-from cluster.errors import NotThroughGatewayError, TreeLostError, UnavailableError, first_error
+from cluster.errors import TreeLostError, UnavailableError, first_error
 from cluster.graph import Definition, encode_definition
 from cluster.job import JobEvent, JobId, JobRecord, JobState, decode_event
 from cluster.reference import parse_reference
@@ -22,15 +23,15 @@ from cluster.tree import encode_tree
 from lazyfarm.builds import BuildOptions, Builds, ResolvedImage
 from lazyfarm.context import ScannedTree
 from lazyfarm.gateway.access import Access
+from lazyfarm.gateway.downloads import Downloads
 from lazyfarm.gateway.link import GatewayLink
 from lazyfarm.gateway.views import view_of
 from lazyfarm.job import Job, Result
-from lazyfarm.operation import ProgressCallback
-from lazyfarm.outputs import Output
 from lazyfarm.ref import Ref
 from storage.local_trees import SEND_TRIES, LocalFile, packs, part_bytes_of
 
 if TYPE_CHECKING:
+    from lazyfarm.export import Exporter
     from lazyfarm.gateway.farm import GatewayFarm
 
 #: Objects on their way at once: what sending takes of memory is this many times a part.
@@ -112,17 +113,18 @@ class GatewayBuilds(Builds):
         made = await self._gateway.call(calls.TAG, call)
         return Ref(self._farm, made.layers, made.image, made.handlers)
 
-    async def export(
-        self,
-        result: Result | Ref,  # noqa: ARG002 - the base's
-        output: str | Output,
-        *,
-        names: Sequence[str],  # noqa: ARG002 - likewise
-        stdout: BinaryIO | None,  # noqa: ARG002 - likewise
-        progress: ProgressCallback | None,  # noqa: ARG002 - likewise
-    ) -> None:
-        """Not from here: layers are read from S3, which this driver has no key of."""
-        raise NotThroughGatewayError(f"an export to {output}")
+    @contextlib.asynccontextmanager
+    async def _exporting(self, found: Ref) -> AsyncIterator[Exporter]:
+        """Lend what writes an image to this machine, whose blobs come straight from S3."""
+        from lazyfarm.export import Exporter  # noqa: PLC0415 - the unpackers, which few drivers need
+        from storage.snapshots.limits import LayerLimits  # noqa: PLC0415 - likewise
+
+        downloads = Downloads(self._gateway, self._access, calls.RefCall(ref=view_of(found), stream=None))
+        try:
+            # This machine has no configuration of the farm's: the limits are those of a node that was told nothing.
+            yield Exporter(downloads, downloads, LayerLimits.of(NodeConfig()))
+        finally:
+            await downloads.close()
 
     async def _put(self, job: JobId, definition: Definition, options: BuildOptions) -> None:
         await self._gateway.call(
@@ -204,10 +206,9 @@ class GatewayBuilds(Builds):
     async def _put_part(self, http: aiohttp.ClientSession, url: str, content: bytes) -> str:
         """PUT bytes to a URL; return the ETag."""
         where = f"S3 at {url.partition('?')[0]}"  # what comes after it opens the way
-        trust = self._access.trust if url.startswith("https") and self._access.trust else True
         for left in reversed(range(_PUTS)):
             try:
-                async with http.put(url, data=io.BytesIO(content), ssl=trust) as answer:
+                async with http.put(url, data=io.BytesIO(content), ssl=self._access.trust_of(url)) as answer:
                     if answer.status < _ERROR:
                         return answer.headers.get("etag", "").strip('"')
                     reason = f"it answered {answer.status}"

@@ -27,7 +27,7 @@ from cluster.gateway import (
 )
 from cluster.wire import decode, decode_error, encode, encode_error
 from lazyfarm.farm import Farm
-from lazyfarm.gateway.surface import Surface, Uploads
+from lazyfarm.gateway.surface import Exports, Surface, Uploads
 from lazyfarm.session import Session
 from storage.blobs import S3ContentStore
 from storage.keys import Keys
@@ -374,7 +374,7 @@ class Drivers:
                     del self._known[session_id]
             self._log.info("gateway.left", session=session_id, drivers=len(self._known))
 
-        driver.serve(Surface(farm, uploads, driver.close), stop)
+        driver.serve(Surface(farm, uploads, Exports(farm, self._store, self._outside), driver.close), stop)
         return driver
 
     def dropped(self, driver: Driver) -> None:

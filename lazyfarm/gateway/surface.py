@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from cluster import gateway as calls
 from cluster.audit import AuditEntry, AuditFilter
-from cluster.digest import Digest
-from cluster.errors import InvalidArgumentError, UnavailableError
+from cluster.digest import Digest, parse_digest
+from cluster.errors import (
+    BlobDamagedError,
+    BlobNotFoundError,
+    InvalidArgumentError,
+    NotAnImageError,
+    RefNotFoundError,
+    UnavailableError,
+)
 from cluster.gateway import AnyMethod, AnyStream, Method, Nothing, RefView, Stream
 from cluster.graph import decode_definition
 from cluster.job import JobId, encode_event
 from cluster.lease import LeaseId
 from cluster.ports import Part
-from cluster.ref import RefId
+from cluster.ref import BlobRecord, RefId
 from cluster.tree import decode_tree
 from lazyfarm.builds import BuildOptions
 from lazyfarm.farm import Farm
@@ -23,6 +30,7 @@ from lazyfarm.gateway.views import view_of
 from lazyfarm.job import Result
 from lazyfarm.ref import Ref
 from storage.blobs import S3ContentStore
+from storage.fetching import checked
 from storage.local_trees import LocalTrees, Packed, part_bytes_of
 
 Q = TypeVar("Q")
@@ -31,6 +39,7 @@ T = TypeVar("T")
 
 #: Seconds for which a way to S3 is open.
 _WAY_S = 3600.0
+_CHUNK_BYTES = 1024 * 1024
 #: What leases that drivers make by themselves are called.
 _USER = "user-"
 
@@ -113,16 +122,73 @@ class Uploads:
         self._open.clear()
 
 
+class Exports:
+    """Blobs that one driver reads straight from S3.
+
+    Args:
+        farm: The driver's, with its session.
+        store: The bucket, as the farm reaches it.
+        outside: The same, as drivers do.
+    """
+
+    def __init__(self, farm: Farm, store: S3ContentStore, outside: S3ContentStore) -> None:
+        self._farm = farm
+        self._store = store
+        self._outside = outside
+
+    async def ways(self, call: calls.RefCall) -> calls.ExportWays:
+        """Open the ways to an image's blobs, for a driver that may have all of them."""
+        ref = Ref(self._farm, call.ref.layers, call.ref.image, call.ref.handlers)
+        if ref.record is None:
+            raise NotAnImageError(ref.id)
+        # Proves that this driver may have the chain, and holds it. What else it says of the image isn't believed.
+        await ref.unlazy()
+        image = await self._farm.ref_store.image(ref.record.manifest.digest)
+        if image is None or image.ref != (ref.id if ref.layers else None):
+            raise RefNotFoundError(ref.record.manifest.digest)
+        wanted = dict.fromkeys((image.manifest.digest, image.config.digest, *(layer.digest for layer in image.layers)))
+        present = [blob for blob in await self._farm.ref_store.blobs(list(wanted)) if blob is not None]
+        return await asyncio.to_thread(self._signed, present)
+
+    def _signed(self, blobs: Sequence[BlobRecord]) -> calls.ExportWays:
+        signed = (calls.BlobWay(blob=blob, url=self._outside.presigned_read(blob.key, ttl_s=_WAY_S)) for blob in blobs)
+        return calls.ExportWays(ways=tuple(signed))
+
+    async def damaged(self, call: calls.Named) -> bool:
+        """Read a blob that a driver found damaged; turn it lazy if it is. A driver's word alone takes nothing away."""
+        (blob,) = await self._farm.ref_store.blobs([parse_digest(call.name)])
+        if blob is None:
+            return False
+        reason = await asyncio.to_thread(self._fault, blob)
+        return bool(reason) and await self._farm.ref_store.mark_absent(blob, reason)
+
+    def _fault(self, blob: BlobRecord) -> str:
+        """Return what is wrong with a blob's object; "" for nothing."""
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        try:
+            with checked(self._store, blob) as stream:
+                while stream.readinto(buffer):
+                    pass
+        except BlobNotFoundError:
+            return f"object {blob.key} is gone"
+        except BlobDamagedError as exc:
+            return exc.reason
+        return ""
+
+
 class Surface:
     """The calls of one driver, by name.
 
     Args:
         farm: The driver's, with its session.
         uploads: What it sends.
+        exports: What it reads.
         close: Ends its session.
     """
 
-    def __init__(self, farm: Farm, uploads: Uploads, close: Callable[[bool], Awaitable[None]]) -> None:
+    def __init__(
+        self, farm: Farm, uploads: Uploads, exports: Exports, close: Callable[[bool], Awaitable[None]]
+    ) -> None:
         self._farm = farm
         self._close = close
         self.methods: dict[str, tuple[AnyMethod, Callable[[Any], Awaitable[Any]]]] = {}
@@ -169,11 +235,16 @@ class Surface:
         self._streams(calls.FOLLOW_JOB, self._follow_job)
         self._on(calls.CANCEL_JOB, lambda call: builds.cancel_job(JobId(call.name)))
         self._on(calls.TAG, self._tag)
+        self._on_s3(uploads, exports)
+        self._on(calls.CLOSE, lambda call: _done(self._close(call.discard)))
+
+    def _on_s3(self, uploads: Uploads, exports: Exports) -> None:
         self._on(calls.TREE_LACKS, uploads.lacking)
         self._on(calls.TREE_UPLOAD, uploads.begin)
         self._on(calls.TREE_UPLOADED, uploads.end)
         self._on(calls.TREE_SENT, uploads.sent)
-        self._on(calls.CLOSE, lambda call: _done(self._close(call.discard)))
+        self._on(calls.EXPORT, exports.ways)
+        self._on(calls.DAMAGED, exports.damaged)
 
     def _on(self, method: Method[Q, R], handle: Callable[[Q], Awaitable[R]]) -> None:
         self.methods[method.name] = method, handle

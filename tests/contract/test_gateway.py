@@ -24,9 +24,10 @@ from cluster import gateway as calls
 from cluster.audit import AuditEntry, Operation
 from cluster.config import Config, FarmConfig, GatewayConfig, S3Config
 from cluster.descriptor import Descriptor
-from cluster.digest import digest_of
+from cluster.digest import digest_of, hex_of
 from cluster.drain import UnderWay
 from cluster.errors import (
+    BlobDamagedError,
     CredentialHelperError,
     GatewayNotTrustedError,
     GatewayRefusedError,
@@ -34,6 +35,7 @@ from cluster.errors import (
     JobIdTakenError,
     LeaseLostError,
     LeaseNotFoundError,
+    NeedsRemoteProvidersError,
     NodeNotFoundError,
     NotThroughGatewayError,
     RefNotFoundError,
@@ -43,24 +45,28 @@ from cluster.gateway import PATH
 from cluster.graph import encode_definition
 from cluster.job import JobId
 from cluster.lease import LeaseId, ref_resource
-from cluster.messages import NodeRecord
+from cluster.messages import NodeRecord, UnlazyResult
 from cluster.progress import LayerPhase, ProgressItem
-from cluster.ref import RefRecord
+from cluster.ref import BlobRecord, ImageRecord, RefRecord
 from lazyfarm import blocking
 from lazyfarm.builds import Builds
 from lazyfarm.context import scan
 from lazyfarm.farm import Farm
 from lazyfarm.gateway.hosted import Driver, Drivers
 from lazyfarm.gateway.server import GatewayServer, tls
+from lazyfarm.gateway.surface import Exports
+from lazyfarm.gateway.views import view_of
 from lazyfarm.graph import resolve, scratch
 from lazyfarm.leases import FarmLeases
 from lazyfarm.ref import Ref
 from storage.blobs import S3ContentStore
 from storage.connect import connect
+from storage.fetching import new_key
 from storage.local_trees import LocalTrees
 from storage.presence import Presence
 from storage.registry.credentials import Credential, CredentialSource
 from tests.doubles import at_rest
+from tests.doubles.layers import directory, file, layer, sketch, symlink, whiteout
 from tests.doubles.redis import free_port
 from tests.doubles.registry import make_authority
 
@@ -576,6 +582,175 @@ async def test_only_what_was_begun_here_can_be_ended(open_gateway, s3_config):
             await link.call(calls.TREE_UPLOADED, beyond)
 
 
+# -- exports -------------------------------------------------------------------------------------------------
+
+LAYERS = [
+    layer(directory("bin", 0o755), file("bin/tool", b"#!/bin/sh\n", mode=0o755), file("gone", b"")),
+    layer(whiteout("gone"), symlink("link", "bin/tool"), file("data", bytes(range(256)) * 20_000)),
+]
+FILES = {"bin": "directory", "bin/tool": b"#!/bin/sh\n", "link": "-> bin/tool", "data": bytes(range(256)) * 20_000}
+
+
+@pytest.fixture
+async def image(redis_farm, s3_config):
+    """An image all of whose blobs are present, and the keys of their objects."""
+    stores, store = redis_farm.stores(), S3ContentStore(s3_config)
+    documents = [b'{"config": {}}', b'{"schemaVersion": 2}']
+    descriptors = [
+        Descriptor(media_type="application/json", digest=digest_of(each), size_bytes=len(each)) for each in documents
+    ]
+    keys = {}
+    blobs = [*zip(descriptors, documents, strict=True), *((made.descriptor, made.blob) for made in LAYERS)]
+    for descriptor, data in blobs:
+        info = store.put(new_key(descriptor.digest), data)
+        owned = await stores.flights.join(f"blob:{descriptor.digest}", worker="w", token=info.key[-16:], ttl_s=6.0)
+        blob = BlobRecord(
+            digest=descriptor.digest, key=info.key, size_bytes=len(data), etag=info.etag, fence=owned.fence.number
+        )
+        await stores.flights.commit(owned.fence, blob)
+        keys[descriptor.digest] = info.key
+    lease = LeaseId("driver-1")
+    await stores.leases.create(lease, ttl_s=600.0)
+    records = [RefRecord.over(LAYERS[0].descriptor, None)]
+    records.append(RefRecord.over(LAYERS[1].descriptor, records[0]))
+    await stores.refs.get_or_create(records, {}, lease_id=lease)
+    made = ImageRecord(
+        name="r.example/app:v1",
+        manifest=descriptors[1],
+        config=descriptors[0],
+        platform="linux/amd64",
+        layers=tuple(each.descriptor for each in LAYERS),
+        ref=records[-1].id,
+    )
+    await stores.refs.put_image(made, lease_id=lease)
+    yield made, keys
+    store.close()
+
+
+@pytest.fixture
+def unlazied(monkeypatch):
+    """All is present, and everybody may have it: what a node's worker says."""
+
+    async def unlazy_chain(farm, ref, stream):
+        return UnlazyResult(ref_id=ref.id, layers=())
+
+    monkeypatch.setattr(Farm, "unlazy_chain", unlazy_chain)
+
+
+async def outside(farm, image):
+    return Ref(farm, await farm.chain(image.ref), image)
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("unlazied")
+async def test_an_image_comes_straight_from_s3(open_gateway, image, s3_config, tmp_path):
+    """As a layout and as files; the gateway names the blobs, and sees none of their bytes."""
+    record, _ = image
+    gateway = await open_gateway(s3=s3_config)
+    told = []
+    tell = Driver._tell
+
+    def telling(driver, frame):
+        told.append(len(frame.body))
+        tell(driver, frame)
+
+    Driver._tell = telling
+    try:
+        async with await gateway.connect() as farm:
+            ref = await outside(farm, record)
+            items = []
+            await farm.export(ref, f"oci:{tmp_path}/layout", progress=items.append)
+            await farm.export(ref, f"{tmp_path}/files")
+    finally:
+        Driver._tell = tell
+    written = {path.name: path.read_bytes() for path in (tmp_path / "layout" / "blobs" / "sha256").iterdir()}
+    wanted = [record.manifest, record.config, *record.layers]
+    assert written.keys() == {hex_of(each.digest) for each in wanted}
+    assert all(digest_of(data) == f"sha256:{name}" for name, data in written.items())
+    assert sketch(tmp_path / "files") == FILES
+    assert {each.item for each in items if each.phase is LayerPhase.DONE} == {f"export:{one.digest}" for one in wanted}
+    assert sum(told) < 20_000 < sum(each.size_bytes for each in wanted)
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("unlazied")
+async def test_an_export_outlives_its_urls_and_broken_connections(
+    open_gateway, image, s3_config, tmp_path, monkeypatch
+):
+    """A URL whose time is over is asked for anew; a blob goes on where its connection broke."""
+    record, _ = image
+    gateway = await open_gateway(s3=s3_config)
+    monkeypatch.setattr("lazyfarm.gateway.downloads._PAUSE_S", 0.0)
+    ways, read = Exports._signed, aiohttp.StreamReader.read
+    signed, breaks = [], []
+
+    def expired_at_first(exports, blobs):
+        signed.append(ways(exports, blobs))
+        if len(signed) > 1:
+            return signed[-1]
+        urls = [replace(way, url=re.sub("Signature=[0-9a-f]", "Signature=x", way.url)) for way in signed[0].ways]
+        return calls.ExportWays(ways=tuple(urls))
+
+    async def breaking(reader, size=-1):
+        if len(breaks) < 3:
+            breaks.append(size)
+            if len(breaks) == 2:
+                raise aiohttp.ClientPayloadError("broken")
+            size = 1000
+        return await read(reader, size)
+
+    monkeypatch.setattr(Exports, "_signed", expired_at_first)
+    async with await gateway.connect() as farm:
+        ref = await outside(farm, record)
+        monkeypatch.setattr(aiohttp.StreamReader, "read", breaking)
+        await farm.export(ref, f"{tmp_path}/files")
+    assert sketch(tmp_path / "files") == FILES
+    assert (len(signed), len(breaks)) == (2, 3)
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("unlazied")
+async def test_damage_that_an_export_finds_makes_the_blob_lazy(open_gateway, image, s3_config, tmp_path):
+    """Nothing is left here; the gateway looks for itself, and no driver's word takes a blob away."""
+    record, keys = image
+    gateway = await open_gateway(s3=s3_config)
+    refs, top = gateway.farm.stores().refs, record.layers[1]
+    async with await gateway.connect() as farm:
+        ref = await outside(farm, record)
+        assert not await farm._gateway.call(calls.DAMAGED, calls.Named(name=top.digest))
+        assert await refs.blobs([top.digest]) != [None]
+        store = S3ContentStore(s3_config)
+        store.put(keys[top.digest], LAYERS[1].blob[:-1] + bytes([LAYERS[1].blob[-1] ^ 1]))
+        store.close()
+        with pytest.raises(BlobDamagedError, match="other bytes"):
+            await farm.export(ref, f"oci-archive:{tmp_path}/image.tar")
+    assert list(tmp_path.glob("*image.tar*")) == []
+    assert await refs.blobs([top.digest]) == [None]
+
+
+@pytest.mark.s3
+async def test_only_who_may_have_an_image_is_told_where_its_blobs_are(
+    open_gateway, image, s3_config, monkeypatch, tmp_path
+):
+    """Its chain is unlazied for the driver first; and a driver's own idea of what an image has counts for nothing."""
+    record, _ = image
+    gateway = await open_gateway(s3=s3_config)
+
+    async def denied(farm, ref, stream):
+        if ref.id == record.ref:
+            raise NeedsRemoteProvidersError((record.layers[1].digest,))
+        return UnlazyResult(ref_id=ref.id, layers=())
+
+    monkeypatch.setattr(Farm, "unlazy_chain", denied)
+    async with await gateway.connect() as farm:
+        whole = await outside(farm, record)
+        lower = Ref(farm, whole.layers[:1], record)  # one that it may have
+        none = Ref(farm, (), record)
+        for ref, error in ((whole, NeedsRemoteProvidersError), (lower, RefNotFoundError), (none, RefNotFoundError)):
+            with pytest.raises(error):
+                await farm._gateway.call(calls.EXPORT, calls.RefCall(ref=view_of(ref), stream=None))
+
+
 # -- without the rest ----------------------------------------------------------------------------------------
 
 
@@ -599,6 +774,8 @@ def test_a_driver_outside_needs_neither_ray_nor_redis_nor_s3():
 
         for name in ("attach", "build", "du", "extract", "prune", "pull", "push", "unlazy", "verify"):
             import_module(f"lazyfarm.cli.{name}")
+        for name in ("lazyfarm.export", "lazyfarm.gateway.downloads"):
+            import_module(name)
         for where in ("https://127.0.0.1:1", None):
             try:
                 blocking.Farm.connect(where, token="x", credentials={}, config=None)
