@@ -362,9 +362,11 @@ class AuditCall:
 
     #: Of the last so many seconds; None: all that is kept.
     last_s: float | None
-    job: str
-    digest: str
-    operation: str
+    job: str = ""
+    digest: str = ""
+    operation: str = ""
+    #: Go on with what comes.
+    follow: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

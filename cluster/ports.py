@@ -640,8 +640,8 @@ class AuditNotes(Protocol):
         ...
 
 
-class AuditLog(AuditNotes, Protocol):
-    """The audit stream of a farm: cut to a number of entries, and to a time."""
+class AuditReader(Protocol):
+    """The audit stream of a farm, as it is read: cut to a number of entries, and to a time."""
 
     def entries(self, *, last_s: float | None = None) -> AsyncIterator[AuditEntry]:
         """Yield what is kept of the last *last_s* seconds, None for all, oldest first; raises UnavailableError."""
@@ -650,6 +650,10 @@ class AuditLog(AuditNotes, Protocol):
     def follow(self, *, last_s: float | None = None) -> AsyncIterator[AuditEntry]:
         """Yield the same, and then what comes, for ever."""
         ...
+
+
+class AuditLog(AuditNotes, AuditReader, Protocol):
+    """The audit stream of a farm: noted in, and read."""
 
 
 class FlightRenewer(Protocol):

@@ -60,7 +60,7 @@ from cluster.messages import (
     UnlazyRequest,
     UnlazyResult,
 )
-from cluster.ports import LeaseStore
+from cluster.ports import AuditReader, LeaseStore
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.provider import DescHandler, registries_of
 from cluster.ref import ImageRecord, RefId, RefRecord, RefState
@@ -818,7 +818,7 @@ class Farm:
         return self._refs
 
     @property
-    def audit_log(self) -> RedisAudit:
+    def audit_reader(self) -> AuditReader:
         """Return the audit stream."""
         return self._audit
 

@@ -15,7 +15,7 @@ from lazyfarm.cli.options import StateDirOption, command_app, example
 from lazyfarm.cli.quantities import parse_duration
 
 if TYPE_CHECKING:
-    from cluster.ports import AuditLog
+    from cluster.ports import AuditReader
 
 app = command_app()
 
@@ -55,10 +55,10 @@ def audit(
         last_s = parse_duration("--since", since) if since else None
         wanted = AuditFilter(job=job, digest=digest, operation=operation)
 
-        async def tell(stream: AuditLog) -> None:
+        async def tell(stream: AuditReader) -> None:
             async for entry in stream.follow(last_s=last_s) if follow else stream.entries(last_s=last_s):
                 if wanted.matches(entry):
                     out.document(audit_document(entry))
                     out.line(audit_line(entry))
 
-        parts.with_audit(parts.running_settings(state_dir), tell)
+        parts.with_audit(parts.driving_settings(state_dir), tell)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cluster.drain import UnderWay
     from lazyfarm.cli.output import Output
     from lazyfarm.drain import FarmDrain
+    from lazyfarm.farm import Farm
 
 app = command_app()
 
@@ -49,14 +50,14 @@ def drain(
     It drains until --undo, also when it, or anything else of the farm, is started again.
     """
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        settings = load_settings(state_dir, config, os.environ) if config else parts.running_settings(state_dir)
+        settings = load_settings(state_dir, config, os.environ) if config else parts.driving_settings(state_dir)
         if undo:
             parts.with_drain(settings, lambda farm: farm.undrain(node))
             out.document({"node": node, "draining": False})
             out.line(f"{node} takes work again")
             return
 
-        async def wait(farm: FarmDrain) -> UnderWay:
+        async def wait(farm: FarmDrain | Farm) -> UnderWay:
             return await farm.drain(node, timeout_s=timeout_s, on_left=lambda left: _progress(out, node, left))
 
         left = parts.with_drain(settings, wait)

@@ -204,7 +204,7 @@ def _miss_document(found: Miss) -> documents.Miss:
 def kept(*, ref: RefArgument, state_dir: StateDirOption = None, as_json: JsonOption = False) -> None:
     """Say what keeps a ref from being collected: which lease, of whom and until when, and what stands on it."""
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        found = parts.with_collection(parts.running_settings(state_dir), lambda farm: farm.kept(ref))
+        found = parts.kept(parts.driving_settings(state_dir), ref)
         out.document(
             {
                 "ref": found.ref,

@@ -148,7 +148,7 @@ def cancel_job(*, job: JobArgument, state_dir: StateDirOption = None, as_json: J
             found = await jobs.find(job)
             return found, await jobs.cancel(found.id)
 
-        record, state = parts.with_jobs(parts.running_settings(state_dir), act)
+        record, state = parts.with_jobs(parts.driving_settings(state_dir), act)
         if state in (JobState.DONE, JobState.FAILED):
             raise JobEndedError(record.id, state.value)
         out.document({"job": record.id, "state": state.value})

@@ -19,7 +19,8 @@ from lazyfarm.gateway.access import gateway_url
 from lazyfarm.settings import FarmSettings, load_settings
 
 if TYPE_CHECKING:
-    from cluster.ports import AuditLog, ObjectInfo
+    from cluster.collect.stock import Kept
+    from cluster.ports import AuditLog, AuditReader, ObjectInfo
     from lazyfarm.collection import FarmCollection
     from lazyfarm.drain import FarmDrain
     from lazyfarm.explain import FarmExplain
@@ -91,14 +92,9 @@ def open_records(settings: FarmSettings) -> FarmRecords:
 def with_jobs(settings: FarmSettings, act: Callable[[FarmJobs], Coroutine[None, None, T]]) -> T:
     """*act* on the farm's jobs; raises as :func:`with_leases`."""
     if settings.gateway:
-        from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - as below
         from lazyfarm.gateway.jobs import GatewayJobs  # noqa: PLC0415 - what only drivers outside need
 
-        async def connected() -> T:
-            async with await connect(settings.gateway or settings.state_dir) as farm:
-                return await act(GatewayJobs(farm.builds))
-
-        return run_to_end(connected)
+        return _over_gateway(settings.gateway, lambda farm: act(GatewayJobs(farm.builds)))
     return _over_redis(settings, open_jobs, act)
 
 
@@ -138,8 +134,10 @@ def open_explain(settings: FarmSettings) -> contextlib.AbstractAsyncContextManag
     return open_explain(settings)
 
 
-def with_audit(settings: FarmSettings, act: Callable[[AuditLog], Coroutine[None, None, T]]) -> T:
+def with_audit(settings: FarmSettings, act: Callable[[AuditReader], Coroutine[None, None, T]]) -> T:
     """*act* on the farm's audit stream; raises as :func:`with_leases`."""
+    if settings.gateway:
+        return _over_gateway(settings.gateway, lambda farm: act(farm.audit_reader))
     return _over_redis(settings, open_audit, act)
 
 
@@ -162,8 +160,17 @@ def open_collection(settings: FarmSettings) -> contextlib.AbstractAsyncContextMa
     return open_collection(settings)
 
 
-def with_drain(settings: FarmSettings, act: Callable[[FarmDrain], Coroutine[None, None, T]]) -> T:
+def kept(settings: FarmSettings, ref: str) -> Kept:
+    """Return why a ref is kept; raises as :func:`with_leases`."""
+    if settings.gateway:
+        return _over_gateway(settings.gateway, lambda farm: farm.kept(ref))
+    return with_collection(settings, lambda farm: farm.kept(ref))
+
+
+def with_drain(settings: FarmSettings, act: Callable[[FarmDrain | Farm], Coroutine[None, None, T]]) -> T:
     """*act* on what drains the farm's nodes; raises as :func:`with_leases`."""
+    if settings.gateway:
+        return _over_gateway(settings.gateway, act)
     return _over_redis(settings, open_drain, act)
 
 
@@ -179,6 +186,16 @@ def quarantined(settings: FarmSettings) -> list[ObjectInfo]:
     from lazyfarm.verify import quarantined  # noqa: PLC0415 - see the module
 
     return quarantined(settings)
+
+
+def _over_gateway(url: str, act: Callable[[Farm], Coroutine[None, None, T]]) -> T:
+    from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - as below
+
+    async def connected() -> T:
+        async with await connect(url) as farm:
+            return await act(farm)
+
+    return run_to_end(connected)
 
 
 def _over_redis(

@@ -29,13 +29,14 @@ from cluster.messages import (
     SessionInfo,
     UnlazyResult,
 )
-from cluster.ports import LeaseStore
+from cluster.ports import AuditReader, LeaseStore
 from cluster.progress import ProgressItem
 from cluster.provider import DescHandler
 from cluster.ref import ImageRecord, RefId, RefState
 from lazyfarm.drain import DRAIN_S
 from lazyfarm.farm import VERIFY_BYTES_PER_S, Farm
 from lazyfarm.gateway.access import Access
+from lazyfarm.gateway.audit import GatewayAudit
 from lazyfarm.gateway.builds import GatewayBuilds
 from lazyfarm.gateway.leases import GatewayLeases
 from lazyfarm.gateway.link import GatewayLink
@@ -320,6 +321,11 @@ class GatewayFarm(Farm):
         await self._gateway.call(calls.UNDRAIN, calls.Named(name=node))
 
     # -- for what is built upon a farm -------------------------------------------------------------------------
+
+    @property
+    def audit_reader(self) -> AuditReader:
+        """Return the audit stream."""
+        return GatewayAudit(self._gateway)
 
     @property
     def lease_store(self) -> LeaseStore:

@@ -330,7 +330,8 @@ class Surface:
 
     async def _audit(self, call: calls.AuditCall) -> AsyncIterator[AuditEntry]:
         wanted = AuditFilter(job=call.job, digest=call.digest, operation=call.operation)
-        async for entry in self._farm.audit_log.entries(last_s=call.last_s):
+        log = self._farm.audit_reader
+        async for entry in log.follow(last_s=call.last_s) if call.follow else log.entries(last_s=call.last_s):
             if wanted.matches(entry):
                 yield entry
 

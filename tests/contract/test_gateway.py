@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -288,6 +289,40 @@ async def test_nodes_are_drained_from_outside(gateway, redis_farm):
                 await call
         with pytest.raises(InvalidArgumentError):
             await farm.drain("n0", timeout_s=-1.0)
+    await presence._link.close()
+
+
+async def test_commands_go_where_the_environment_says(gateway, redis_farm, tmp_path):
+    """Those that look after a farm do as well; one that doesn't says so, with what to do."""
+    ref_id = await a_ref(redis_farm)
+    stores, presence = redis_farm.stores(), Presence(connect(redis_farm.config), redis_farm.keys)
+    await presence.announce_nodes([NodeRecord(id="n0", ray_id="n0", address="127.0.0.1", alive=True)])
+    stores.audit.note(AuditEntry(operation=Operation.PULL, job="a-job"), AuditEntry(operation=Operation.PUSH))
+    (tmp_path / "token").write_text(TOKEN)
+    environ = {**os.environ, "LAZYFARM_URL": gateway.url, "LAZYFARM_TOKEN_FILE": str(tmp_path / "token")}
+
+    async def command(*arguments):
+        piped = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "lazyfarm", *arguments, "--json", env=environ, stdout=piped, stderr=piped
+        )
+        async with asyncio.timeout(60):
+            out, err = await process.communicate()
+        return process.returncode, out.decode(), err.decode()
+
+    audit, drain, kept, cancel, status = await asyncio.gather(
+        command("audit", "--job", "a-j"),
+        command("drain", "n0", "--timeout", "0"),
+        command("explain", "kept", ref_id),
+        command("jobs", "cancel", "none"),
+        command("status"),
+    )
+    assert (audit[0], json.loads(audit[1])["job"]) == (0, "a-job"), audit
+    assert json.loads(drain[1])["drained"], drain
+    assert [each.draining for each in await presence.nodes()] == [True]
+    assert (kept[0], json.loads(kept[1])["holds"]) == (0, []), kept
+    assert "JobNotFoundError" in "".join(cancel[1:]), cancel
+    assert "NotThroughGatewayError" in "".join(status[1:]), status
     await presence._link.close()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from typer.testing import CliRunner
 
@@ -198,7 +200,7 @@ def run(monkeypatch):
             return ended.value
         raise AssertionError("it waits")
 
-    monkeypatch.setattr(parts, "running_settings", lambda state_dir: None)
+    monkeypatch.setattr(parts, "driving_settings", lambda state_dir: SimpleNamespace(gateway=""))
     monkeypatch.setattr(parts, "_over_redis", over)
 
     def call(*arguments, **left):

@@ -23,7 +23,7 @@ ONLY_ASYNCHRONOUS = {
     # For what is built upon a farm within this package: a script has no use for these.
     lazyfarm.farm.Farm: {
         *("chain", "end_stream", "extract_chain", "follow", "hold", "hold_resources", "info", "lease_id"),
-        *("audit_log", "on_worker", "ref_store", "states", "unlazy_chain"),
+        *("audit_reader", "on_worker", "ref_store", "states", "unlazy_chain"),
         *("builds", "get_by_blob_under", "lease_store", "link", "pull_told", "push_told"),
     },
     lazyfarm.lease.FarmLease: {"held"},
