@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.services.loopback import choose_ports
 from tests.doubles.farm import WHOLE
 from tests.doubles.shell_image import shell_image
 
@@ -25,6 +26,13 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 
+#: Types a command that goes on until it is interrupted, and interrupts it once it has told its address.
+UNTIL_IT_SERVES = """\
+{command} > served &
+until grep -q : served; do kill -0 $!; sleep 0.2; done
+kill -TERM $!
+wait $!
+"""
 #: What a build of the README's needs to be there; `make` is a command of the image.
 DOCKERFILE = """\
 FROM docker.io/library/debian:12 AS base
@@ -61,6 +69,7 @@ def place(registry):
     registry.push("library/debian", "12", shell_image(secrets.token_hex(8)))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environ = {**os.environ, **WHOLE, "PATH": path, "LAZYFARM_STATE_DIR": str(root / "farm"), "TOKEN": "secret"}
+    environ["LAZYFARM__GATEWAY__PORT"] = str(choose_ports(["gateway"], {})["gateway"])
     yield root, environ
     subprocess.run(["lazyfarm", "down", "--purge"], env=environ, cwd=root, check=False, timeout=120)
     shutil.rmtree(root, ignore_errors=True)
@@ -114,5 +123,7 @@ def test_the_readmes_commands_are_as_it_says(registry, place):
             if "4f2a" in command:
                 newest = json.loads(typed(place, registry, "lazyfarm jobs ls --json"))["jobs"][0]["job"]
                 command = command.replace("4f2a", newest)
+            if command.startswith("lazyfarm gateway"):
+                command = UNTIL_IT_SERVES.format(command=command.partition(" #")[0])
             typed(place, registry, command)
     assert list(project.glob("job-*.html"))
