@@ -49,11 +49,6 @@ class FairQueue:
         self._holders: dict[Ticket, str] = {}
 
     @property
-    def free(self) -> int:
-        """Return how many slots nobody has."""
-        return self._free
-
-    @property
     def waiting(self) -> int:
         """Return how many tickets wait."""
         return len(self._waiting)

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 app = command_app()
 
+LayerArgument = Annotated[
+    str, typer.Argument(metavar="DIGEST|REF", help="A blob's digest, a ref, or an image.", show_default=False)
+]
+
 
 @app.callback(epilog=example("lazyfarm explain pull debian:12", "lazyfarm explain kept debian:12"))
 def explain() -> None:
@@ -34,10 +38,7 @@ def explain() -> None:
 @app.command("wait", epilog=example("lazyfarm explain wait debian:12", "lazyfarm explain wait sha256:3ab1…"))
 def wait(
     *,
-    name: Annotated[
-        str,
-        typer.Argument(metavar="DIGEST|REF", help="A blob's digest, a ref, or an image.", show_default=False),
-    ],
+    name: LayerArgument,
     state_dir: StateDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -54,10 +55,7 @@ def wait(
 @app.command("pull", epilog=example("lazyfarm explain pull debian:12", "lazyfarm explain pull sha256:3ab1…"))
 def pull(
     *,
-    name: Annotated[
-        str,
-        typer.Argument(metavar="DIGEST|REF", help="A blob's digest, a ref, or an image.", show_default=False),
-    ],
+    name: LayerArgument,
     state_dir: StateDirOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -559,11 +559,28 @@ async def test_what_may_not_be_done_twice_is_not(gateway, redis_farm, monkeypatc
             await driver.close(True)
 
 
+@pytest.fixture
+def bodies_of(monkeypatch):
+    """Count what crosses at the gateway: the bytes of each frame that a method of its drivers is given."""
+
+    def counting(method):
+        crossed, original = [], getattr(Driver, method)
+
+        def counted(driver, frame):
+            crossed.append(len(frame.body))
+            return original(driver, frame)
+
+        monkeypatch.setattr(Driver, method, counted)
+        return crossed
+
+    return counting
+
+
 # -- local directories ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.s3
-async def test_a_directory_goes_straight_to_s3(open_gateway, redis_farm, s3_config, tmp_path):
+async def test_a_directory_goes_straight_to_s3(open_gateway, bodies_of, redis_farm, s3_config, tmp_path):
     """Small files in one object, a big one in parts; the gateway is told of them, and sees none of their bytes."""
     source = tmp_path / "source"
     (source / "sub").mkdir(parents=True)
@@ -571,30 +588,20 @@ async def test_a_directory_goes_straight_to_s3(open_gateway, redis_farm, s3_conf
     (source / "sub" / "empty").touch()
     (source / "big").write_bytes(bytes(range(256)) * (17 * 1024**2 // 256 + 1))
     gateway = await open_gateway(s3=s3_config)
-    crossed = []
-    taken = Driver.take
-
-    def take(driver, frame):
-        crossed.append(len(frame.body))
-        taken(driver, frame)
-
-    Driver.take = take
-    try:
-        async with await gateway.connect() as farm:
-            scanned = scan(source)
-            await farm.builds._send([scanned])
-            sent = len(crossed)
-            await farm.builds._send([scanned])  # all of it is there
-            assert len(crossed) - sent <= 4  # two calls, and that they were heard
-            store = S3ContentStore(s3_config)
-            with ThreadPoolExecutor(4) as threads:
-                trees = LocalTrees(redis_farm.stores().refs._link, redis_farm.keys, store, threads=threads)
-                out = tmp_path / "out"
-                out.mkdir()
-                await trees.materialise(await trees.open_tree(scanned.digest), out)
-            store.close()
-    finally:
-        Driver.take = taken
+    crossed = bodies_of("take")
+    async with await gateway.connect() as farm:
+        scanned = scan(source)
+        await farm.builds._send([scanned])
+        sent = len(crossed)
+        await farm.builds._send([scanned])  # all of it is there
+        assert len(crossed) - sent <= 4  # two calls, and that they were heard
+        store = S3ContentStore(s3_config)
+        with ThreadPoolExecutor(4) as threads:
+            trees = LocalTrees(redis_farm.stores().refs._link, redis_farm.keys, store, threads=threads)
+            out = tmp_path / "out"
+            out.mkdir()
+            await trees.materialise(await trees.open_tree(scanned.digest), out)
+        store.close()
     assert scan(out).digest == scanned.digest
     assert sum(crossed) < 10_000
 
@@ -678,26 +685,16 @@ async def outside(farm, image):
 
 @pytest.mark.s3
 @pytest.mark.usefixtures("unlazied")
-async def test_an_image_comes_straight_from_s3(open_gateway, image, s3_config, tmp_path):
+async def test_an_image_comes_straight_from_s3(open_gateway, bodies_of, image, s3_config, tmp_path):
     """As a layout and as files; the gateway names the blobs, and sees none of their bytes."""
     record, _ = image
     gateway = await open_gateway(s3=s3_config)
-    told = []
-    tell = Driver._tell
-
-    def telling(driver, frame):
-        told.append(len(frame.body))
-        tell(driver, frame)
-
-    Driver._tell = telling
-    try:
-        async with await gateway.connect() as farm:
-            ref = await outside(farm, record)
-            items = []
-            await farm.export(ref, f"oci:{tmp_path}/layout", progress=items.append)
-            await farm.export(ref, f"{tmp_path}/files")
-    finally:
-        Driver._tell = tell
+    told = bodies_of("_tell")
+    async with await gateway.connect() as farm:
+        ref = await outside(farm, record)
+        items = []
+        await farm.export(ref, f"oci:{tmp_path}/layout", progress=items.append)
+        await farm.export(ref, f"{tmp_path}/files")
     written = {path.name: path.read_bytes() for path in (tmp_path / "layout" / "blobs" / "sha256").iterdir()}
     wanted = [record.manifest, record.config, *record.layers]
     assert written.keys() == {hex_of(each.digest) for each in wanted}
