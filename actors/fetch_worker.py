@@ -7,7 +7,7 @@ import contextlib
 import platform
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,8 @@ from actors.scrubbing import scrub_copies_forever, scrub_forever
 from actors.session_host import SessionAuthorizer, SessionServer
 from actors.shell import answers
 from actors.version import VERSION
-from cluster.audit import AuditEntry, Operation, error_of, fault_entry, handle_of, outcome_of
+from cluster.audit import Operation, error_of, fault_entry, handle_of, outcome_of
+from cluster.audit_calls import call_entry, push_entries, read_entry
 from cluster.cache.ring import ShardRing
 from cluster.cache.runner import usable_providers
 from cluster.cache_options import CacheKind, CacheTarget
@@ -53,7 +54,6 @@ from cluster.messages import (
     ImportCacheRequest,
     ImportCacheResult,
     LayerFetch,
-    LayerPush,
     NodePruneRequest,
     NodePruneResult,
     NodeUsageRequest,
@@ -350,7 +350,7 @@ class FetchWorker(SessionServer):
                 f"{operation}.failed", error_type=type(exc).__name__, error=str(exc), elapsed_s=round(elapsed_s, 3)
             )
             if self._parts is not None:
-                failed = replace(_entry(operation, info, **fields), outcome=outcome_of(exc), error=error_of(exc))
+                failed = replace(call_entry(operation, info, **fields), outcome=outcome_of(exc), error=error_of(exc))
                 self._parts.stores.audit.note(replace(failed, seconds=elapsed_s))
             raise
         bound.info(f"{operation}.complete", **figures, elapsed_s=round(time.monotonic() - started_s, 3))
@@ -378,7 +378,9 @@ class FetchWorker(SessionServer):
             )
             figures.update({"digest": resolved.image.manifest.digest, "layers": len(resolved.image.layers)})
             image = resolved.record(None)
-            parts.stores.audit.note(_read(Operation.RESOLVE, request, reference, image, authorizer))
+            parts.stores.audit.note(
+                read_entry(Operation.RESOLVE, request, reference, image, authorizer.identity(reference.host))
+            )
             return ResolveResult(image=image, config=resolved.image.config_bytes, handlers=resolved.handlers)
 
     @answers("pull", PullRequest)
@@ -391,7 +393,9 @@ class FetchWorker(SessionServer):
                 reference, wanted, authorizer, plain_http=request.plain_http, lease_id=request.lease_id
             )
             count_pulled(pulled.layers)
-            parts.stores.audit.note(_read(Operation.PULL, request, reference, pulled.image, authorizer))
+            parts.stores.audit.note(
+                read_entry(Operation.PULL, request, reference, pulled.image, authorizer.identity(reference.host))
+            )
             figures.update(
                 {
                     "digest": pulled.image.manifest.digest,
@@ -417,7 +421,7 @@ class FetchWorker(SessionServer):
                 created_s=request.created_s,
             )
             figures.update({"digest": image.manifest.digest, "layers": len(image.layers)})
-            entry = _entry("assemble", request.session, ref=request.ref_id or "", image=image.name)
+            entry = call_entry("assemble", request.session, ref=request.ref_id or "", image=image.name)
             parts.stores.audit.note(replace(entry, digest=image.manifest.digest))
             return image
 
@@ -446,7 +450,7 @@ class FetchWorker(SessionServer):
             figures.update(_figures(extracted.layers))
             parts.stores.audit.note(
                 replace(
-                    _entry("extract", request.session, ref=request.ref_id),
+                    call_entry("extract", request.session, ref=request.ref_id),
                     source=self._starter.boot.node,
                     seconds=time.monotonic() - started_s,
                 )
@@ -508,13 +512,13 @@ class FetchWorker(SessionServer):
             count_pushed(pushed.layers)
             parts.stores.traffic.note(push_traffic(pushed.layers, chain, target.host))
             entry = replace(
-                _entry("push", request.session),
+                call_entry("push", request.session),
                 credential=handle_of(authorizer.identity(target.host)),
                 source=target.handle(plain_http=request.plain_http).source,
                 image=target.name,
             )
             parts.stores.audit.note(
-                *_pushed(entry, pushed.layers, blob_sizes(chain)), replace(entry, digest=pushed.digest)
+                *push_entries(entry, pushed.layers, blob_sizes(chain)), replace(entry, digest=pushed.digest)
             )
             figures.update(
                 {
@@ -555,8 +559,10 @@ class FetchWorker(SessionServer):
             place = self._place_of(parts, target)
             exported = await exporter.export(place, target, request.candidates, request.handlers, caller)
             count_pushed(exported.layers)
-            entry = replace(_entry("export_cache", request.session), source=target.name)
-            parts.stores.audit.note(*_pushed(entry, exported.layers, {}), replace(entry, digest=exported.digest or ""))
+            entry = replace(call_entry("export_cache", request.session), source=target.name)
+            parts.stores.audit.note(
+                *push_entries(entry, exported.layers, {}), replace(entry, digest=exported.digest or "")
+            )
             figures.update(
                 {
                     "results": exported.results,
@@ -577,7 +583,7 @@ class FetchWorker(SessionServer):
                 registry=parts.stores.registry, buckets=parts.stores.buckets, access=parts.stores.access
             )
             imported = await importer.read(request.source, wanted, authorizer)
-            parts.stores.audit.note(replace(_entry("import_cache", request.session), source=request.source.name))
+            parts.stores.audit.note(replace(call_entry("import_cache", request.session), source=request.source.name))
             figures.update({"results": len(imported.cache.entries), "warning": imported.warning})
             return imported
 
@@ -683,41 +689,6 @@ def _asked(request: PullRequest | ResolveRequest) -> tuple[ImageReference, Platf
     """Return which image is asked for, and for which platform: this node's own where none is named."""
     wanted = parse_platform(request.platform) if request.platform else default_platform(platform.machine())
     return parse_reference(request.image), wanted
-
-
-def _entry(operation: str, session: SessionInfo, *, ref: str = "", image: str = "", **_rest: str) -> AuditEntry:
-    """Return what the audit stream should know of every call."""
-    return AuditEntry(operation=operation, who=session.tenant, job=session.job, ref=ref, image=image)
-
-
-def _read(
-    operation: Operation,
-    request: PullRequest | ResolveRequest,
-    reference: ImageReference,
-    image: ImageRecord,
-    authorizer: Authorizer,
-) -> AuditEntry:
-    """Return the entry of an image whose manifest was read."""
-    return replace(
-        _entry(operation, request.session, ref=image.ref or "", image=reference.name),
-        credential=handle_of(authorizer.identity(reference.host)),
-        digest=image.manifest.digest,
-        source=reference.handle(plain_http=request.plain_http).source,
-        size_bytes=sum(layer.size_bytes for layer in image.layers),
-    )
-
-
-def _pushed(entry: AuditEntry, layers: Sequence[LayerPush], sizes: Mapping[Digest, int]) -> Iterator[AuditEntry]:
-    """Yield the entry of each layer of a push."""
-    for layer in layers:
-        yield replace(
-            entry,
-            operation=Operation.PUSH_LAYER,
-            outcome=layer.how,
-            digest=layer.digest,
-            size_bytes=sizes.get(layer.digest, 0),
-            moved_bytes=layer.bytes,
-        )
 
 
 def _top_of(descriptors: Sequence[Descriptor]) -> RefId:
