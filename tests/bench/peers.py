@@ -20,7 +20,7 @@ from botocore.config import Config as BotoConfig
 from mypy_boto3_s3 import S3Client
 
 from cluster.config import S3Config
-from storage.blobs import read_credentials
+from storage.s3_credentials import FileCredentials
 from tests.doubles.oci_layout import run_tool
 from tests.doubles.redis import redis_binaries
 
@@ -83,13 +83,13 @@ def boto3_upload(files: Sequence[Path], s3: S3Config, prefix: str) -> tuple[floa
 
 
 def _client(s3: S3Config, connections: int) -> S3Client:
-    access_key_id, secret_access_key = read_credentials(s3.credentials_file)
+    keys = FileCredentials(s3.credentials_file)
     return boto3.client(
         "s3",
         endpoint_url=s3.endpoint,
         region_name=s3.region,
-        aws_access_key_id=access_key_id,
-        aws_secret_access_key=secret_access_key,
+        aws_access_key_id=keys.access_key,
+        aws_secret_access_key=keys.secret_key,
         config=BotoConfig(
             max_pool_connections=connections,
             s3={"addressing_style": "path"},

@@ -46,7 +46,9 @@ def measure() -> list[Ratio]:
     found = []
     for size in _SIZES:
         definition = stages("", size).definition()
-        cold, warm, worst_ms = [], [], []
+        cold: list[float] = []
+        warm: list[float] = []
+        worst_ms: list[float] = []
         for _ in range(_RUNS):
             run = _Run()
             for taken, cached in ((cold, False), (warm, True)):
