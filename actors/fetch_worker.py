@@ -226,7 +226,6 @@ class FetchWorker(SessionServer):
         unlazier = Unlazier(
             worker=f"{boot.node}/{new_token()}",
             refs=stores.refs,
-            leases=stores.leases,
             flights=stores.flights,
             renewer=renewer,
             progress=stores.progress,

@@ -478,6 +478,16 @@ class RefStore(Protocol):
         """Tell which blobs are present."""
         ...
 
+    async def hold_blobs(self, digests: Sequence[Digest], *, lease_id: LeaseId) -> list[BlobRecord | None]:
+        """Attach those of the blobs that are present to the lease, and return them; None for each that is not.
+
+        Of each blob it is one step: one that is returned is held, and can't have been collected in between.
+
+        Raises:
+            LeaseLostError: no such live lease.
+        """
+        ...
+
     async def providers(self, digests: Sequence[Digest]) -> list[tuple[ProviderHandle, ...]]:
         """Return every provider known for each digest."""
         ...

@@ -24,6 +24,7 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.fair.runner import FairSlots
+from cluster.fetch.together import Together
 from cluster.metrics import READ_BYTES
 from cluster.ports import AuditNotes, ByteStream, ContentStore, RefStore
 from cluster.ref import BlobRecord
@@ -173,6 +174,7 @@ class NodeBlobs:
         self._cache = cache
         self._store = store
         self._refs = refs
+        self._looks: Together[None, Digest, BlobRecord | None] = Together(lambda _all, digests: refs.blobs(digests))
         self._loop = loop
         self._threads = threads
         self._disk = disk or BoundlessDisk()
@@ -283,7 +285,7 @@ class NodeBlobs:
                 await asyncio.wait({changed})  # it has ended, and is about to be forgotten
                 continue
             if wanted.present is None:
-                (present,) = await self._refs.blobs([digest])
+                present = await self._looks.ask(None, digest)
                 wanted.present = wanted.present or present
             if changed.done():
                 # t=0  another's download runs; this call finds no file yet

@@ -323,6 +323,12 @@ class MemoryRefStore:
         """Tell which blobs are present."""
         return [self._memory.blobs.get(digest) for digest in digests]
 
+    async def hold_blobs(self, digests: Sequence[Digest], *, lease_id: LeaseId) -> list[BlobRecord | None]:
+        """Attach the blobs that are present to the lease, and return them."""
+        found = [self._memory.blobs.get(digest) for digest in digests]
+        self._memory.hold(lease_id, [blob_resource(blob.digest) for blob in found if blob is not None])
+        return found
+
     async def providers(self, digests: Sequence[Digest]) -> list[tuple[ProviderHandle, ...]]:
         """Return the providers known for each digest."""
         return [self._handles(digest) for digest in digests]

@@ -185,6 +185,16 @@ class RedisRefStore:
             found.extend(None if value is None else BLOB.decode(value) for value in values)
         return found
 
+    async def hold_blobs(self, digests: Sequence[Digest], *, lease_id: LeaseId) -> list[BlobRecord | None]:
+        """Attach the blobs that are present to the lease, and return them, by one script a batch."""
+        found: list[BlobRecord | None] = []
+        for batch in _batches(digests):
+            values = await self._link.run("blobs_hold", self._prefix, lease_id, *batch, may_repeat=True)
+            if values is None:
+                raise LeaseLostError(lease_id)
+            found.extend(None if value is None else BLOB.decode(value) for value in values)
+        return found
+
     async def providers(self, digests: Sequence[Digest]) -> list[tuple[ProviderHandle, ...]]:
         """Return the providers known for each digest, sorted."""
         found: list[tuple[ProviderHandle, ...]] = []

@@ -288,10 +288,8 @@ class Extractor:
         return fetch
 
     async def _unlazy(self, record: RefRecord, caller: Caller) -> LayerFetch:
-        fetch = await self._unlazier.unlazy(record.blob, caller)
-        (blob,) = await self._refs.blobs([record.blob.digest])
-        if blob is not None:
-            self._blobs.note_present(blob, caller.tenant)
+        fetch, blob = await self._unlazier.bring(record.blob, caller)
+        self._blobs.note_present(blob, caller.tenant)
         return fetch
 
     async def _again_if_lost(self, record: RefRecord, caller: Caller, fetch: LayerFetch) -> LayerFetch:

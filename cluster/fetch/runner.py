@@ -33,6 +33,7 @@ from cluster.errors import (
 from cluster.fair.runner import Ask, FairSlots
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.access import Admission
+from cluster.fetch.together import Together
 from cluster.flight.runner import FlightContext, FlightOutcome, Flights
 from cluster.flight.values import (
     Aborting,
@@ -48,9 +49,9 @@ from cluster.flight.values import (
     Vacated,
 )
 from cluster.job import parse_layer_stream
-from cluster.lease import LeaseId, blob_resource
+from cluster.lease import LeaseId
 from cluster.messages import LayerFetch
-from cluster.ports import AuditNotes, Authorizer, FlightRenewer, FlightStore, LeaseStore, ProgressStore, RefStore
+from cluster.ports import AuditNotes, Authorizer, FlightRenewer, FlightStore, ProgressStore, RefStore
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.provider import DescHandler, ProviderHandle
 from cluster.ref import BlobRecord
@@ -212,7 +213,6 @@ class Unlazier:
         *,
         worker: str,
         refs: RefStore,
-        leases: LeaseStore,
         flights: FlightStore,
         renewer: FlightRenewer,
         progress: ProgressStore,
@@ -229,7 +229,6 @@ class Unlazier:
     ) -> None:
         self._worker = worker
         self._refs = refs
-        self._leases = leases
         self._store = flights
         self._renewer = renewer
         self._progress = progress
@@ -244,6 +243,11 @@ class Unlazier:
         self._audit = audit or NoAudit()
         self._flights: Flights[_Arrival, Caller] = Flights("unlazy")
         self._slots = FairSlots(max_transfers)
+        #: Layers of an image are wanted together, and come home together: one request to Redis for many of them.
+        self._looks: Together[None, Digest, BlobRecord | None] = Together(lambda _all, digests: refs.blobs(digests))
+        self._pins: Together[LeaseId, Digest, BlobRecord | None] = Together(
+            lambda lease_id, digests: refs.hold_blobs(digests, lease_id=lease_id)
+        )
         self._background: set[asyncio.Task[Any]] = set()
 
     async def unlazy(self, descriptor: Descriptor, caller: Caller) -> LayerFetch:
@@ -256,9 +260,14 @@ class Unlazier:
             LeaseLostError: the caller's lease is gone; the blob is present all the same.
             ClusterError: no source has it right.
         """
+        fetch, _ = await self.bring(descriptor, caller)
+        return fetch
+
+    async def bring(self, descriptor: Descriptor, caller: Caller) -> tuple[LayerFetch, BlobRecord]:
+        """Do what :meth:`unlazy` does, and return the blob, too."""
         about: tracing.Attributes = {tracing.BLOB: descriptor.digest, "lazyfarm.blob.size": descriptor.size_bytes}
         with tracing.span("unlazy", about) as span:
-            fetch = await self._unlazy(descriptor, caller, span)
+            fetch, blob = await self._unlazy(descriptor, caller, span)
             span.put(
                 {
                     "lazyfarm.source": fetch.source,
@@ -266,15 +275,15 @@ class Unlazier:
                     "lazyfarm.fetched_bytes": fetch.bytes_fetched,
                 }
             )
-            return fetch
+            return fetch, blob
 
-    async def _unlazy(self, descriptor: Descriptor, caller: Caller, span: Span) -> LayerFetch:
+    async def _unlazy(self, descriptor: Descriptor, caller: Caller, span: Span) -> tuple[LayerFetch, BlobRecord]:
         digest = descriptor.digest
         started_s = self._clock()
         item = _Item(self._progress, caller.streams(digest), digest, descriptor.size_bytes, self._spawn)
         try:
             async with asyncio.timeout(self._deadline_s):
-                outcome = await self._bring_and_pin(descriptor, caller, item)
+                blob, outcome = await self._bring_and_pin(descriptor, caller, item)
         except TimeoutError as exc:
             error = DeadlineExceededError(f"unlazy of {digest}", f"not done after {self._deadline_s:.0f} s")
             self._note_failure(descriptor, caller, error, started_s)
@@ -291,9 +300,10 @@ class Unlazier:
         if outcome is None:
             self.note(descriptor, caller, "present", "s3", self._clock() - started_s)
             await item.end(LayerPhase.PRESENT)
-            return LayerFetch(
+            fetch = LayerFetch(
                 digest=digest, source="present", bytes_fetched=0, seconds=self._clock() - started_s, joined=False
             )
+            return fetch, blob
         arrival = outcome.value
         joined = outcome.joined or arrival.elsewhere
         how = "joined" if joined else "fetched"
@@ -301,21 +311,22 @@ class Unlazier:
         if outcome.joined:
             span.link(arrival.trace)
         await item.end(LayerPhase.JOINED if joined else LayerPhase.DONE, arrival.source)
-        return LayerFetch(
+        fetch = LayerFetch(
             digest=digest,
             source=arrival.source,
             bytes_fetched=0 if joined else arrival.bytes_fetched,
             seconds=self._clock() - started_s,
             joined=joined,
         )
+        return fetch, blob
 
     async def _bring_and_pin(
         self, descriptor: Descriptor, caller: Caller, item: _Item
-    ) -> FlightOutcome[_Arrival] | None:
-        """Make the blob present and pin it; return what its flight came to, or None where it was present."""
+    ) -> tuple[BlobRecord, FlightOutcome[_Arrival] | None]:
+        """Make the blob present and pin it; return it, and what its flight came to, None where it was present."""
         digest = descriptor.digest
         while True:
-            (blob,) = await self._refs.blobs([digest])
+            blob = await self._looks.ask(None, digest)
             outcome = None
             if blob is not None:
                 await self.admit(descriptor, caller, blob.source)
@@ -333,13 +344,12 @@ class Unlazier:
                 # Whose credentials brought it says nothing of this caller's access.
                 await self.admit(descriptor, caller, outcome.value.blob.source)
                 await ahit(FaultPoint.PIN_BEFORE)
-            await self._pin(caller, digest)
             # t=0  the blob is seen to be present, and nobody holds it (any more)
             # t=1  it is collected
-            # t=2  it is pinned: what this caller would hold is gone
-            (blob,) = await self._refs.blobs([digest])
-            if blob is not None:
-                return outcome
+            # t=2  it would be pinned: so that step looks again, and pins only what is there
+            held = await self._try_pin(caller, digest)
+            if held is not None:
+                return held, outcome
 
     def note(self, blob: Descriptor, caller: Caller, outcome: str, source: str, seconds: float) -> None:
         """Note in the audit stream how a caller got *blob*."""
@@ -689,8 +699,9 @@ class Unlazier:
             async with asyncio.timeout(5.0):
                 await step
 
-    async def _pin(self, caller: Caller, digest: Digest) -> None:
-        await self._leases.attach(caller.lease_id, [blob_resource(digest)])
+    async def _try_pin(self, caller: Caller, digest: Digest) -> BlobRecord | None:
+        """Pin the blob in the caller's lease and return it; None where it isn't present."""
+        return await self._pins.ask(caller.lease_id, digest)
 
     def _spawn(self, work: Coroutine[object, object, object]) -> asyncio.Task[object]:
         task = asyncio.create_task(work)

@@ -76,7 +76,6 @@ class Node:
         self.unlazier = Unlazier(
             worker="n",
             refs=self.refs,
-            leases=self.leases,
             flights=flights,
             renewer=ManualRenewer(flights),
             progress=progress,

@@ -12,7 +12,7 @@ from cluster import wire
 from cluster.descriptor import CONFIG_OCI, MANIFEST_OCI, Descriptor
 from cluster.digest import digest_of
 from cluster.errors import LeaseLostError, NonAddressableParentError, RefNotFoundError
-from cluster.lease import LeaseId, image_resource, ref_resource
+from cluster.lease import LeaseId, blob_resource, image_resource, ref_resource
 from cluster.origin import MAX_ORIGINS, OPEN
 from cluster.provider import ProviderHandle
 from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord
@@ -374,6 +374,33 @@ async def test_a_present_blob_makes_every_ref_over_it_present(stores):
     assert [state.present for state in tops] == [blob, blob]
     assert await stores.refs.blobs([blob.digest, layer("a").digest]) == [blob, None]
     assert await stores.refs.blobs([]) == []
+
+
+async def test_blobs_that_are_present_are_held(stores):
+    """In one step for each: what is returned is held, what isn't there is not; again is as good as once."""
+    blob = await commit(stores, present("a"))
+    absent = layer("b").digest
+
+    assert await stores.refs.hold_blobs([absent, blob.digest], lease_id=L) == [None, blob]
+    assert await stores.refs.hold_blobs([blob.digest], lease_id=L) == [blob]
+
+    assert (await stores.leases.get(L)).resources == (blob_resource(blob.digest),)
+    assert L in await stores.leases.holders(blob_resource(blob.digest))
+    assert await stores.leases.holders(blob_resource(absent)) == []
+    assert await stores.refs.hold_blobs([], lease_id=L) == []
+
+
+async def test_no_blob_is_held_by_a_lease_that_is_not_live(stores):
+    """Neither one that never was, nor one that has lapsed: whether the blob is there or not."""
+    blob = await commit(stores, present("a"))
+    await stores.leases.create(LeaseId("short"), ttl_s=5.0)
+    stores.pass_time(6.0)
+
+    for lease_id in (LeaseId("unknown"), LeaseId("short")):
+        for digest in (blob.digest, layer("b").digest):
+            with pytest.raises(LeaseLostError):
+                await stores.refs.hold_blobs([digest], lease_id=lease_id)
+        assert lease_id not in await stores.leases.holders(blob_resource(blob.digest))
 
 
 async def test_a_lost_blob_turns_lazy(stores):

@@ -61,7 +61,6 @@ class CacheFarm:
         self.unlazier = Unlazier(
             worker="w",
             refs=self.refs,
-            leases=self.leases,
             flights=flights,
             renewer=ManualRenewer(flights),
             progress=progress,

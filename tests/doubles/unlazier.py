@@ -21,7 +21,6 @@ def unlazier_over(stores, renewer, transfers, **settings) -> Unlazier:
     }
     return Unlazier(
         refs=stores.refs,
-        leases=stores.leases,
         flights=stores.flights,
         renewer=renewer,
         progress=stores.progress,

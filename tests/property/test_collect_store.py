@@ -264,16 +264,45 @@ class CollectMachine(StoreMachine):
         self.expect("I9", not self.objects, f"objects are left: {self.objects}")
 
 
+class PinMachine(CollectMachine):
+    """Pins blobs besides. The mutants' machine does not: with more to choose from it finds them later."""
+
+    def __init__(self):
+        super().__init__()
+        #: Lease to the blobs that it was told to hold.
+        self.pinned: dict[LeaseId, set[str]] = {}
+
+    def hold(self, lease_id):
+        if not self.is_live(lease_id):
+            self.pinned[lease_id] = set()
+        super().hold(lease_id)
+
+    @rule(lease_id=LEASES, names=st.sets(LAYER, min_size=1))
+    def pin(self, lease_id, names):
+        """A driver holds those of some blobs that are present, whatever refs there are."""
+        self.hold(lease_id)
+        digests = [layer(name).digest for name in sorted(names)]
+        found = self.world.run(self.stores.refs.hold_blobs(digests, lease_id=lease_id))
+        self.pinned[lease_id].update(blob.digest for blob in found if blob is not None)
+
+    @invariant()
+    def what_is_pinned_is_present(self):
+        """Whether or not there is a ref of it."""
+        pinned = [digest for lease_id, pinned in self.pinned.items() if self.is_live(lease_id) for digest in pinned]
+        for digest, blob in zip(pinned, self.world.run(self.stores.refs.blobs(pinned)), strict=True):
+            self.expect("I3", blob is not None, f"{digest} is pinned, and gone")
+
+
 def test_the_fake_keeps_the_invariants():
     """No order of calls on the fake breaks an invariant."""
-    run_machine(CollectMachine.on(LoopedMemoryWorld), examples=100, steps=20)
+    run_machine(PinMachine.on(LoopedMemoryWorld), examples=100, steps=20)
 
 
 @pytest.mark.redis
 @pytest.mark.parametrize("version", ["redis7", "redis6.2"])
 def test_the_scripts_keep_the_invariants(redis_servers, version):
     """No order of calls on the Lua scripts breaks an invariant."""
-    run_machine(CollectMachine.on(partial(RedisWorld, redis_servers(version).config)), examples=30, steps=20)
+    run_machine(PinMachine.on(partial(RedisWorld, redis_servers(version).config)), examples=30, steps=20)
 
 
 # -- mutants of the fake ----------------------------------------------------------------------------------
@@ -358,4 +387,14 @@ def test_a_broken_script_is_caught(monkeypatch, redis_servers, mutant):
     machine = CollectMachine.on(partial(RedisWorld, redis_servers(next(iter(redis_binaries()))).config))
 
     assert_caught(machine, name, examples=1000, steps=25)
+    assert broken_scripts
+
+
+@pytest.mark.redis
+def test_a_hold_that_holds_nothing_is_caught(monkeypatch, redis_servers):
+    """What is told to be present, and isn't pinned, is collected under who counts on it."""
+    broken_scripts = break_scripts(monkeypatch, "blobs_hold", "lease_hold(prefix, id, 'blob:' .. ARGV[i])", "")
+    machine = PinMachine.on(partial(RedisWorld, redis_servers(next(iter(redis_binaries()))).config))
+
+    assert_caught(machine, "I3", examples=1000, steps=25)
     assert broken_scripts

@@ -75,9 +75,19 @@ class FirstLeaseUsed(Unlazier):
         super().__init__(**parts)
         self._first = {}
 
-    async def unlazy(self, descriptor, caller):
+    async def bring(self, descriptor, caller):
         self._first.setdefault(descriptor.digest, caller)
-        return await super().unlazy(descriptor, caller)
+        return await super().bring(descriptor, caller)
 
-    async def _pin(self, caller, digest):
-        await super()._pin(self._first[digest], digest)
+    async def _try_pin(self, caller, digest):
+        return await super()._try_pin(self._first[digest], digest)
+
+
+class SeenAndThenHeld(Unlazier):
+    """A blob that is seen in one step is taken to be held by the next."""
+
+    async def _try_pin(self, caller, digest):
+        (blob,) = await self._refs.blobs([digest])
+        if blob is not None:
+            await super()._try_pin(caller, digest)
+        return blob

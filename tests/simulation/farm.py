@@ -11,7 +11,9 @@ import itertools
 import random
 from dataclasses import dataclass, field
 
+from cluster.errors import BlobNotFoundError
 from cluster.fetch.runner import Unlazier
+from cluster.fetch.together import Together
 from cluster.flight.runner import Flights
 from cluster.topology import ActorView, Kind, NodeView, Retire, Spawn, reconcile
 from storage.memory import MemoryFlightStore
@@ -30,7 +32,7 @@ from tests.simulation.services import (
     VirtualRenewer,
 )
 from tests.simulation.transfers import VirtualTransfers
-from tests.simulation.watch import Watch, WatchedFlights, WatchedLeases
+from tests.simulation.watch import Watch, WatchedFlights, WatchedLeases, WatchedRefs
 
 VERSION = "1"
 #: As configured by default.
@@ -80,7 +82,6 @@ class Worker:
         self.unlazier = parts.unlazier(
             worker=name,
             refs=self.refs,
-            leases=Remote(redis, process, redis.leases),
             flights=self.flights,
             renewer=self.renewer,
             progress=NoProgress(),
@@ -102,17 +103,22 @@ class Worker:
             clock=machine.clock,
         )
         self._snapshots = Flights("snapshots")
+        self._looks = Together(lambda _all, digests: self.refs.blobs(digests))
 
-    async def bring(self, ref):
-        """Have the snapshot of *ref*, whose blob is present, on this machine: once, however many ask."""
+    async def look(self, ref):
+        """Look whether a blob is here to be unpacked, as :class:`storage.local_blobs.NodeBlobs` does at first."""
+        await self._looks.ask(None, ref.blob.digest)
+
+    async def bring(self, ref, blob):
+        """Have the snapshot of *ref*, whose *blob* is present, on this machine: once, however many ask."""
         if ref.chain not in self.machine.disk:
-            await self._snapshots.run(f"snapshot:{ref.chain}", lambda _context: self._download(ref))
+            await self._snapshots.run(f"snapshot:{ref.chain}", lambda _context: self._download(ref, blob))
 
-    async def _download(self, ref):
-        (blob,) = await self.refs.blobs([ref.blob.digest])
-        if blob is None:
-            raise BlobLostError(ref.blob.digest)
-        await self.bucket.read(blob.key, blob.size_bytes)
+    async def _download(self, ref, blob):
+        try:
+            await self.bucket.read(blob.key, blob.size_bytes)
+        except BlobNotFoundError as exc:
+            raise BlobLostError(ref.blob.digest) from exc
         self.machine.publish(ref.chain)
 
 
@@ -209,6 +215,7 @@ class Farm:
         self.flights = WatchedFlights(self.watch, self.redis)
         self.redis.flights = self.flights
         self.redis.leases = WatchedLeases(self.watch, self.redis)
+        self.redis.refs = WatchedRefs(self.watch, self.redis)
         self._changed = None
 
     def run(self, main):

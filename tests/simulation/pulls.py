@@ -176,13 +176,14 @@ class Driver:
             is_live=lambda: not self.is_cancelled,
         )
         try:
-            fetch = await worker.unlazier.unlazy(ref.blob, caller)
+            await worker.look(ref)
+            fetch, blob = await worker.unlazier.bring(ref.blob, caller)
         except ClusterError as exc:
             self._check_error(exc, started_s)
             raise
         farm.watch.promise_blob(lease, digest)
         self._check_release(fetch, digest)
-        await worker.bring(ref)
+        await worker.bring(ref, blob)
 
     def _check_error(self, error, started_s):
         """Whoever comes late inherits nothing; whoever can't have met a fault gets no error."""

@@ -66,10 +66,12 @@ def pull_of(name, seed, parts=None):
     return PullRun(farm=farm, image=image, chaos=chaos, drivers_per_node=rng.choice([1, 1, 2]))
 
 
-def collection_of(name, seed, collects=CollectedRefs):
+def collection_of(name, seed, collects=CollectedRefs, parts=None):
     """Return a pull over some minutes, in which what nobody holds is collected."""
     weather, rng = COLLECTIONS[name], random.Random(seed)
-    farm = Farm(seed=seed, machines=rng.randint(3, 6), links=_LINKS, weather=weather, deadline_s=60.0)
+    farm = Farm(
+        seed=seed, machines=rng.randint(3, 6), links=_LINKS, weather=weather, parts=parts or Parts(), deadline_s=60.0
+    )
     image = image_of(seed, [rng.randint(8, 60) for _ in range(3)])
     return PullRun(farm=farm, image=image, drivers_per_node=3, stagger_s=400.0, collects=collects)
 

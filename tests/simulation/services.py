@@ -28,6 +28,9 @@ from tests.simulation.network import Pipe, Service, run_now
 
 #: Redis carries out some hundred thousand scripts a second, one at a time.
 REDIS_OPS_PER_S = 100_000.0
+#: One script about many things takes less than one about each. Of those that hold blobs (measured, Redis 7.0): 10 µs
+#: for one, 22 for 5, 139 for 50; to look at them takes less. So so many more than one are an operation more.
+_MANY = 4
 #: Bytes are modelled small: one stands for half a mebibyte, so a part of 8 MiB is 16 bytes that can be hashed.
 BYTE = 512 * 1024
 PART_BYTES = 16
@@ -95,7 +98,7 @@ class Remote:
             def step():
                 return run_now(method(*args, **kwargs)), 0.0
 
-            return await redis.network.call(process, redis.service, (_key(args),), step)
+            return await redis.network.call(process, redis.service, _keys(args), step)
 
         setattr(self, name, call)
         return call
@@ -326,16 +329,17 @@ class NoProgress:
         """Drop it."""
 
 
-def _key(args):
+def _keys(args):
+    """Return what a call is about, one key for each operation that it is to Redis."""
     match args[0] if args else "":
         case Fence(key=key):
-            return key
+            return (key,)
         case str(key):
-            return key
-        case [first, *_]:
-            return str(getattr(first, "id", first))
+            return (key,)
+        case [_, *_] as many:
+            return tuple(str(getattr(one, "id", one)) for one in many[::_MANY])
         case other:
-            return str(getattr(other, "key", other))
+            return (str(getattr(other, "key", other)),)
 
 
 # -- S3 --------------------------------------------------------------------------------------------------------

@@ -55,6 +55,13 @@ def test_a_collection_that_asks_for_no_holders_is_found():
     assert _found(lambda seed: collection_of("calm", seed), "I3", 5) is None
 
 
+def test_a_blob_that_is_held_after_it_was_seen_is_found():
+    """What is collected between a look and the hold is missing under the lease of who was told that he has it: I3."""
+    parts = Parts(unlazier=broken.SeenAndThenHeld)
+    assert _found(lambda seed: collection_of("slow messages", seed, parts=parts), "I3", 60) is not None
+    assert _found(lambda seed: collection_of("slow messages", seed), "I3", 60) is None
+
+
 def test_a_job_ended_by_a_stale_scheduler_is_found():
     """A scheduler that was stopped for longer than its claim lives ends a job that another has by then: I10."""
     assert _found(lambda seed: build_of("pauses", seed, job_store=ClaimNotChecked), "I10", 60) is not None

@@ -285,6 +285,22 @@ class WatchedFlights:
         self._watch.wrote("vacate", fence)
 
 
+class WatchedRefs:
+    """A ref store whose answers about leases the watch sees."""
+
+    def __init__(self, watch, redis):
+        self._watch = watch
+        self._refs = redis.refs
+
+    def __getattr__(self, name):
+        return getattr(self._refs, name)
+
+    async def hold_blobs(self, digests, *, lease_id):
+        found = await self._refs.hold_blobs(digests, lease_id=lease_id)
+        self._watch.used(lease_id)
+        return found
+
+
 class WatchedLeases:
     """A lease store whose every answer the watch sees."""
 

@@ -62,7 +62,6 @@ class Node:
         self.unlazier = Unlazier(
             worker="n1",
             refs=self.refs,
-            leases=self.leases,
             flights=flights,
             renewer=ManualRenewer(flights),
             progress=progress,

@@ -120,7 +120,6 @@ class Bench:
         unlazier = Unlazier(
             worker="w",
             refs=self.refs,
-            leases=self.leases,
             flights=flights,
             renewer=ManualRenewer(flights),
             progress=progress,

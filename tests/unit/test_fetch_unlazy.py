@@ -80,7 +80,6 @@ class Process:
         self.unlazier = Unlazier(
             worker=name,
             refs=cluster.refs,
-            leases=cluster.leases,
             flights=self.flights,
             renewer=self.renewer,
             progress=cluster.progress,
@@ -213,14 +212,14 @@ async def test_what_is_collected_before_it_is_pinned_is_fetched_again(cluster, m
     process = cluster.process("a")
     process.transfers.holds = False
     await (await process.call("l1"))
-    attach, gone = cluster.leases.attach, []
+    hold, gone = cluster.refs.hold_blobs, []
 
-    async def attach_too_late(lease_id, resources):
+    async def hold_too_late(digests, *, lease_id):
         if not gone:
             gone.append(cluster.memory.blobs.pop(LAYER.digest))
-        await attach(lease_id, resources)
+        return await hold(digests, lease_id=lease_id)
 
-    monkeypatch.setattr(cluster.leases, "attach", attach_too_late)
+    monkeypatch.setattr(cluster.refs, "hold_blobs", hold_too_late)
     fetch = await (await process.call("l2"))
     assert gone
     assert (fetch.joined, fetch.bytes_fetched) == (False, LAYER.size_bytes)
@@ -228,6 +227,32 @@ async def test_what_is_collected_before_it_is_pinned_is_fetched_again(cluster, m
     assert LAYER.digest in cluster.memory.blobs
     assert await cluster.pinned("l2")
     assert cluster.end_of("l2") is LayerPhase.DONE
+
+
+async def test_an_images_layers_are_looked_at_and_pinned_together(cluster, monkeypatch):
+    """All that are present: one request to look at them, and one that pins them by the caller's lease."""
+    process, asked = cluster.process("a"), []
+
+    def noting(name, step):
+        async def noted(digests, **more):
+            asked.append((name, len(digests)))
+            return await step(digests, **more)
+
+        monkeypatch.setattr(cluster.refs, name, noted)
+
+    noting("blobs", cluster.refs.blobs)
+    noting("hold_blobs", cluster.refs.hold_blobs)
+    layers = [layer_of(b"layer %d" % number) for number in range(50)]
+    for lease in ("l1", "l2"):
+        await cluster.leases.create(LeaseId(lease), ttl_s=None)
+    process.transfers.open()
+    await asyncio.gather(*(process.unlazier.unlazy(layer, caller_of("l1")) for layer in layers))
+    asked.clear()
+    fetches = await asyncio.gather(*(process.unlazier.unlazy(layer, caller_of("l2")) for layer in layers))
+    assert {fetch.source for fetch in fetches} == {"present"}
+    assert asked == [("blobs", 50), ("hold_blobs", 50)]
+    held = await cluster.leases.get(LeaseId("l2"))
+    assert set(held.resources) == {blob_resource(layer.digest) for layer in layers}
 
 
 async def test_callers_of_one_process_share_one_fetch(cluster):
@@ -793,6 +818,7 @@ async def test_a_late_caller_of_what_a_flood_asked_for_is_not_last(cluster):
     tasks = [asyncio.create_task(process.unlazier.unlazy(one, caller_of("l1", tenant="flood"))) for one in layers]
     await eventually(lambda: process.unlazier._slots.waiting == 199)
     late = await process.call("l2", tenant="late")
+    await eventually(lambda: process.unlazier._flights.statistics().callers == 202)
     process.transfers.open()
     await asyncio.gather(late, *tasks)
     fetched = [fetch.descriptor.digest for fetch in process.transfers.fetches]
