@@ -23,7 +23,7 @@ from actors.placement import Placement
 from actors.remote_caches import RemoteCaches
 from actors.workers import RETRY_PAUSE_S, RETRY_S, Workers
 from cluster import tracing
-from cluster.cache.origins import origin_of
+from cluster.cache.origins import origin_of, origins_of
 from cluster.cache.runner import usable_providers
 from cluster.config import Config
 from cluster.digest import Digest, digest_of
@@ -323,14 +323,17 @@ class OpDispatcher:
         return states[-1].record.id
 
     async def _origins(self, use: VertexUse, states: Sequence[RefState], chain: Sequence[RefState]) -> tuple[str, ...]:
-        """Return by what a layer that is made of *states* is open in *chain*, to each of the jobs it is made for."""
+        """Return by what a layer that is made of *states* is open in *chain*: first by what it is to each of its jobs.
+
+        Then by any other way in which *states* may be had: a job that comes to it while it is made may have that alone.
+        """
         beside = {state.record.blob.digest for state in chain}
         origins: dict[str, None] = {}
         for job in _jobs(use):
             with contextlib.suppress(SessionGoneError):
                 authorizer = self._sessions.authorizer([job])
                 origins[await origin_of(self._stores.access, authorizer, states, beside=beside)] = None
-        return merge_origins((), tuple(origins))
+        return merge_origins((), (*origins, *origins_of(states, beside=beside)))
 
     async def _as_brought(self, states: Sequence[RefState]) -> list[RefState]:
         """Return states that were lazy with the blobs that have come meanwhile: they say where their bytes are from."""

@@ -24,7 +24,15 @@ from actors.session_host import SessionServer
 from actors.workers import Workers
 from cluster import tracing
 from cluster.digest import Digest
-from cluster.errors import ClusterError, InternalError, JobEndedError, JobNotFoundError, LeaseLostError, StaleFenceError
+from cluster.errors import (
+    ClusterError,
+    InternalError,
+    JobEndedError,
+    JobNotFoundError,
+    LeaseLostError,
+    NeedsRemoteProvidersError,
+    StaleFenceError,
+)
 from cluster.faultpoints import FaultPoint, ahit
 from cluster.fetch.cache_import import ImportedResult
 from cluster.graph import Definition, decode_definition
@@ -298,16 +306,24 @@ class SolverScheduler(SessionServer):
                     raise
 
     async def _solve(self, parts: _Parts, run: _Run, definition: Definition) -> JobOutcome:
-        """Build a job; again where layers that builds made prove to be gone: then what made them is no hit any more."""
-        spec, losses = run.spec, 0
+        """Build a job; again where layers that builds made prove to be gone: then what made them is no hit any more.
+
+        Once more, too, where they are closed to it: others, whose vertices it shared, may be shown more than it is. To
+        a job that is built apart, what is a hit to them is a miss, and is made for it.
+        """
+        spec, losses, is_apart = run.spec, 0, False
         while not run.is_stopping:
-            outcome = await parts.solver.solve(spec.id, definition, no_cache=spec.no_cache)
+            outcome = await parts.solver.solve(spec.id, definition, no_cache=spec.no_cache, is_apart=is_apart)
             losses += 1
             if losses > _MAX_LOSSES or not isinstance(outcome, JobFailed):
                 return outcome
-            if not await parts.dispatcher.has_lost(outcome.error):
+            if await parts.dispatcher.has_lost(outcome.error):
+                text = f"results are lost, and are made again: {outcome.error}"
+            elif isinstance(outcome.error, NeedsRemoteProvidersError) and not is_apart:
+                is_apart = True
+                text = f"results of others are closed to this build, which makes its own: {outcome.error}"
+            else:
                 return outcome
-            text = f"results are lost, and are made again: {outcome.error}"
             log.warning("job.again", job=spec.id, error=str(outcome.error))
             with contextlib.suppress(ClusterError):
                 await parts.events.publish(spec.id, [JobWarning(text=text)])

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 
 from cluster.digest import Digest
 from cluster.fetch.access import AccessControl
-from cluster.origin import Needed, decode_origin, encode_origin
+from cluster.origin import MAX_ORIGINS, Needed, decode_origin, encode_origin
 from cluster.ports import Authorizer
 from cluster.ref import RefState
 
@@ -35,6 +35,26 @@ async def origin_of(
         else:
             needs += await access.first_shown(authorizer, origins)
     return encode_origin(need for need in needs if need.digest not in beside)
+
+
+def origins_of(states: Iterable[RefState], *, beside: Collection[Digest]) -> tuple[str, ...]:
+    """Return the origins of what is made of *states*, whoever has it made: each way in which all of them may be had.
+
+    Who is shown all blobs of one of these could make it himself. Of two ways of which one needs all that the other
+    does, and more, that one tells nothing. As many are returned as are kept of one ref.
+    """
+    ways: list[frozenset[Needed]] = [frozenset()]
+    for state in states:
+        origins = [decode_origin(text) for text in state.record.origins] or [(_pulled(state),)]
+        own = [frozenset(need for need in origin if need.digest not in beside) for origin in origins]
+        ways = _least(way | more for way in ways for more in own)[:MAX_ORIGINS]
+    return tuple(encode_origin(way) for way in ways)
+
+
+def _least(ways: Iterable[frozenset[Needed]]) -> list[frozenset[Needed]]:
+    """Return those that contain no other, once each, in order."""
+    distinct = list(dict.fromkeys(ways))
+    return [way for way in distinct if not any(other < way for other in distinct)]
 
 
 def _pulled(state: RefState) -> Needed:

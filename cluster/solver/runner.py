@@ -153,8 +153,10 @@ class Solver:
         self._inbox: deque[Event] = deque()
         self._closed: UnavailableError | None = None
 
-    def submit(self, job: JobId, definition: Definition, *, no_cache: Sequence[Digest] = ()) -> None:
-        """Begin a job; :meth:`wait` tells how it ends.
+    def submit(
+        self, job: JobId, definition: Definition, *, no_cache: Sequence[Digest] = (), is_apart: bool = False
+    ) -> None:
+        """Begin a job, sharing no vertex with others if *is_apart*; :meth:`wait` tells how it ends.
 
         Raises:
             UnavailableError: this solver is closed.
@@ -165,7 +167,7 @@ class Solver:
         if job in self._jobs:
             raise InternalError(f"job {job} is submitted while it goes on")
         self._jobs[job] = _Watch(asyncio.get_running_loop().create_future(), span=tracing.current())
-        self._feed(JobSubmitted(job, definition, frozenset(no_cache)))
+        self._feed(JobSubmitted(job, definition, frozenset(no_cache), is_apart))
 
     async def wait(self, job: JobId) -> JobOutcome:
         """Return how a job that goes on has ended, when all of it is told. Its cancellation does not end the job.
@@ -178,9 +180,11 @@ class Solver:
             raise UnavailableError(f"job {job}", "it does not go on in this scheduler")
         return await asyncio.shield(watch.ended)
 
-    async def solve(self, job: JobId, definition: Definition, *, no_cache: Sequence[Digest] = ()) -> JobOutcome:
+    async def solve(
+        self, job: JobId, definition: Definition, *, no_cache: Sequence[Digest] = (), is_apart: bool = False
+    ) -> JobOutcome:
         """Submit a job and wait for its end."""
-        self.submit(job, definition, no_cache=no_cache)
+        self.submit(job, definition, no_cache=no_cache, is_apart=is_apart)
         return await self.wait(job)
 
     def cancel(self, job: JobId) -> None:

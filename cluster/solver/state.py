@@ -139,6 +139,8 @@ class _Job:
 
     id: JobId
     definition: Definition
+    #: It shares no edge with other jobs.
+    is_apart: bool = False
     phase: JobPhase = JobPhase.MAPPING
     #: All its vertices' edges, by the vertices' digests.
     edges: dict[Digest, _Edge] = field(default_factory=dict)
@@ -166,6 +168,8 @@ class _Edge:
 
     id: Digest
     vertex: Vertex
+    #: The only job that may have it; None: any may.
+    owner: JobId | None
     #: None: an empty filesystem. What has this edge has these, so they stay as long as it does.
     inputs: tuple[_Edge | None, ...]
     #: It is to run, whatever is cached.
@@ -239,7 +243,8 @@ class SolverState:
 
     The rules:
 
-    - a vertex runs once for all jobs that have it, and only where no job's lookup finds it;
+    - a vertex runs once for all jobs that have it, and only where no job's lookup finds it; but for a job that is
+      built apart;
     - results of inputs are wanted only after a miss, keys of inputs never cost a lookup;
     - what is under way goes on for as long as any live job has the vertex: neither the end of the job that
       began it nor that of any other stops or repeats it;
@@ -262,7 +267,8 @@ class SolverState:
         self._max_running = max_running
         self._max_running_per_job = max_running_per_job
         self._jobs: dict[JobId, _Job] = {}
-        self._edges: dict[Digest, _Edge] = {}
+        #: By owner and ID.
+        self._edges: dict[tuple[JobId | None, Digest], _Edge] = {}
         self._tasks: dict[TaskId, _Task] = {}
         #: Tasks that were told to stop; whatever they answer is their end.
         self._stopping: dict[TaskId, _Task] = {}
@@ -357,7 +363,7 @@ class SolverState:
         if event.job in self._jobs:
             raise InvalidTransitionError(f"job {event.job}", self._jobs[event.job].phase.value, "JobSubmitted")
         definition = event.definition
-        job = _Job(event.job, definition)
+        job = _Job(event.job, definition, event.is_apart)
         self._jobs[job.id] = job
         for digest in definition.order:
             edge = self._edge(definition.vertices[digest], job, digest in event.no_cache)
@@ -382,9 +388,10 @@ class SolverState:
             # Not the edge of jobs that take what is cached; that of jobs which run the same vertices afresh.
             below = ("scratch" if edge is None else edge.id for edge in inputs)
             edge_id = digest_of("\n".join(("fresh" if is_fresh else "above", vertex.digest, *below)).encode())
-        edge = self._edges.get(edge_id)
+        owner = job.id if job.is_apart else None
+        edge = self._edges.get((owner, edge_id))
         if edge is None:
-            edge = self._edges[edge_id] = _Edge(edge_id, vertex, inputs, is_fresh, supersedes)
+            edge = self._edges[owner, edge_id] = _Edge(edge_id, vertex, owner, inputs, is_fresh, supersedes)
         return edge
 
     def _answer(self, answer: Answer) -> None:
@@ -694,7 +701,7 @@ class SolverState:
             below.waiters.pop(edge, None)
         if edge.hold is not None:
             self._instructions.append(Release(edge.hold))
-        del self._edges[edge.id]
+        del self._edges[edge.owner, edge.id]
 
     def _stop(self, tasks: set[TaskId]) -> None:
         for task in sorted(tasks):
@@ -758,15 +765,18 @@ class SolverState:
                 (job.phase is JobPhase.MAPPING) == bool(job.unmapped), f"job {job.id} maps, or not, without a reason"
             )
             under_way |= job.tasks
-        for edge_id, edge in self._edges.items():
+        for key, edge in self._edges.items():
             name = f"vertex {edge.vertex.digest} ({edge.phase.value})"
-            _require(edge.id == edge_id, f"{name} is under another's ID")
+            _require(key == (edge.owner, edge.id), f"{name} is under another's ID")
             _require(bool(edge.jobs), f"{name} is remembered for no job")
+            is_its_own = edge.owner is None or edge.jobs.keys() == {edge.owner}
+            _require(is_its_own, f"{name} is shared by one who shares none")
             _require(edge.wanted.keys() <= edge.jobs.keys(), f"{name} is wanted by a job that has it not")
             for job_id, job in edge.jobs.items():
                 _require(self._jobs.get(job_id) is job, f"{name} has a job that has ended")
             for below in edge.inputs:
-                _require(below is None or self._edges.get(below.id) is below, f"{name} has a forgotten input")
+                is_there = below is None or self._edges.get((below.owner, below.id)) is below
+                _require(is_there, f"{name} has a forgotten input")
             is_working = edge.phase in _WORKING
             _require(bool(edge.tasks) == is_working, f"{name} has {len(edge.tasks)} task(s) under way")
             is_awaiting = edge.phase in (EdgePhase.AWAITING_CONTENT, EdgePhase.AWAITING_INPUTS)

@@ -122,6 +122,8 @@ class JobSubmitted:
     definition: Definition
     #: Vertices to run afresh, whatever is cached; those that the definition lacks are ignored.
     no_cache: frozenset[Digest] = frozenset()
+    #: It shares no vertex with other jobs: what their vertices come to may be closed to it.
+    is_apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,8 +90,8 @@ class World:
         self.holds, self.released = set(), set()
         self.clock = 0.0
 
-    def submit(self, job, *targets, no_cache=()):
-        self.feed(JobSubmitted(job, self.graph.definition(*targets), frozenset(v.digest for v in no_cache)))
+    def submit(self, job, *targets, no_cache=(), is_apart=False):
+        self.feed(JobSubmitted(job, self.graph.definition(*targets), frozenset(v.digest for v in no_cache), is_apart))
 
     def feed(self, event):
         events = [event]

@@ -56,13 +56,13 @@ class Build:
         self.world.slow = slow
         self.jobs = {}
 
-    def submit(self, *, may_run_afresh=False):
+    def submit(self, *, may_run_afresh=False, may_be_apart=False):
         job = f"job{len(self.jobs)}"
         targets = self.data.draw(st.lists(st.sampled_from(self.vertices), min_size=1, max_size=2, unique=True))
         inside = [v for v in self.vertices if self.graph.names[v.digest] in needed(self.graph, targets)]
         fresh = self.data.draw(st.lists(st.sampled_from(inside), max_size=2, unique=True)) if may_run_afresh else []
         self.jobs[job] = (targets, fresh)
-        self.world.submit(job, *targets, no_cache=fresh)
+        self.world.submit(job, *targets, no_cache=fresh, is_apart=may_be_apart and self.data.draw(st.booleans()))
 
     def pick(self):
         return self.world.pending[self.data.draw(st.sampled_from(sorted(self.world.pending)))]
@@ -116,7 +116,7 @@ def test_every_job_ends_whatever_fails_and_is_cancelled(drawn, data):
     for _ in range(data.draw(st.integers(1, 25))):
         move = data.draw(st.sampled_from(["submit", "answer", "answer", "answer", "begin", "fail", "miss", "cancel"]))
         if move == "submit" and len(build.jobs) < 4:
-            build.submit(may_run_afresh=True)
+            build.submit(may_run_afresh=True, may_be_apart=True)
         elif move == "cancel" and build.jobs:
             job = data.draw(st.sampled_from(sorted(build.jobs)))
             if job not in build.world.outcomes:

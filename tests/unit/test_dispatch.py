@@ -49,7 +49,7 @@ from cluster.job import JobId, JobSpec, layer_stream
 from cluster.lease import LeaseId, ref_resource
 from cluster.messages import ResolveResult, SessionInfo
 from cluster.op_messages import RunOpResult
-from cluster.origin import OPEN, Needed, decode_origin, encode_origin
+from cluster.origin import MAX_ORIGINS, OPEN, Needed, decode_origin, encode_origin
 from cluster.provider import FARM, DescHandler
 from cluster.ref import BlobRecord, ImageRecord, RefRecord
 from cluster.solver.imported import ImportedKeys
@@ -469,12 +469,35 @@ async def test_a_merge_keeps_what_its_layers_are_open_by(bench):
 
 
 async def test_of_several_origins_each_job_gets_the_one_that_it_is_shown(bench):
-    """What came of the same bytes in two ways is an input: what is made of it is open by the way of each."""
+    """What came of the same bytes in two ways is an input: what is made of it is open by the way of each, that first.
+
+    And by the other ways: a job that comes while it is made may be shown one of these alone.
+    """
     ways = [needs(A), needs(B, provider=OTHER)]
     copied = Result(ref=await bench.built(MADE, None, origins=ways))
     await bench.access.record(FakeAuthorizer("alice"), OTHER, [B.digest])
-    (origin,) = await origins_told(bench, files(None, copied), None, copied, jobs=(J1, J2))
-    assert encode_origin(origin) == ways[1]
+    origins = await origins_told(bench, files(None, copied), None, copied, jobs=(J1, J2))
+    assert [encode_origin(origin) for origin in origins] == [ways[1], ways[0]]
+
+
+async def test_of_inputs_with_several_origins_each_pair_will_do(bench):
+    """But for what needs all that another pair does, and more."""
+    one = Result(ref=await bench.built(MADE, None, origins=[needs(A), needs(B)]))
+    other = Result(ref=await bench.built(D, None, origins=[needs(A), needs(C)]))
+    origins = await origins_told(bench, files(None, one, other), None, one, other)
+    assert [encode_origin(origin) for origin in origins] == [needs(A), needs(B, C)]
+
+
+async def test_of_too_many_origins_the_jobs_own_is_kept(bench):
+    """There are as many as are kept of a ref."""
+    many = [layer_of(b"layer %d" % n) for n in range(2 * MAX_ORIGINS)]
+    first = Result(ref=await bench.built(layer_of(b"1"), None, origins=[needs(each) for each in many[:MAX_ORIGINS]]))
+    second = Result(ref=await bench.built(layer_of(b"2"), None, origins=[needs(each) for each in many[MAX_ORIGINS:]]))
+    for each in (many[5], many[-1]):
+        await bench.access.record(FakeAuthorizer("alice"), APP, [each.digest])
+    origins = await origins_told(bench, files(None, first, second), None, first, second)
+    assert len(set(origins)) == MAX_ORIGINS
+    assert encode_origin(origins[0]) == needs(many[5], many[-1])
 
 
 # -- ops on nodes -----------------------------------------------------------------------------------------------------

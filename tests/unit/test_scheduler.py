@@ -28,7 +28,7 @@ from cluster.solver_ports import ATTENDED_S
 from cluster.wire import decode_error, encode
 from storage.memory import Memory, MemoryLeaseStore
 from storage.memory_solver import MemoryJobEvents, MemoryJobStore, SolverMemory
-from tests.doubles.solver import FakeKeys, FakeOps, Graph
+from tests.doubles.solver import FakeKeys, FakeOps, Graph, name_of
 from tests.doubles.stores import FakeClock, eventually
 
 #: Renewals come every third of it; what lapses is the store's clock's, which tests move.
@@ -139,8 +139,8 @@ class Bench:
         for work in (self.scheduler._claim_forever, self.scheduler._renew_forever):
             self.scheduler._starter.background.spawn(work(self.parts))
 
-    async def submit(self, job="j1", *, name="a", payload=None, detached=False):
-        definition = self.graph.definition(self.graph.add(name))
+    async def submit(self, job="j1", *, name="a", below=(), payload=None, detached=False):
+        definition = self.graph.definition(self.graph.add(name, *below))
         payload = encode_definition(definition) if payload is None else payload
         spec = JobSpec(
             id=JobId(job),
@@ -280,6 +280,61 @@ async def test_a_job_that_loses_its_inputs_for_ever_fails(bench):
     assert record.state is JobState.FAILED
     assert decode_error(record.error).digests == lost.digests
     assert len(bench.ran()) == 4
+
+
+async def test_a_job_that_what_it_shared_is_closed_to_is_built_apart(bench, monkeypatch):
+    """It came to an op that was made for another, by a way that it may not go: it has it made for itself.
+
+    While the other's build goes on, and keeps its vertices.
+    """
+    made_for, run, load, keep = {JobId("j1"): set(), JobId("j2"): set()}, bench.ops.run, bench.ops.load, bench.ops.keep
+
+    def check(job, name):
+        if name not in made_for[job]:
+            raise NeedsRemoteProvidersError((digest_of(b"base"),))
+
+    async def run_for(use, *args, **more):
+        for job in use.beneficiaries():
+            made_for[job].add(name_of(use.vertex))
+        return await run(use, *args, **more)
+
+    async def load_for(use, record, opts):
+        for job in use.beneficiaries():
+            check(job, name_of(use.vertex))
+        return await load(use, record, opts)
+
+    async def keep_for(job, vertex, *args):
+        check(job, name_of(vertex))
+        await keep(job, vertex, *args)
+
+    for name, step in (("run", run_for), ("load", load_for), ("keep", keep_for)):
+        monkeypatch.setattr(bench.ops, name, step)
+    bench.ops.gates = {"a": asyncio.Event(), "b": asyncio.Event()}
+    bench.start()
+    await bench.submit("j1", name="b", below=[bench.graph.add("a")])
+    await bench.stand_at("a")
+    await bench.submit("j2", name="a")
+    await eventually(lambda: bench.solver.has_job(JobId("j2")))
+    bench.ops.gates["a"].set()
+    assert (await bench.ended("j2")).state is JobState.DONE
+    assert bench.ran() == ["a", "b", "a"]
+    assert bench.solver.has_job(JobId("j1"))
+    (warning,) = (e for e in await bench.events.told(JobId("j2")) if isinstance(e, JobWarning))
+    assert "makes its own" in warning.text
+    bench.ops.gates["b"].set()
+    assert (await bench.ended("j1")).state is JobState.DONE
+    assert bench.ran() == ["a", "b", "a"]
+
+
+async def test_a_job_that_may_not_have_what_it_needs_fails(bench):
+    """By itself no less than among others: with the error that says what would open it."""
+    closed = bench.ops.errors["keep", "a"] = NeedsRemoteProvidersError((digest_of(b"base"),))
+    bench.start()
+    await bench.submit()
+    record = await bench.ended()
+    assert record.state is JobState.FAILED
+    assert decode_error(record.error).digests == closed.digests
+    assert bench.ran() == ["a"]
 
 
 async def test_a_definition_that_cant_be_read_fails_its_job(bench):

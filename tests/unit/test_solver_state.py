@@ -222,6 +222,23 @@ def test_jobs_share_a_run():
     assert world.reports["two", "a"] == [VertexState.WAITING, VertexState.COMPLETED]
 
 
+def test_a_job_apart_shares_no_vertex():
+    """Neither with those that came before nor with those that come after; the others go on sharing theirs."""
+    graph, vertices = chain("a", "b")
+    world = World(graph)
+    world.submit("one", vertices[-1])
+    world.submit("apart", vertices[-1], is_apart=True)
+    world.submit("two", vertices[-1])
+    assert world.state.statistics().edges == 4
+    assert world.ran() == ["a", "a"]
+    world.feed(JobCancelled("apart"))
+    world.submit("apart too", vertices[-1], is_apart=True)
+    world.finish_all()
+    assert sorted(world.ran()) == ["a", "a", "a", "b", "b"]
+    assert {type(world.outcomes[job]) for job in ("one", "two", "apart too")} == {JobDone}
+    world.assert_nothing_left()
+
+
 @pytest.mark.parametrize("cancelled", ["one", "two"])
 def test_cancel_of_one_of_two_jobs_neither_fails_nor_repeats(cancelled):
     """BuildKit's TestSingleCancelParallel: what both share goes on, whoever began it."""
