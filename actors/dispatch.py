@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -169,8 +169,9 @@ class OpDispatcher:
         chain = await self._chain(source)
         session = self._sessions.asking(lambda: _jobs(use))
 
-        async def on(node: str) -> Digest:
-            await self._bring(use, node, [chain], session)
+        async def on(node: str, patience: _DiskPatience) -> Digest:
+            with patience.spent_in_vain():
+                await self._bring(use, node, [chain], session, patience)
             worker = self._workers.op_worker(node)
             request = ContentKeyRequest(
                 session=session.info,
@@ -489,11 +490,12 @@ class OpDispatcher:
         others = [state for chain in chains if chain is not below for state in chain]
         lost = 0
 
-        async def on(node: str) -> Result:
+        async def on(node: str, patience: _DiskPatience) -> Result:
             nonlocal lost
             if lost and (found := await self._found(use, keys, stale)) is not None:
                 return found  # the worker that was lost had done it
-            await self._bring(use, node, chains, session)
+            with patience.spent_in_vain():
+                await self._bring(use, node, chains, session, patience)
             use.began(node)
             try:
                 request = RunOpRequest(
@@ -507,10 +509,12 @@ class OpDispatcher:
                     jobs=_jobs(use),
                     origins=await self._origins(use, await self._as_brought(others), below),
                     timeout_s=self._config.build.op_timeout_s,
+                    disk_wait_s=patience.left_s,
                 )
                 if running is not None:
                     running.set()
-                ref = await self._run_at(use, node, request, session)
+                with patience.spent_in_vain():
+                    ref = await self._run_at(use, node, request, session)
             except ActorLostError as exc:
                 lost += 1
                 if lost >= _MAX_LOST:
@@ -545,7 +549,12 @@ class OpDispatcher:
                         told.add(job)
 
     async def _bring(
-        self, use: VertexUse, node: str, chains: Iterable[Sequence[RefState]], session: WorkSession
+        self,
+        use: VertexUse,
+        node: str,
+        chains: Iterable[Sequence[RefState]],
+        session: WorkSession,
+        patience: _DiskPatience,
     ) -> None:
         """Have the snapshots of *chains* on a node, each once."""
         wanted = {chain[-1].record.id: chain for chain in chains if chain}
@@ -553,20 +562,25 @@ class OpDispatcher:
             return
         worker = self._workers.fetch_worker(node)
         lease_id = await self._lease(use)
+        requests = [
+            ExtractRequest(
+                session=session.info,
+                ref_id=ref_id,
+                handlers=self._known_handlers(use, chain),
+                lease_id=lease_id,
+                mount=False,
+                disk_wait_s=patience.left_s,
+            )
+            for ref_id, chain in wanted.items()
+        ]
         async with session.at(worker):
             try:
                 async with asyncio.TaskGroup() as group:
-                    for ref_id, chain in wanted.items():
-                        request = ExtractRequest(
-                            session=session.info,
-                            ref_id=ref_id,
-                            handlers=self._known_handlers(use, chain),
-                            lease_id=lease_id,
-                            mount=False,
-                        )
-                        group.create_task(worker.extract(request, timeout_s=self._config.flight.deadline_s))
+                    deadline_s = self._config.flight.deadline_s
+                    tasks = [group.create_task(worker.extract(each, timeout_s=deadline_s)) for each in requests]
             except BaseExceptionGroup as errors:
                 raise first_error(errors) from errors
+        patience.waited(max(task.result().disk_waited_s for task in tasks))
 
     def _known_handlers(self, use: VertexUse, chain: Sequence[RefState]) -> tuple[DescHandler, ...]:
         """Return what the job's vertices published for a chain's layers: also whose progress their moving is."""
@@ -582,9 +596,15 @@ class OpDispatcher:
         use: VertexUse,
         chains: Sequence[Sequence[RefState]],
         session: WorkSession,
-        on: Callable[[str], Awaitable[T]],
+        on: Callable[[str, _DiskPatience], Awaitable[T]],
     ) -> T:
-        """Do something on the node that suits best; on the next best where that one fails to."""
+        """Do something on the node that suits best; on the next best where that one fails to.
+
+        It waits for room on disks once, not once on each node: when that time is over, each of the others is asked for
+        what room it has.
+        """
+        patience = _DiskPatience(self._config.node.disk_wait_s)
+        full: NodeDiskError | None = None
         give_up_s: float | None = None
         late = 0
         avoided: set[str] = set()
@@ -592,7 +612,7 @@ class OpDispatcher:
             node, begun_s = "", time.monotonic()
             try:
                 async with self._placement.placed(use.vertex.digest, chains, avoided) as node:
-                    return await on(node)
+                    return await on(node, patience)
             except (*_ELSEWHERE, SessionGoneError) as exc:
                 if isinstance(exc, SessionGoneError) and exc.session_id != session.info.session_id:
                     raise  # nobody is left that could answer; else it was this scheduler that was silent
@@ -603,13 +623,40 @@ class OpDispatcher:
                     late += 1
                     give_up_s = None
                 give_up_s = give_up_s or now_s + RETRY_S
-                if now_s > give_up_s or late >= _MAX_LOST:
+                is_over = now_s > give_up_s or late >= _MAX_LOST
+                if isinstance(exc, NodeDiskError):
+                    full = full or exc  # the first says for how long it was waited
+                    # One that was avoided is only given where there is no other.
+                    if is_over or (patience.left_s == 0.0 and node in avoided):
+                        raise full from None
+                elif is_over:
                     raise
                 avoided.add(node)
                 await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _lease(self, use: VertexUse) -> LeaseId:
         return await self._holds.lease(str(use.hold), {"owner": "vertex", "vertex": use.vertex.digest})
+
+
+class _DiskPatience:
+    """For how long an op will still wait for room on a disk, of whichever node."""
+
+    def __init__(self, wait_s: float) -> None:
+        self.left_s = wait_s
+
+    def waited(self, seconds: float) -> None:
+        """Count seconds for which it waited."""
+        self.left_s = max(0.0, self.left_s - seconds)
+
+    @contextlib.contextmanager
+    def spent_in_vain(self) -> Iterator[None]:
+        """Count the time of a body that ends for want of room."""
+        began_s = time.monotonic()
+        try:
+            yield
+        except NodeDiskError:
+            self.waited(time.monotonic() - began_s)
+            raise
 
 
 def job_lease(job: JobId) -> LeaseId:

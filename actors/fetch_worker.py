@@ -443,7 +443,9 @@ class FetchWorker(SessionServer):
         started_s = time.monotonic()
         async with self._serving("extract", request.session, ref=request.ref_id) as (authorizer, figures):
             chain, caller = await self._caller(parts, authorizer, request)
-            extracted = await parts.extractor.extract(chain, caller, mount=request.mount)
+            extracted = await parts.extractor.extract(
+                chain, caller, mount=request.mount, disk_wait_s=request.disk_wait_s
+            )
             count_unlazied(chain, extracted.layers)
             parts.stores.traffic.note(fetch_traffic(extracted.layers, chain))
             figures.update(_figures(extracted.layers))
@@ -460,6 +462,7 @@ class FetchWorker(SessionServer):
                 path=str(extracted.path or ""),
                 seconds=time.monotonic() - started_s,
                 layers=extracted.layers,
+                disk_waited_s=extracted.disk_waited_s,
             )
 
     @answers("node-du", NodeUsageRequest)

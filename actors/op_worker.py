@@ -165,6 +165,7 @@ class OpWorker(SessionServer):
                         log=told.tell,
                         timeout_s=request.timeout_s,
                         origins=request.origins,
+                        disk_wait_s=request.disk_wait_s,
                     )
                 await ahit(FaultPoint.RESULT_RECORDED)
                 await parts.keys.publish(request.keys, Result(ref=ref, config=request.config))

@@ -187,7 +187,7 @@ class NodeConfig:
     min_free_bytes: int = 4 * 1024**3
     #: Seconds after its last use for which what nothing needs is kept.
     unused_s: float = 7 * 24 * 3600.0
-    #: Seconds that a pull or an op waits for room on the node's disk.
+    #: Seconds that a pull or an op waits for room on nodes' disks, an op once for all of them.
     disk_wait_s: float = 120.0
 
 

@@ -178,13 +178,16 @@ def unbounded(count_bytes: int) -> None:
 class NodeDisk(Protocol):
     """The disk of a node, on which nothing is written that was not reserved."""
 
-    def reserved(self, what: str, parts: Sequence[Part], on_wait: OnWait) -> AbstractAsyncContextManager[None]:
+    def reserved(
+        self, what: str, parts: Sequence[Part], on_wait: OnWait, *, wait_s: float | None = None
+    ) -> AbstractAsyncContextManager[None]:
         """Reserve *parts*, all or none, for as long as the body runs; those that are reserved here already are shared.
 
         Args:
             what: What it is for, for people.
             parts: What is to come; of one that turns out bigger, more is asked for when it does.
             on_wait: Is told while there is not enough room.
+            wait_s: Seconds to wait for room; None: as configured.
 
         Raises:
             NodeDiskError: there was not enough, and nothing became free in time; or it is more than the whole disk.
@@ -215,7 +218,14 @@ class BoundlessDisk:
     """A disk that is never full."""
 
     @asynccontextmanager
-    async def reserved(self, what: str, parts: Sequence[Part], on_wait: OnWait) -> AsyncIterator[None]:  # noqa: ARG002
+    async def reserved(
+        self,
+        what: str,  # noqa: ARG002
+        parts: Sequence[Part],  # noqa: ARG002
+        on_wait: OnWait,  # noqa: ARG002
+        *,
+        wait_s: float | None = None,  # noqa: ARG002
+    ) -> AsyncIterator[None]:
         """Reserve nothing."""
         yield
 

@@ -228,6 +228,8 @@ class ExtractRequest:
     lease_id: LeaseId
     #: False: it is only unpacked, for who mounts it himself.
     mount: bool = True
+    #: Seconds for which it may wait for room on the node's disk; None: ``node.disk_wait_s``.
+    disk_wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +242,8 @@ class ExtractResult:
     path: str
     seconds: float
     layers: tuple[LayerFetch, ...]
+    #: Seconds of those for which it waited for room on the node's disk.
+    disk_waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,6 +36,8 @@ class RunOpRequest:
     timeout_s: float
     #: By what the layer that is made is open (:mod:`cluster.origin`); none: to nobody.
     origins: tuple[str, ...] = ()
+    #: Seconds for which it may wait for room on the node's disk; None: ``node.disk_wait_s``.
+    disk_wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

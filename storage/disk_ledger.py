@@ -186,13 +186,15 @@ class DiskLedger:
     # -- the port ----------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def reserved(self, what: str, parts: Sequence[Part], on_wait: OnWait) -> AsyncIterator[None]:
+    async def reserved(
+        self, what: str, parts: Sequence[Part], on_wait: OnWait, *, wait_s: float | None = None
+    ) -> AsyncIterator[None]:
         """Reserve *parts*; see :class:`cluster.disk_room.NodeDisk`."""
         if not parts:
             yield
             return
         ask = _Ask(what=what, parts=tuple({part.key: part for part in parts}.values()))
-        patience = _Patience(self._wait_s)
+        patience = _Patience(self._wait_s if wait_s is None else wait_s)
         try:
             # To its end: what a thread is given after its caller has gone would be nobody's to let go of.
             while (shortage := await to_the_end(asyncio.to_thread(self._try, ask, patience))) is not None:

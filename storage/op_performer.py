@@ -128,6 +128,7 @@ class OpPerformer:
         log: LogSink,
         timeout_s: float,
         origins: Sequence[str] = (),
+        disk_wait_s: float | None = None,
     ) -> RefId | None:
         """Carry a run, file, local or diff op out; return the top ref of what comes of it, None: an empty filesystem.
 
@@ -142,6 +143,7 @@ class OpPerformer:
             log: Takes what a command says.
             timeout_s: Longest that all of it may take.
             origins: By what the new ref is open (:mod:`cluster.origin`); none: to nobody.
+            disk_wait_s: Seconds to wait for room on the disk; None: as configured.
 
         Raises:
             OpError: the op can't be carried out as it is written, or its command failed.
@@ -157,7 +159,7 @@ class OpPerformer:
         async with _deadline(_description(vertex.op), timeout_s) as limit:
             call = _Call(name=_new_name(), op=vertex.op, lease_id=lease_id, limit=limit, origins=tuple(origins))
             records = await self._records(inputs)
-            await self._await_room(call, log)
+            await self._await_room(call, log, disk_wait_s)
             await ahit(FaultPoint.OP_BEGUN)
             match vertex.op:
                 case RunOp() as op:
@@ -310,14 +312,14 @@ class OpPerformer:
             records[ref_id] = state.record
         return [None if ref_id is None else records[ref_id] for ref_id in ref_ids]
 
-    async def _await_room(self, call: _Call, log: LogSink) -> None:
+    async def _await_room(self, call: _Call, log: LogSink, wait_s: float | None) -> None:
         """Wait until the disk has some room. What an op will write nobody can know: that is not reserved."""
 
         async def tell(said: str) -> None:
             await log([LogLine(LogStream.STDERR, f"waiting for disk: {said}")])
 
         part = Part(key=call.name, likely_bytes=_BEGINNING_BYTES, least_bytes=_BEGINNING_BYTES)
-        async with self._disk.reserved(_description(call.op), [part], tell):
+        async with self._disk.reserved(_description(call.op), [part], tell, wait_s=wait_s):
             pass
 
     @asynccontextmanager

@@ -104,6 +104,8 @@ class Extracted:
     #: Where it is mounted; None where it is not.
     path: Path | None
     layers: tuple[LayerFetch, ...]
+    #: Seconds for which it waited for room on the disk.
+    disk_waited_s: float = 0.0
 
 
 class Extractor:
@@ -155,11 +157,14 @@ class Extractor:
         #: Notified when a snapshot is published here, and when an unpacking is to stop.
         self._published = threading.Condition()
 
-    async def extract(self, chain: Sequence[RefState], caller: Caller, *, mount: bool = True) -> Extracted:
+    async def extract(
+        self, chain: Sequence[RefState], caller: Caller, *, mount: bool = True, disk_wait_s: float | None = None
+    ) -> Extracted:
         """Unpack *chain* (lowest layer first; none: an empty filesystem) here and, if *mount*, mount it read-only.
 
-        Disk for all that is missing is reserved first. Layers are fetched in parallel and unpacked while they arrive;
-        the lowest starts first, because everything above waits for it where it must.
+        Disk for all that is missing is reserved first, within *disk_wait_s* (None: as configured). Layers are fetched
+        in parallel and unpacked while they arrive; the lowest starts first, because everything above waits for it
+        where it must.
 
         Raises:
             NodeDiskError: there is no room for it here, and none came.
@@ -167,17 +172,19 @@ class Extractor:
         """
         for _ in range(_MAX_TRIES - 1):
             with contextlib.suppress(SnapshotGoneError):  # a snapshot was removed since it was seen here: once more
-                return await self._extract(chain, caller, mount=mount)
-        return await self._extract(chain, caller, mount=mount)
+                return await self._extract(chain, caller, mount=mount, disk_wait_s=disk_wait_s)
+        return await self._extract(chain, caller, mount=mount, disk_wait_s=disk_wait_s)
 
-    async def _extract(self, chain: Sequence[RefState], caller: Caller, *, mount: bool) -> Extracted:
+    async def _extract(
+        self, chain: Sequence[RefState], caller: Caller, *, mount: bool, disk_wait_s: float | None
+    ) -> Extracted:
         chains = [state.record.chain for state in chain]
         lacking = await self._in_thread(lambda: {each for each in chains if not self._snapshotter.has(each)})
         await self._note_arriving([each for each in chains if each in lacking])
         try:
             async with (
                 asyncio.timeout(self._deadline_s),
-                self._reserved(chain, lacking, caller),
+                self._reserved(chain, lacking, caller, disk_wait_s) as disk_waited_s,
                 asyncio.TaskGroup() as group,
             ):
                 tasks = [group.create_task(self._layer(state, caller)) for state in chain]
@@ -188,11 +195,11 @@ class Extractor:
         await self._note_here(chains)
         layers = tuple(task.result() for task in tasks)
         if not mount:
-            return Extracted(path=None, layers=layers)
+            return Extracted(path=None, layers=layers, disk_waited_s=disk_waited_s)
         top = chain[-1].record.chain if chain else EMPTY_CHAIN
         await ahit(FaultPoint.MOUNT_BEFORE)
         path = await self._in_thread(lambda: self._snapshotter.mount(top, mount_name(top)))
-        return Extracted(path=path, layers=layers)
+        return Extracted(path=path, layers=layers, disk_waited_s=disk_waited_s)
 
     async def _note_arriving(self, chains: Sequence[Digest]) -> None:
         if self._notes is not None and chains:
@@ -205,10 +212,15 @@ class Extractor:
                 await self._notes.note_here(self._node, chains)
 
     @contextlib.asynccontextmanager
-    async def _reserved(self, chain: Sequence[RefState], lacking: set[Digest], caller: Caller) -> AsyncIterator[None]:
-        """Reserve disk for the snapshots that are lacking, and for those of their blobs that are not here."""
+    async def _reserved(
+        self, chain: Sequence[RefState], lacking: set[Digest], caller: Caller, wait_s: float | None
+    ) -> AsyncIterator[float]:
+        """Reserve disk for the snapshots that are lacking, and for those of their blobs that are not here.
+
+        Gives the seconds for which that was waited for.
+        """
         waiting = [state.record for state in chain if state.record.chain in lacking]
-        is_told = False
+        began_s, is_told = self._clock(), False
 
         async def tell(phase: LayerPhase, detail: str) -> None:
             nonlocal is_told
@@ -220,7 +232,8 @@ class Extractor:
             if waiting:
                 parts = await self._in_thread(lambda: self._parts(chain, lacking))
                 names = waiting[-1].image_refs or (f"snapshot {waiting[-1].chain}",)
-                reserved = self._disk.reserved(f"extracting {names[0]}", parts, partial(tell, LayerPhase.WAITING))
+                on_wait = partial(tell, LayerPhase.WAITING)
+                reserved = self._disk.reserved(f"extracting {names[0]}", parts, on_wait, wait_s=wait_s)
                 try:
                     await stack.enter_async_context(reserved)
                 except asyncio.CancelledError:
@@ -230,7 +243,7 @@ class Extractor:
                 except ClusterError as exc:
                     await tell(LayerPhase.FAILED, str(exc))
                     raise
-            yield
+            yield self._clock() - began_s if is_told else 0.0
 
     def _parts(self, chain: Sequence[RefState], lacking: set[Digest]) -> list[Part]:
         records = [state.record for state in chain]

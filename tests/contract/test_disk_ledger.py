@@ -236,6 +236,17 @@ async def test_a_wait_ends(ledger_of):
     assert e.value.retryable
 
 
+async def test_who_asks_says_how_long_it_waits(ledger_of):
+    """Whatever is configured: not at all, for who has waited elsewhere; then it gets what there is."""
+    holder, ledger = ledger_of(), ledger_of(wait_s=3600.0)
+    async with holder.reserved("the holder", [part(50)], nobody):
+        with pytest.raises(NodeDiskError, match="waited 0 s"):
+            async with ledger.reserved("a pull", [part(10)], nobody, wait_s=0.0):
+                pass
+        async with ledger.reserved("a pull", [part(1)], nobody, wait_s=0.0):
+            pass
+
+
 async def test_what_is_more_than_the_disk_fails_at_once(ledger_of):
     """Nothing that anybody could free would do: waiting, or emptying the cache, is in vain."""
     made_room = []

@@ -112,7 +112,7 @@ class Node:
             disk=self.disk,
         )
 
-    async def extract(self, layers, lease="l"):
+    async def extract(self, layers, lease="l", **options):
         """Extract an image, whose blobs come from the content store."""
         records = []
         for each in layers:
@@ -123,7 +123,8 @@ class Node:
             records.append(RefRecord.over(each.descriptor, records[-1] if records else None, "r.example/app:1"))
         await self.leases.create(LeaseId(lease), ttl_s=None)
         chain = await self.refs.get_or_create(records, {}, lease_id=LeaseId(lease))
-        return await self.extractor.extract(chain, caller_of(lease, progress=(f"stream-{lease}",)), mount=False)
+        caller = caller_of(lease, progress=(f"stream-{lease}",))
+        return await self.extractor.extract(chain, caller, mount=False, **options)
 
     def items(self, lease="l"):
         items = self.memory.streams.get(f"stream-{lease}", [])
@@ -216,7 +217,7 @@ async def test_a_pull_waits_for_room_and_says_so(nodes_on, disk, kind):
     assert {item.phase.value for item in node.items()} == {"waiting"}
     assert "no room for extracting r.example/app:1" in node.items()[0].detail
     squatter.unlink()
-    assert isinstance(await asyncio.wait_for(pull, 30), Extracted)
+    assert (await asyncio.wait_for(pull, 30)).disk_waited_s > 0
     assert sorted(item.phase.value for item in node.items() if item.phase.is_end) == ["done", "done", "done"]
 
 
@@ -229,7 +230,17 @@ async def test_a_pull_that_finds_no_room_fails_clearly(nodes_on, disk, kind):
     assert [item.phase.value for item in node.items() if item.phase.is_end] == ["failed"] * 3
     assert node.cache.statistics().blobs == 0
     squatter.unlink()
-    await node.extract(image(1), "again")
+    assert (await node.extract(image(1), "again")).disk_waited_s == 0
+
+
+async def test_a_pull_that_has_waited_elsewhere_takes_what_room_there_is(nodes_on, disk, kind):
+    """It waits no more, whatever is configured: here there is none, and then there is."""
+    (node,) = nodes_on(disk, kind, wait_s=3600.0)
+    squatter = fill(disk, leaving_bytes=HEADROOM + MIB)
+    with pytest.raises(NodeDiskError, match="waited 0 s"):
+        await node.extract(image(1), disk_wait_s=0.0)
+    squatter.unlink()
+    assert isinstance(await node.extract(image(1), "again", disk_wait_s=0.0), Extracted)
 
 
 async def test_a_cancelled_wait_ends_its_items(nodes_on, disk, kind):

@@ -153,7 +153,7 @@ class Node:
             disk=farm.disk,
         )
 
-    async def do(self, op, *inputs, vault=None, log=None, lease_id=LEASE, timeout_s=LONG_S):
+    async def do(self, op, *inputs, vault=None, log=None, lease_id=LEASE, timeout_s=LONG_S, disk_wait_s=None):
         """Carry *op* out over refs."""
         return await self.performer.run(
             vertex_of(op, *inputs),
@@ -162,6 +162,7 @@ class Node:
             secrets=vault or Vault(),
             log=log or Log(),
             timeout_s=timeout_s,
+            disk_wait_s=disk_wait_s,
         )
 
     async def sh(self, script, *inputs, **options):
@@ -581,7 +582,8 @@ async def test_an_op_waits_for_the_disk_and_says_so(farm, kind):
     assert "made" in await node.sketch(made)
     farm.disk.error = NodeDiskError("/n1", "no room for it")
     with pytest.raises(NodeDiskError):
-        await node.do(FileOp(actions=(MakeFile(path="/more", data=b""),)), None)
+        await node.do(FileOp(actions=(MakeFile(path="/more", data=b""),)), None, disk_wait_s=5.0)
+    assert farm.disk.waits_s == [None, 5.0]
     node.assert_nothing_is_left()
 
 

@@ -50,16 +50,18 @@ def fill(path, *, leaving_bytes):
 
 
 class CrowdedDisk(BoundlessDisk):
-    """A disk that has no room until it is told; counts what waits for it."""
+    """A disk that has no room until it is told; knows what waits for it, and for how long each was to wait."""
 
     def __init__(self):
         self.room = asyncio.Event()
         self.error = None
         self.waiting = []
+        self.waits_s = []
 
     @asynccontextmanager
-    async def reserved(self, what, parts, on_wait):
+    async def reserved(self, what, parts, on_wait, *, wait_s=None):
         self.waiting.append(what)
+        self.waits_s.append(wait_s)
         try:
             if not self.room.is_set():
                 await on_wait(f"no room for {what}")

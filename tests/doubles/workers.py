@@ -95,7 +95,7 @@ class FakeFetchWorker(Scripted):
 
     async def extract(self, request, *, timeout_s):
         result = ExtractResult(ref_id=request.ref_id, node=self.name, path="", seconds=0.0, layers=())
-        return await self._do("extract", request, result)
+        return await self._do("extract", request, result) or result
 
     async def import_cache(self, request, *, timeout_s):
         return await self._do("import_cache", request, UnavailableError("cache", "nothing is planned"))

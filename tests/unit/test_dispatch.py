@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,7 +48,7 @@ from cluster.graph import (
 )
 from cluster.job import JobId, JobSpec, layer_stream
 from cluster.lease import LeaseId, ref_resource
-from cluster.messages import ResolveResult, SessionInfo
+from cluster.messages import ExtractResult, ResolveResult, SessionInfo
 from cluster.op_messages import RunOpResult
 from cluster.origin import MAX_ORIGINS, OPEN, Needed, decode_origin, encode_origin
 from cluster.provider import FARM, DescHandler
@@ -948,6 +949,52 @@ async def test_a_node_that_never_has_room_is_given_up(bench, monkeypatch):
     async with bench.jobs(J1):
         with pytest.raises(NodeDiskError):
             await bench.run(FakeUse(RUN), None)
+
+
+@pytest.fixture
+def dispatch_clock(monkeypatch):
+    """The time that a dispatcher sees."""
+    clock = FakeClock()
+    monkeypatch.setattr(dispatch_module, "time", SimpleNamespace(monotonic=clock))
+    return clock
+
+
+@pytest.mark.parametrize("method", ["extract", "run_op"])
+async def test_an_op_waits_once_for_room_whatever_the_number_of_full_nodes(bench, dispatch_clock, method):
+    """The first is waited for; the others are asked for the room that they have. The error says how long it was."""
+    told = []
+
+    async def wait_in_vain(request):
+        told.append(request.disk_wait_s)
+        dispatch_clock.advance(request.disk_wait_s)
+        raise NodeDiskError("/var", f"no room; waited {request.disk_wait_s:.0f} s")
+
+    began_s, base = dispatch_clock(), await bench.chain(A)
+    bench.plan_on_all(method, wait_in_vain)
+    async with bench.jobs(J1):
+        with pytest.raises(NodeDiskError, match="waited 120 s"):
+            await bench.run(FakeUse(RUN), base)
+    assert told == [120.0, 0.0, 0.0, 0.0]
+    assert {node for node, _ in bench.workers.calls(method)} == {"n0", "n1", "n2"}
+    assert dispatch_clock() - began_s == pytest.approx(120.0)
+
+
+async def test_what_an_op_waited_for_its_inputs_it_waits_no_more(bench, dispatch_clock):
+    """One deadline for all; what it took besides, to bring them, doesn't count."""
+    base, other = await bench.chain(A), await bench.chain(B)
+
+    async def extract(request):
+        dispatch_clock.advance(1000.0)
+        waited_s = 30.0 if request.ref_id == base.ref else 50.0
+        return ExtractResult(ref_id=request.ref_id, node="", path="", seconds=1000.0, layers=(), disk_waited_s=waited_s)
+
+    bench.plan_on_all("extract", extract)
+    bench.plan_on_all("run_op", ran(None))
+    async with bench.jobs(J1):
+        await bench.run(FakeUse(files(base, other)), base, other)
+    assert [request.disk_wait_s for _, request in bench.workers.calls("extract")] == [120.0, 120.0]
+    ((_, request),) = bench.workers.calls("run_op")
+    assert request.disk_wait_s == 70.0
 
 
 async def test_a_scheduler_that_was_silent_tries_again(bench):
