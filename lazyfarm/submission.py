@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shlex
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -22,6 +24,10 @@ T = TypeVar("T")
 #: Seconds for which Ray may take to say what became of a job whose log has ended, and between looks.
 _SETTLE_S = 20.0
 _LOOK_S = 0.2
+#: What Ray asks in place of the address that it is given: set for its own command line, and in each of its jobs.
+_OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+#: Held while they are put aside.
+_ASIDE = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +93,9 @@ async def submit(
     if on_log is None:
         return Submitted(id=job, status="PENDING")
     try:
-        async for text in client.tail_job_logs(job):
-            on_log(text)
+        with _translated(url):
+            async for text in client.tail_job_logs(job):
+                on_log(text)
         return await _ended(url, client, job)
     except asyncio.CancelledError:
         with contextlib.suppress(UnavailableError, InvalidArgumentError):
@@ -107,18 +114,35 @@ async def _ended(url: str, client: JobSubmissionClient, job: str) -> Submitted:
 
 
 def _client(url: str) -> JobSubmissionClient:
+    """Return a client of the job server there, and of no other, whatever the environment names."""
     from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 - as above
 
-    return JobSubmissionClient(url)
+    with _ASIDE:
+        aside = {name: os.environ.pop(name) for name in _OVERRIDING if name in os.environ}
+        try:
+            return JobSubmissionClient(url)
+        finally:
+            os.environ.update(aside)
 
 
 async def _asked(url: str, ask: Callable[[], T]) -> T:
     """Ask Ray's job server, on a thread; its errors become ours."""
-    try:
+    with _translated(url):
         return await asyncio.to_thread(ask)
-    except ConnectionError as exc:
+
+
+@contextlib.contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """Turn what Ray's client raises in the body into our errors."""
+    import aiohttp  # noqa: PLC0415 - as above
+    from ray.exceptions import RayError  # noqa: PLC0415 - likewise
+
+    try:
+        yield
+    except (OSError, aiohttp.ClientError) as exc:
+        # OSError: that a connection broke, in Python's words or in those of `requests`.
         raise UnavailableError("the farm's job server", _first_line(exc)) from exc
-    except (RuntimeError, ValueError) as exc:
+    except (RayError, RuntimeError, ValueError) as exc:
         raise InvalidArgumentError("job", f"for {url}", _first_line(exc)) from exc
 
 

@@ -259,7 +259,14 @@ def lazyfarm_submit(jobs, directory, *arguments):
     return subprocess.run(
         [sys.executable, "-m", "lazyfarm", "submit", *arguments],
         cwd=directory,
-        env={**os.environ, **jobs.farm.environ, "LAZYFARM_STATE_DIR": str(jobs.farm.state_dir)},
+        # As in a job of another Ray: what that one says of itself is not heeded.
+        env={
+            **os.environ,
+            **jobs.farm.environ,
+            "LAZYFARM_STATE_DIR": str(jobs.farm.state_dir),
+            "RAY_ADDRESS": "127.0.0.1:1",
+            "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1",
+        },
         capture_output=True,
         text=True,
         timeout=120,
@@ -468,4 +475,5 @@ def test_jobs_come_from_another_machine(jobs, elsewhere, tmp_path):
     wrong.write_text("guessed")
     refused = elsewhere.run(*short[:4], "--token-file", str(wrong), *short[4:], cwd=directory)
     assert refused.returncode == 1
-    assert set(read_document(("submit",), refused.stdout)) == {"error"}
+    error = read_document(("submit",), refused.stdout)["error"]
+    assert (error["type"], "Authentication failed" in error["message"]) == ("InvalidArgumentError", True), error
