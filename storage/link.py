@@ -36,7 +36,7 @@ from storage.redis_connection import RETRY_FIRST_S, RETRY_MOST_S, Connection, Re
 from storage.redis_primary import RedisPrimary
 from storage.redis_subscriptions import Subscriptions
 from storage.replication import read_replication
-from storage.scripts import Script, script
+from storage.scripts import Script, read_scripts, script
 from storage.translate import error_code, is_elsewhere, translate_reply
 
 _NOT_IN_TIME = "no connection in time"
@@ -73,6 +73,7 @@ class RedisLink:
     """
 
     def __init__(self, address: RedisAddress) -> None:
+        read_scripts()
         self._named = address
         self._primary = RedisPrimary(address)
         self._loop: asyncio.AbstractEventLoop | None = None

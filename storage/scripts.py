@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 
 _INCLUDE = re.compile(r"^-- include: (\w+)$", re.MULTILINE)
 
@@ -36,10 +37,20 @@ def script(name: str) -> Script:
     return Script.of(name, _expand(_read(f"{name}.lua"), included=set()))
 
 
+@cache
+def read_scripts() -> None:
+    """Read every script: a process that is there for long keeps those of its release.
+
+    One that came to a script after an upgrade would call the new one, which is next to it on disk by then, with what
+    the old one takes.
+    """
+    for name in script_names():
+        script(name)
+
+
 def script_names() -> list[str]:
     """Return the names of all scripts, sorted."""
-    lua = files("storage") / "lua"
-    return sorted(entry.name.removesuffix(".lua") for entry in lua.iterdir() if entry.name.endswith(".lua"))
+    return sorted(entry.name.removesuffix(".lua") for entry in _lua().iterdir() if entry.name.endswith(".lua"))
 
 
 def _expand(text: str, included: set[str]) -> str:
@@ -53,5 +64,11 @@ def _expand(text: str, included: set[str]) -> str:
     return _INCLUDE.sub(library, text)
 
 
+@cache
+def _lua() -> Traversable:
+    return files("storage") / "lua"
+
+
+@cache
 def _read(path: str) -> str:
-    return (files("storage") / "lua" / path).read_text(encoding="utf-8")
+    return (_lua() / path).read_text(encoding="utf-8")
