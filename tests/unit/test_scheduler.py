@@ -400,6 +400,7 @@ async def test_a_job_is_cancelled_while_it_runs(bench, why):
     record = await bench.ended()
     assert record.state is JobState.CANCELLED
     assert bench.solver.statistics().running == 0
+    assert await bench.leases.get(job_lease(JobId("j1"))) is None
 
 
 async def test_a_job_is_cancelled_while_its_caches_are_read(bench):
