@@ -139,11 +139,13 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
         finally:
             leave()
         _tell(report, actors, [])
-        page, unwanted = services.up_page(config)
-        _tell(report, page, unwanted)
+        page, no_page = services.up_page(config)
+        _tell(report, page, no_page)
+        gateway, no_gateway = services.up_gateway(config, VERSION)
+        _tell(report, gateway, no_gateway)
     return UpReport(
-        started=(*started, *actors, *page),
-        stopped=(*stopped, *retired, *unwanted),
+        started=(*started, *actors, *page, *gateway),
+        stopped=(*stopped, *retired, *no_page, *no_gateway),
         settings=replace(settings, running=running),
     )
 

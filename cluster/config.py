@@ -262,8 +262,10 @@ class AuditConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
-    """Where drivers outside the cluster come in: ``lazyfarm gateway``."""
+    """Where drivers outside the cluster come in, and browsers for the page."""
 
+    #: ``up`` starts it; else ``lazyfarm gateway`` does.
+    enabled: bool = False
     #: Address that it listens on; beyond loopback only with a certificate.
     host: str = "127.0.0.1"
     port: int = 8443

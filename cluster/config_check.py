@@ -420,6 +420,7 @@ RULES: dict[str, Callable[[Any], str]] = {
     "build.compression": _one_of("gzip", "zstd", "none"),
     "web.enabled": lambda _: "",
     "web.host": _ip_address,
+    "gateway.enabled": lambda _: "",
     "gateway.host": _ip_address,
     # Not among FILES: they are the gateway's alone, and no other process need be able to read them.
     "gateway.cert_file": _absolute,

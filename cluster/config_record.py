@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import fields, replace
 from typing import Any
 
-from cluster.config import Config, RayConfig, WebConfig
+from cluster.config import Config, GatewayConfig, RayConfig, WebConfig
 from cluster.config_check import REGISTRIES
 from cluster.wire import encode
 
@@ -38,13 +38,25 @@ def differing_keys(one: Config, other: Config) -> list[str]:
 def actor_digest(config: Config) -> str:
     """Return a digest of what actors are started with: two that differ in it can't serve one farm side by side.
 
-    What the machine's Ray nodes offer is no part of it, nor how many there are, nor the page: actors don't read that.
+    What the machine's Ray nodes offer is no part of it, nor how many there are, nor page and gateway: actors don't read
+    that.
     """
     ray = RayConfig(
         address=config.ray.address, token_file=config.ray.token_file, call_timeout_s=config.ray.call_timeout_s
     )
-    seen = replace(config, ray=ray, web=WebConfig(), registries=dict(sorted(config.registries.items())))
-    return hashlib.sha256(encode("config", seen)).hexdigest()[:_DIGEST_DIGITS]
+    registries = dict(sorted(config.registries.items()))
+    seen = replace(config, ray=ray, web=WebConfig(), gateway=GatewayConfig(), registries=registries)
+    return _digest(encode("config", seen))
+
+
+def gateway_digest(config: Config, *beside: str) -> str:
+    """Return a digest of what the gateway is started with, and of what else it depends on."""
+    parts = (actor_digest(config), *beside)
+    return _digest(encode("config", config.gateway), *(part.encode() for part in parts))
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:_DIGEST_DIGITS]
 
 
 def _differing(section: Any) -> dict[str, Any]:

@@ -42,6 +42,8 @@ R = TypeVar("R")
 
 #: Where the gateway is, below its address.
 PATH = "/gateway"
+#: Where it tells anybody that it is there. What is not under one of the two is the page's.
+HEALTH_PATH = f"{PATH}/health"
 #: Bytes of one frame at most: a directory's manifest has some 100 for each file.
 MAX_FRAME_BYTES = 64 * 1024**2
 #: Items of one call that are on their way or not looked at yet; then its work waits.
@@ -479,6 +481,14 @@ class UploadedCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PageLink:
+    """What opens the farm's page."""
+
+    #: Below the gateway's address, with the token in it.
+    path: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CloseCall:
     """Leave."""
 
@@ -503,6 +513,7 @@ DAMAGED = Method("damaged", Named, bool)
 END_STREAM = Method("end-stream", Named, Nothing)
 FOLLOW = Stream("follow", Named, ProgressItem)
 
+PAGE = Method("page", Nothing, PageLink)
 NODES: Method[Nothing, list[NodeRecord]] = Method("nodes", Nothing, list[NodeRecord])
 LEASES: Method[Nothing, list[Lease]] = Method("leases", Nothing, list[Lease])
 LEASE_CREATE = Method("lease-create", LeaseCall, Lease)

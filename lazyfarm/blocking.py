@@ -395,3 +395,4 @@ class Farm(_Twin[asynchronous.Farm]):
     unpin = _blocking(asynchronous.Farm.unpin)
     leases = _blocking(asynchronous.Farm.leases)
     nodes = _blocking(asynchronous.Farm.nodes)
+    page = _blocking(asynchronous.Farm.page)

@@ -29,6 +29,7 @@ from lazyfarm.cli.human import size
 from lazyfarm.cli.reach import accepts, ray_address, url_address
 from lazyfarm.settings import FarmSettings, default_state_dir, load_settings
 from storage.farm_file import farm_file
+from storage.services.gateway import GatewayService
 from storage.services.page import PageService
 from storage.services.state_dir import StateDir
 
@@ -87,6 +88,7 @@ def examine(state_dir: Path | str | None, environ: Mapping[str, str]) -> list[Fi
         ("ray", _ray),
         ("jobs", _jobs),
         ("page", _page),
+        ("gateway", _gateway),
         ("actors", _actors),
         ("registries", _registries),
     ]
@@ -428,6 +430,21 @@ def _page(settings: FarmSettings) -> Iterator[Finding]:
         yield Finding(check="page", ok="ok", detail=f"{page.url} (`lazyfarm page` prints what opens it)")
     else:
         yield Finding(check="page", ok="fail", detail=f"{page.url or 'the page'} doesn't answer", advice="lazyfarm up")
+
+
+def _gateway(settings: FarmSettings) -> Iterator[Finding]:
+    """Ask the farm's gateway whether it is there, where `up` starts it."""
+    running = settings.running
+    if running is None or not running.config.gateway.enabled:
+        return  # nobody comes from outside, or `lazyfarm gateway` is somebody else's to look after
+    gateway = GatewayService(StateDir(settings.state_dir))
+    if gateway.is_alive():
+        detail = f"{gateway.url} lets in who has the token in {gateway.token_file}"
+        yield Finding(check="gateway", ok="ok", detail=detail)
+    else:
+        said = f"{gateway.url or 'the gateway'} doesn't answer"
+        advice = f"lazyfarm up; {gateway.process.log} says why"
+        yield Finding(check="gateway", ok="fail", detail=said, advice=advice)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from cluster.errors import (
     NodeNotFoundError,
     NotAnImageError,
     NotInstalledError,
+    PageNotRunningError,
     first_error,
 )
 from cluster.graph import Definition
@@ -89,6 +90,7 @@ from storage.presence import Presence
 from storage.progress import RedisProgressStore
 from storage.refs import RedisRefStore
 from storage.registry.credentials import CredentialSource
+from storage.services.page import page_link
 
 T = TypeVar("T")
 
@@ -746,6 +748,17 @@ class Farm:
         """Return the cluster's nodes."""
         self._raise_if_closed()
         return await self._presence.nodes()
+
+    async def page(self) -> str:
+        """Return the address that opens the farm's page, with the token in it: a secret.
+
+        Raises:
+            PageNotRunningError: there is none; or it is on another machine, that of the state directory.
+        """
+        self._raise_if_closed()
+        if link := page_link(self._state_dir):
+            return link
+        raise PageNotRunningError(str(self._state_dir))
 
     # -- for Ref and Operation ---------------------------------------------------------------------------------
 

@@ -84,6 +84,7 @@ class Status(TypedDict):
     ray: str
     jobs: Annotated[str | None, Field(description="where `ray job submit` goes")]
     page: str | None
+    gateway: Annotated[str | None, Field(description="where `up` started it")]
     actors: list[Actor]
     problems: NotRequired[Annotated[list[str], Field(description="not there where all is well")]]
 

@@ -21,15 +21,16 @@ app = command_app()
 def gateway(*, state_dir: StateDirOption = None, as_json: JsonOption = False) -> None:
     """Let drivers in that are outside the cluster and have no Ray, until it is interrupted.
 
-    They name its address by LAZYFARM_URL and a file with its token by LAZYFARM_TOKEN_FILE. Where it listens is set
-    under [gateway].
+    They name its address by LAZYFARM_URL and a file with its token by LAZYFARM_TOKEN_FILE; under the same address a
+    browser finds the page. Where it listens is set under [gateway]. With gateway.enabled `lazyfarm up` starts it.
     """
     with reporting(as_json=as_json, state_dir=state_dir) as out:
         settings = parts.running_settings(state_dir)
-        parts.serving(settings, "gateway", lambda: _serve(settings, out))
+        parts.serving(settings, "gateway", lambda: serve(settings, out))
 
 
-async def _serve(settings: FarmSettings, out: Output) -> None:
+async def serve(settings: FarmSettings, out: Output) -> None:
+    """Tell where the gateway is, and let in who comes, for ever."""
     from lazyfarm.gateway.server import open_gateway, token_file  # noqa: PLC0415 - after the settings are known good
 
     async with open_gateway(settings) as (_, url):

@@ -167,6 +167,15 @@ def kept(settings: FarmSettings, ref: str) -> Kept:
     return with_collection(settings, lambda farm: farm.kept(ref))
 
 
+def page_link(settings: FarmSettings) -> str:
+    """Return the address that opens the farm's page; "" where it has none."""
+    if settings.gateway:
+        return _over_gateway(settings.gateway, lambda farm: farm.page())
+    from storage.services.page import page_link  # noqa: PLC0415 - processes, which drivers outside have none of
+
+    return page_link(settings.state_dir)
+
+
 def with_drain(settings: FarmSettings, act: Callable[[FarmDrain | Farm], Coroutine[None, None, T]]) -> T:
     """*act* on what drains the farm's nodes; raises as :func:`with_leases`."""
     if settings.gateway:

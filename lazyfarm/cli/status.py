@@ -13,6 +13,7 @@ from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, exampl
 from lazyfarm.cli.output import Output
 from lazyfarm.cli.reach import Address, accepts, ray_address, url_address
 from lazyfarm.settings import FarmSettings
+from storage.services.gateway import gateway_address
 from storage.services.page import page_url
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def show(settings: FarmSettings, out: Output, more: Mapping[str, object] | None 
     out.document({**shown, "problems": problems} if problems else shown)
     config = settings.config
     services = [("redis", config.redis.url), ("s3", config.s3.endpoint), ("ray", config.ray.address)]
-    started = [("jobs", _jobs_url(settings)), ("page", page_url(settings.state_dir))]
+    state_dir = settings.state_dir
+    started = [("jobs", _jobs_url(settings)), ("page", page_url(state_dir)), ("gateway", gateway_address(state_dir))]
     out.table(("SERVICE", "ADDRESS"), [*services, *((name, url) for name, url in started if url)])
     out.line("")
     out.table(("NODE", "ADDRESS", "STATE"), [(node.id, node.address, node.state) for node in nodes])
@@ -76,6 +78,7 @@ def document(settings: FarmSettings, nodes: Sequence[NodeRecord], actors: Sequen
         "ray": config.ray.address,
         "jobs": _jobs_url(settings) or None,
         "page": page_url(settings.state_dir) or None,
+        "gateway": gateway_address(settings.state_dir) or None,
         "actors": [
             {"name": actor.name, "kind": actor.kind, "node": actor.node, "pid": actor.pid, "state": actor.state}
             for actor in actors
@@ -107,6 +110,7 @@ def _addresses(settings: FarmSettings) -> list[tuple[str, Address]]:
         ("s3", url_address(config.s3.endpoint)),
         ("jobs", url_address(_jobs_url(settings))),
         ("page", url_address(page_url(settings.state_dir))),
+        ("gateway", url_address(gateway_address(settings.state_dir))),
     ]
     return [(name, address) for name, address in found if address is not None]
 

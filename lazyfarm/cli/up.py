@@ -48,7 +48,7 @@ def up(
     state_dir: StateDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Start what is missing, and wait for it: Redis, S3, Ray, the supervisor and the actors, the page.
+    """Start what is missing, and wait for it: Redis, S3, Ray, the supervisor and the actors, the page, the gateway.
 
     What the configuration names by address is used, not started. Once all runs this does nothing, and says so;
     after a crash it repairs; where the configuration was changed, actors start anew with it.

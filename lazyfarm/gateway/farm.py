@@ -292,6 +292,11 @@ class GatewayFarm(Farm):
         self._raise_if_closed()
         return await self._gateway.call(calls.NODES, Nothing())
 
+    async def page(self) -> str:
+        """Return the address under the gateway's that opens the farm's page; see the base."""
+        self._raise_if_closed()
+        return self._access.url + (await self._gateway.call(calls.PAGE, Nothing())).path
+
     async def audit(
         self, *, last_s: float | None = None, job: str = "", digest: str = "", operation: str = ""
     ) -> list[AuditEntry]:

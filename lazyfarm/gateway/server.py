@@ -1,26 +1,39 @@
-"""The gateway's server: one WebSocket for each driver, for whoever has the token."""
+"""The gateway's server: one WebSocket for each driver, for whoever has the token; and the way to the page."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import hmac
+import os
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from aiohttp import WSMsgType, web
 
 from cluster.config import GatewayConfig
 from cluster.errors import ClusterError, ConfigError, StartError, UnavailableError
-from cluster.gateway import HEARTBEAT_S, MAX_FRAME_BYTES, PATH, Frame, Hello, Verb, decode_frame, encode_frame
+from cluster.gateway import (
+    HEALTH_PATH,
+    HEARTBEAT_S,
+    MAX_FRAME_BYTES,
+    PATH,
+    Frame,
+    Hello,
+    Verb,
+    decode_frame,
+    encode_frame,
+)
 from cluster.settings import FarmSettings
 from cluster.wire import decode, encode, encode_error
 from lazyfarm.gateway.hosted import Drivers
-from storage.services.state_dir import StateDir, random_secret
+from lazyfarm.gateway.page import PageDoor, find_page
+from storage.services.gateway import GatewayService, sign
+from storage.services.state_dir import StateDir
 
-_TOKEN = "gateway-token"  # noqa: S105 - the name of its file
 #: Seconds that a connection has to say who it is.
 _HELLO_S = 10.0
 #: Seconds that connections have to end when the gateway does.
@@ -31,7 +44,7 @@ _THREADS = 64
 
 def token_file(state_dir: Path) -> Path:
     """Return the file of the token that lets drivers in, made on first use."""
-    return StateDir(state_dir).secret_file(_TOKEN, random_secret)
+    return GatewayService(StateDir(state_dir)).token_file
 
 
 class GatewayServer:
@@ -40,11 +53,17 @@ class GatewayServer:
     Args:
         drivers: Whom it serves.
         token: What each has to show.
+        farm_id: Of the farm.
+        find_page: As of :class:`lazyfarm.gateway.page.PageDoor`.
     """
 
-    def __init__(self, drivers: Drivers, *, token: str) -> None:
+    def __init__(
+        self, drivers: Drivers, *, token: str, farm_id: str = "", find_page: Callable[[], str] = lambda: ""
+    ) -> None:
         self._drivers = drivers
+        self._farm_id = farm_id
         self._token = token.encode()
+        self._find_page = find_page
         self._sockets: set[web.WebSocketResponse] = set()
 
     def __repr__(self) -> str:
@@ -57,8 +76,12 @@ class GatewayServer:
         Raises:
             StartError: the address can't be listened on.
         """
+        page = PageDoor(self._find_page, is_tls=trust is not None)
         app = web.Application()
+        app.on_response_prepare.append(_nameless)
         app.router.add_get(PATH, self._serve)
+        app.router.add_get(HEALTH_PATH, self._health)
+        app.router.add_route("*", "/{path:.*}", page.answer)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LEAVE_S)
         await runner.setup()
         try:
@@ -72,11 +95,16 @@ class GatewayServer:
             for socket in list(self._sockets):
                 await socket.close()
             await runner.cleanup()
+            await page.close()
 
     async def drop(self) -> None:
         """Drop every connection, as a network does."""
         for socket in list(self._sockets):
             await socket.close()
+
+    async def _health(self, _: web.Request) -> web.Response:
+        """Say to anybody that a gateway is here, and to this machine's commands which one."""
+        return web.Response(body=sign(self._farm_id, os.getpid()), content_type="text/plain")
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         scheme, _, shown = request.headers.get("authorization", "").partition(" ")
@@ -113,6 +141,11 @@ class GatewayServer:
         finally:
             if driver.detach(outbox):
                 self._drivers.dropped(driver)
+
+
+async def _nameless(_: web.Request, response: web.StreamResponse) -> None:
+    """Say of nobody's software which it is, to whoever asks."""
+    response.headers.pop("server", None)
 
 
 async def _hello(socket: web.WebSocketResponse) -> Hello:
@@ -164,7 +197,10 @@ async def open_gateway(settings: FarmSettings) -> AsyncIterator[tuple[GatewaySer
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="gateway"))
     await join_in_time(config, state_dir=str(settings.state_dir))
     server = GatewayServer(
-        Drivers(config, settings.state_dir), token=token_file(settings.state_dir).read_text().strip()
+        Drivers(config, settings.state_dir),
+        token=token_file(settings.state_dir).read_text().strip(),
+        farm_id=StateDir(settings.state_dir).farm_id(),
+        find_page=partial(find_page, settings.state_dir),
     )
     async with server.listening(config.gateway, trust) as port:
         host = f"[{config.gateway.host}]" if ":" in config.gateway.host else config.gateway.host

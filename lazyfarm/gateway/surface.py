@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from cluster import gateway as calls
 from cluster.audit import AuditEntry, AuditFilter
@@ -211,6 +212,7 @@ class Surface:
         self._on(calls.END_STREAM, self._end_stream)
         self._streams(calls.FOLLOW, lambda call: farm.follow(self._stream(call.name)))
         self._on(calls.NODES, lambda _: farm.nodes())
+        self._on(calls.PAGE, self._page)
         self._on(calls.LEASES, lambda _: farm.leases())
         leases = farm.lease_store
         self._on(calls.LEASE_CREATE, lambda call: leases.create(_own(call.id), ttl_s=call.ttl_s, labels=call.labels))
@@ -335,7 +337,11 @@ class Surface:
             if wanted.matches(entry):
                 yield entry
 
-    # -- nodes -------------------------------------------------------------------------------------------------
+    # -- the cluster -------------------------------------------------------------------------------------------
+
+    async def _page(self, _: Nothing) -> calls.PageLink:
+        link = urlsplit(await self._farm.page())
+        return calls.PageLink(path=f"{link.path}?{link.query}")
 
     async def _drain(self, call: calls.DrainCall) -> AsyncIterator[calls.DrainTold]:
         def drain(tell: Callable[[calls.DrainTold], None]) -> Awaitable[Any]:

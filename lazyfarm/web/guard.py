@@ -25,10 +25,12 @@ HEADERS: Mapping[str, str] = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-_READING = ("GET", "HEAD")
+#: Said by a server that speaks TLS for the page. Whoever says it himself has a stricter cookie, and that is all.
+FORWARDED_PROTO = "x-forwarded-proto"
+READING = ("GET", "HEAD")
+OTHER_NAME = "This page answers under an IP address or localhost only: another site could take any other name.\n"
+READ_ONLY = "This page only shows.\n"
 _NO_TOKEN = "No token, no page: `lazyfarm page` prints the address that opens it.\n"  # noqa: S105 - says so
-_OTHER_NAME = "This page answers under an IP address or localhost only: another site could take any other name.\n"
-_READ_ONLY = "This page only shows.\n"
 
 
 class Guard:
@@ -65,14 +67,15 @@ class Guard:
     def _refused(self, scope: Scope) -> Response | None:
         """Return what is answered instead of the page; None: nothing."""
         headers = Headers(scope=scope)
-        if not _is_address(headers.get("host", "")):
+        if not is_address(headers.get("host", "")):
             # A name that its owner lets point here: his site's scripts would count as the page's own (DNS rebinding).
-            return PlainTextResponse(_OTHER_NAME, 421)
-        if scope["method"] not in _READING:
-            return PlainTextResponse(_READ_ONLY, 405, {"allow": ", ".join(_READING)})
+            return PlainTextResponse(OTHER_NAME, 421)
+        if scope["method"] not in READING:
+            return PlainTextResponse(READ_ONLY, 405, {"allow": ", ".join(READING)})
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if any(name == "token" and self._is_token(value) for name, value in query):
-            return self._entered(scope["path"], [(name, value) for name, value in query if name != "token"])
+            kept = [(name, value) for name, value in query if name != "token"]
+            return self._entered(scope["path"], kept, is_tls=_is_tls(headers))
         if not self._is_token(self._shown(headers)):
             return PlainTextResponse(_NO_TOKEN, 401, {"www-authenticate": "Bearer"})
         return None
@@ -81,21 +84,31 @@ class Guard:
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             return bearer.strip()
-        return cookie_parser(headers.get("cookie", "")).get(self._cookie, "")
+        return cookie_parser(headers.get("cookie", "")).get(self._cookie_name(is_tls=_is_tls(headers)), "")
 
-    def _entered(self, path: str, query: list[tuple[str, str]]) -> Response:
+    def _cookie_name(self, *, is_tls: bool) -> str:
+        # Begun like this, a browser takes it by TLS and from this very host alone, and another name than by plain HTTP:
+        # the page has two addresses on one host, and what one of them set the other could not replace.
+        return f"__Host-{self._cookie}" if is_tls else self._cookie
+
+    def _entered(self, path: str, query: list[tuple[str, str]], *, is_tls: bool) -> Response:
         """Go on without the token in the address, where it would be seen, kept and passed on."""
         # One slash: an address that begins with two names another host.
         place = "/" + path.lstrip("/\\")
         response = RedirectResponse(f"{place}?{urlencode(query)}" if query else place, 303)
-        response.set_cookie(self._cookie, self._token, httponly=True, samesite="strict")
+        name = self._cookie_name(is_tls=is_tls)
+        response.set_cookie(name, self._token, httponly=True, samesite="strict", secure=is_tls)
         return response
 
     def _is_token(self, text: str) -> bool:
         return hmac.compare_digest(text.encode(), self._token.encode())
 
 
-def _is_address(host: str) -> bool:
+def _is_tls(headers: Headers) -> bool:
+    return headers.get(FORWARDED_PROTO, "").lower() == "https"
+
+
+def is_address(host: str) -> bool:
     """Tell whether a ``Host`` header names an IP address or localhost."""
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
     if name.lower() == "localhost":

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from cluster.config import Config, RayConfig, RedisConfig, S3Config
-from cluster.config_record import actor_digest
+from cluster.config_record import actor_digest, gateway_digest
 from storage.blobs import S3ContentStore
+from storage.services.gateway import GatewayService
 from storage.services.page import PageService
 from storage.services.process import FARM_MARK, ServiceProcess, end_marked
 from storage.services.ray_nodes import RayService
@@ -52,7 +53,7 @@ class ServiceStatus:
 
 
 class LocalServices:
-    """The Redis, S3, Ray nodes and page of the farm in *state_dir*.
+    """The Redis, S3, Ray nodes, page and gateway of the farm in *state_dir*.
 
     Each ``up_`` method starts what doesn't run, also after a ``kill -9`` of any part of it, and does nothing
     else; they may run in parallel threads, and several commands at once wait for each other. Nothing outside
@@ -66,6 +67,7 @@ class LocalServices:
         self._s3 = SwiftService(self._state)
         self._ray = RayService(self._state)
         self._page = PageService(self._state)
+        self._gateway = GatewayService(self._state)
 
     def __repr__(self) -> str:
         alive = sum(status.alive for status in self.status())
@@ -127,10 +129,27 @@ class LocalServices:
                 return [], self._page.stop()
             return ["page"] if self._page.start(config.web, actor_digest(config)) else [], []
 
+    def up_gateway(self, config: Config, release: str) -> tuple[list[str], list[str]]:
+        """Start the gateway, as :meth:`up_page` the page; anew also where the cluster that it joined was.
+
+        Args:
+            config: As everything is reached. The farm's record is written: the gateway reads it.
+            release: Of this code.
+
+        Raises:
+            StartError, DeadlineExceededError: as :meth:`up_redis`.
+        """
+        with self._state.lock("gateway", deadline_s=_LOCK_S):
+            if not config.gateway.enabled:
+                return [], self._gateway.stop()
+            heads = [str(node.process.pid) for node in self._ray.nodes[:1]]
+            digest = gateway_digest(config, release, *heads)
+            return ["gateway"] if self._gateway.start(config.gateway, digest) else [], []
+
     def down(self) -> list[str]:
-        """End everything, the page and Ray first, Redis last, and keep the data; return the names of what ran."""
+        """End everything, Ray after who uses it and Redis last, and keep the data; return the names of what ran."""
         stopped: list[str] = []
-        for service in (self._page, self._ray, self._s3, self._redis):
+        for service in (self._gateway, self._page, self._ray, self._s3, self._redis):
             with self._state.lock(_lock_of(service), deadline_s=_LOCK_S):
                 stopped += service.stop()
         farm_id = self._state.known_farm_id()
@@ -163,12 +182,13 @@ class LocalServices:
         yield from self._s3.processes
         yield from self._ray.processes
         yield from self._page.processes
+        yield from self._gateway.processes
 
 
-def _lock_of(service: RedisService | SwiftService | RayService | PageService) -> str:
+def _lock_of(service: RedisService | SwiftService | RayService | PageService | GatewayService) -> str:
     match service:
-        case PageService():
-            return "page"
+        case PageService() | GatewayService():
+            return service.name
         case RedisService():
             return "redis"
         case SwiftService():

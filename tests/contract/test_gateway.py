@@ -39,6 +39,7 @@ from cluster.errors import (
     NeedsRemoteProvidersError,
     NodeNotFoundError,
     NotThroughGatewayError,
+    PageNotRunningError,
     RefNotFoundError,
     UnavailableError,
 )
@@ -66,6 +67,8 @@ from storage.fetching import new_key
 from storage.local_trees import LocalTrees
 from storage.presence import Presence
 from storage.registry.credentials import Credential, CredentialSource
+from storage.services.page import PageService
+from storage.services.state_dir import StateDir
 from tests.doubles import at_rest
 from tests.doubles.layers import directory, file, layer, sketch, symlink, whiteout
 from tests.doubles.redis import free_port
@@ -324,6 +327,34 @@ async def test_commands_go_where_the_environment_says(gateway, redis_farm, tmp_p
     assert "JobNotFoundError" in "".join(cancel[1:]), cancel
     assert "NotThroughGatewayError" in "".join(status[1:]), status
     await presence._link.close()
+
+
+async def test_the_page_s_address_is_that_under_the_gateway(gateway, tmp_path):
+    """With the page's token, for who has the gateway's; where there is no page, what to do about it."""
+    state = StateDir(tmp_path / "state")
+    async with await gateway.connect() as farm:
+        with pytest.raises(PageNotRunningError):
+            await farm.page()
+        page = PageService(state)
+        page.process.start((sys.executable, "-c", "input()", "127.0.0.1", "8100"), ports={"http": 8100})
+        try:
+            token = page.token_file.read_text().strip()
+            assert await farm.page() == f"{gateway.url}/?token={token}"
+            (tmp_path / "token").write_text(TOKEN)
+            environ = {"LAZYFARM_URL": gateway.url, "LAZYFARM_TOKEN_FILE": str(tmp_path / "token")}
+            told = await asyncio.to_thread(
+                subprocess.run,
+                [sys.executable, "-m", "lazyfarm", "page"],
+                env={**os.environ, **environ},
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=True,
+            )
+            assert told.stdout == f"{gateway.url}/?token={token}\n"
+        finally:
+            page.stop()
+    assert token not in repr(calls.PageLink(path=token))
 
 
 async def test_leases_of_others_are_not_for_a_driver(gateway):

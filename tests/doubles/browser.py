@@ -135,12 +135,13 @@ class Browser:
 
 
 @asynccontextmanager
-async def browser() -> AsyncIterator[Browser]:
-    """Start a browser with an empty profile, and end it."""
+async def browser(*options: str) -> AsyncIterator[Browser]:
+    """Start a browser with an empty profile and *options* of Chromium, and end it."""
     profile = Path(tempfile.mkdtemp(prefix="lf-browser-"))
     process = await asyncio.create_subprocess_exec(
         "chromium",
         *_OPTIONS,
+        *options,
         f"--user-data-dir={profile}",
         "about:blank",
         stdout=asyncio.subprocess.DEVNULL,

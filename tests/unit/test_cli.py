@@ -398,6 +398,7 @@ def test_status_tells_nodes_services_and_actors(records, running):
         "ray": running.ray_address,
         "jobs": running.ray_jobs_url,
         "page": None,
+        "gateway": None,
         "actors": [{"name": "supervisor-0.1.0", "kind": "supervisor", "node": "n0", "pid": 42, "state": "ready"}],
     }
     assert records.is_closed

@@ -4,9 +4,18 @@ from dataclasses import fields, replace
 
 import pytest
 
-from cluster.config import CacheConfig, Config, FetchConfig, NodeConfig, RayConfig, RegistryConfig
+from cluster.config import (
+    CacheConfig,
+    Config,
+    FetchConfig,
+    GatewayConfig,
+    NodeConfig,
+    RayConfig,
+    RegistryConfig,
+    WebConfig,
+)
 from cluster.config_check import check
-from cluster.config_record import actor_digest, differing_keys, non_defaults
+from cluster.config_record import actor_digest, differing_keys, gateway_digest, non_defaults
 from cluster.wire import decode, encode
 
 CHANGED = Config(
@@ -42,7 +51,7 @@ def test_a_digest_is_the_same_in_every_process():
 
 
 def test_a_digest_tells_apart_all_that_actors_read():
-    """Every section counts but what the machine's own Ray nodes offer, and how many they are."""
+    """Every section counts but page, gateway, what the machine's own Ray nodes offer, and how many they are."""
     changes = [Config(cache=CacheConfig(shards=3)), Config(ray=RayConfig(address="h:1")), CHANGED, Config()]
     assert len({actor_digest(config) for config in changes}) == len(changes)
     nodes = RayConfig(
@@ -54,6 +63,8 @@ def test_a_digest_tells_apart_all_that_actors_read():
         dashboard=False,
     )
     assert actor_digest(Config(ray=nodes)) == actor_digest(Config())
+    outside = Config(web=WebConfig(port=1), gateway=GatewayConfig(port=1))
+    assert actor_digest(outside) == actor_digest(Config())
     assert {field.name for field in fields(RayConfig)} - {"address", "token_file", "call_timeout_s"} == {
         "gcs_redis",
         "nodes",
@@ -62,3 +73,16 @@ def test_a_digest_tells_apart_all_that_actors_read():
         "object_store_bytes",
         "dashboard",
     }
+
+
+def test_the_gateway_s_digest_tells_apart_all_that_it_reads():
+    """The farm's configuration, its own section, and what else it depends on, in that order."""
+    told = [
+        gateway_digest(Config()),
+        gateway_digest(Config(), "1.0"),
+        gateway_digest(Config(), "1.0", "4711"),
+        gateway_digest(Config(gateway=GatewayConfig(port=1)), "1.0"),
+        gateway_digest(Config(cache=CacheConfig(shards=3)), "1.0"),
+    ]
+    assert len(set(told)) == len(told)
+    assert gateway_digest(Config(web=WebConfig(port=1)), "1.0") == told[1]

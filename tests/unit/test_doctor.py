@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.config import Config, RayConfig, WebConfig
+from cluster.config import Config, GatewayConfig, RayConfig, WebConfig
 from lazyfarm import doctor
 from lazyfarm.doctor import examine
 from lazyfarm.settings import Running
@@ -130,6 +130,15 @@ def test_a_page_that_nobody_asked_for_is_no_fault(environ, running, tmp_path):
     write_running(tmp_path / "state", replace(running, config=Config(web=WebConfig(enabled=False))))
     found = by_check(examine(None, environ))["page"]
     assert (found.ok, "web.enabled" in found.detail) == ("ok", True)
+
+
+def test_a_gateway_is_looked_for_where_up_starts_it(environ, running, tmp_path):
+    """Not where nobody wants one, or somebody else starts it; what its log says is named."""
+    assert "gateway" not in by_check(examine(None, environ))
+    write_running(tmp_path / "state", replace(running, config=Config(gateway=GatewayConfig(enabled=True))))
+    found = by_check(examine(None, environ))["gateway"]
+    assert (found.ok, found.detail) == ("fail", "the gateway doesn't answer")
+    assert found.advice == f"lazyfarm up; {tmp_path / 'state' / 'logs' / 'gateway.log'} says why"
 
 
 def test_runc_is_named_as_what_run_ops_need(environ, monkeypatch):

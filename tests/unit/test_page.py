@@ -72,6 +72,27 @@ def test_the_token_opens_by_header_and_by_address(client):
     assert client.get("/refs?q=1").text == "seen q=1"  # by the cookie
 
 
+def test_a_cookie_of_tls_is_never_sent_in_clear(client):
+    """It has a name that a browser takes by TLS alone; under the other address there is another one."""
+    tls = {"x-forwarded-proto": "https"}
+    said = client.get(f"/?token={TOKEN}", headers=tls).headers["set-cookie"]
+    assert said.startswith(f"__Host-lazyfarm-1={TOKEN};")
+    assert {part.strip().lower() for part in said.split(";")[1:]} == {
+        "httponly",
+        "path=/",
+        "samesite=strict",
+        "secure",
+    }
+    client.cookies.clear()
+    for name, headers, status in (
+        ("__Host-lazyfarm-1", tls, 200),
+        ("lazyfarm-1", {}, 200),
+        ("lazyfarm-1", tls, 401),
+        ("__Host-lazyfarm-1", {}, 401),
+    ):
+        assert client.get("/", headers={**headers, "cookie": f"{name}={TOKEN}"}).status_code == status, name
+
+
 def test_the_token_leads_to_no_other_site(client):
     """Two slashes would name a host."""
     for path in ("//evil.example", "/\\evil.example", "///evil.example"):

@@ -87,6 +87,7 @@ _EXAMPLES = {
     "ray.gcs_redis": ("redis://h:1", "redis://h:1"),
     "ray.dashboard": ("false", False),
     "web.enabled": ("false", False),
+    "gateway.enabled": ("true", True),
     "node.root": ("/r", "/r"),
     "node.snapshotter": ("copying", "copying"),
     "log.level": ("debug", "debug"),
