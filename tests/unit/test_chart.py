@@ -45,6 +45,7 @@ ALL = {
     },
     "metrics": {"scrape": False},
     "page": {"service": {"enabled": True}, "ingress": {"enabled": True, "host": "farm.internal", "tlsSecret": "farm"}},
+    "gateway": {"enabled": True, "tlsSecret": "farm", "service": {"type": "LoadBalancer", "annotations": {"a": "b"}}},
     "networkPolicy": {"clients": [{"podSelector": {}}], "monitoring": [{"podSelector": {}}]},
 }
 BARE = {
@@ -59,6 +60,12 @@ def of_kind(made, kind):
     """Return the only object of a kind."""
     (found,) = [each for each in made if each["kind"] == kind]
     return found
+
+
+def service(made, name):
+    """Return the Service that is called so."""
+    (found,) = [each for each in made if each["kind"] == "Service" and each["metadata"]["name"] == name]
+    return found["spec"]
 
 
 def configuration(made, directory):
@@ -114,6 +121,28 @@ def test_the_configuration_says_what_the_values_say(tmp_path):
     assert (config.redis.password_file, config.redis.client_key_file) == ("", str(tmp_path / "tls.key"))
 
 
+def test_the_gateway_is_at_the_head_alone_and_speaks_tls(tmp_path):
+    """Its key is on no other node; without it there is neither a port nor a Service."""
+    made = documents(ALL)
+    config = configuration(made, tmp_path).gateway
+    assert (config.enabled, config.host, config.port) == (True, "0.0.0.0", 8443)  # noqa: S104 - behind a Service
+    (port,) = service(made, "lazyfarm-gateway")["ports"]
+    assert (port["port"], port["targetPort"]) == (443, 8443)
+    spec = of_kind(made, "RayCluster")["spec"]
+    for group, is_there in ((spec["headGroupSpec"], True), *((one, False) for one in spec["workerGroupSpecs"])):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert ("gateway" in {volume["name"] for volume in pod["volumes"]}) is is_there
+        assert {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "gateway"} == (
+            {"/etc/lazyfarm/gateway"} if is_there else set()
+        )
+        assert (8443 in {one["containerPort"] for one in container["ports"]}) is is_there
+    allowed = of_kind(made, "NetworkPolicy")["spec"]["ingress"]
+    assert any({"port": 8443} in rule.get("ports", ()) for rule in allowed)
+    assert "8443" not in "".join(render(LEAST).values())
+    assert not configuration(documents(LEAST), tmp_path).gateway.enabled
+
+
 def test_a_node_keeps_its_name_only_where_it_keeps_its_disk():
     """A Pod with a disk of its own is another node each time: nobody is to miss the one before."""
     for values, is_named in ((LEAST, True), (ALL, False)):
@@ -132,6 +161,8 @@ def test_a_node_keeps_its_name_only_where_it_keeps_its_disk():
         ({"workers": {"replica": 3}}, "replica"),
         ({"node": {"volume": {"emptyDir": {}, "ephemeral": {}}}}, "volume"),
         ({"page": {"service": {"enabled": True}, "ingress": {"enabled": True, "host": "x"}}}, "in the clear"),
+        ({"gateway": {"enabled": True}}, "in the clear"),
+        ({"gateway": {"service": {"type": "ExternalName"}}}, "type"),
     ],
 )
 def test_what_can_not_be_meant_is_refused(wrong, told):

@@ -43,7 +43,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
     "snapshotter" (ternary "overlay" "copying" .Values.node.privileged) -}}
 {{- $web := dict "enabled" .Values.page.enabled "port" .Values.page.port
     "host" (ternary "0.0.0.0" "127.0.0.1" .Values.page.service.enabled) -}}
-{{- $told := dict "farm" (dict "name" .Values.farm.name) "redis" $redis "s3" $s3 "ray" $ray "node" $node "web" $web -}}
+{{- $open := dict "enabled" true "port" .Values.gateway.port "host" "0.0.0.0"
+    "cert_file" "/etc/lazyfarm/gateway/tls.crt" "key_file" "/etc/lazyfarm/gateway/tls.key" -}}
+{{- $gateway := ternary $open (dict "enabled" false) .Values.gateway.enabled -}}
+{{- $told := dict "farm" (dict "name" .Values.farm.name) "redis" $redis "s3" $s3 "ray" $ray "node" $node "web" $web
+    "gateway" $gateway -}}
 {{- $all := mergeOverwrite $told (deepCopy .Values.config) -}}
 {{- range $section := keys $all | sortAlpha }}
 {{- $keys := get $all $section }}
@@ -140,6 +144,10 @@ spec:
         - name: page
           containerPort: {{ $root.Values.page.port }}
         {{- end }}
+        {{- if $root.Values.gateway.enabled }}
+        - name: gateway
+          containerPort: {{ $root.Values.gateway.port }}
+        {{- end }}
         {{- end }}
       resources:
         {{- toYaml .of.resources | nindent 8 }}
@@ -159,6 +167,11 @@ spec:
         - name: secret
           mountPath: /etc/lazyfarm/secret
           readOnly: true
+        {{- if and $root.Values.gateway.enabled (eq .role "head") }}
+        - name: gateway
+          mountPath: /etc/lazyfarm/gateway
+          readOnly: true
+        {{- end }}
   volumes:
     - name: disk
       {{- if $root.Values.node.volume }}
@@ -175,4 +188,10 @@ spec:
       secret:
         secretName: {{ $root.Values.secret.name }}
         defaultMode: 0400
+    {{- if and $root.Values.gateway.enabled (eq .role "head") }}
+    - name: gateway
+      secret:
+        secretName: {{ required "gateway.tlsSecret is missing: tokens must not cross a network in the clear" $root.Values.gateway.tlsSecret }}
+        defaultMode: 0400
+    {{- end }}
 {{- end -}}
