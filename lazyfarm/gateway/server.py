@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import structlog
 from aiohttp import WSMsgType, web
 
 from cluster.config import GatewayConfig
@@ -38,6 +39,8 @@ from storage.services.state_dir import StateDir
 _HELLO_S = 10.0
 #: Seconds that connections have to end when the gateway does.
 _LEAVE_S = 2.0
+#: Seconds between two looks whether the certificate was exchanged for another.
+_RENEWED_S = 30.0
 #: Threads that wait for drivers' answers, for S3 and for sessions that are opened.
 _THREADS = 64
 
@@ -84,6 +87,7 @@ class GatewayServer:
         app.router.add_route("*", "/{path:.*}", page.answer)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LEAVE_S)
         await runner.setup()
+        renewing = None if trust is None else asyncio.create_task(_renewed(config, trust))
         try:
             site = web.TCPSite(runner, config.host, config.port, ssl_context=trust)
             try:
@@ -92,6 +96,8 @@ class GatewayServer:
                 raise StartError(f"the gateway at {config.host}:{config.port}", exc.strerror or str(exc), "") from exc
             yield runner.addresses[0][1]
         finally:
+            if renewing is not None:
+                renewing.cancel()
             for socket in list(self._sockets):
                 await socket.close()
             await runner.cleanup()
@@ -181,6 +187,32 @@ def tls(config: GatewayConfig) -> ssl.SSLContext | None:
     except OSError as exc:  # SSLError too: not PEM, or the key of another certificate
         raise ConfigError("gateway", (f"gateway.cert_file: {exc.strerror or exc}",)) from exc
     return trust
+
+
+async def _renewed(config: GatewayConfig, trust: ssl.SSLContext) -> None:
+    """Show who comes next the certificate that is in its file by then: they are exchanged while the gateway runs."""
+    files = (Path(config.cert_file), Path(config.key_file))
+    shown = await asyncio.to_thread(_written, files)
+    while True:
+        await asyncio.sleep(_RENEWED_S)
+        written = await asyncio.to_thread(_written, files)
+        if written == shown:
+            continue
+        log = structlog.get_logger()
+        try:
+            # In one of its own first: a key that is not the certificate's leaves the other with neither.
+            tls(config)
+            trust.load_cert_chain(config.cert_file, config.key_file)
+        except (ConfigError, OSError) as exc:
+            log.warning("gateway.certificate.failed", error=str(exc))  # one of the two may be written just now
+        else:
+            shown = written
+            log.info("gateway.certificate.renewed")
+
+
+def _written(files: tuple[Path, ...]) -> tuple[int, ...]:
+    """Return when files were written; of one that is gone, that it never was."""
+    return tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
 
 
 @contextlib.asynccontextmanager

@@ -10,10 +10,12 @@ from functools import partial
 
 import aiohttp
 import pytest
+import structlog
 
 from cluster.config import GatewayConfig, WebConfig
 from cluster.errors import GatewayRefusedError
 from lazyfarm.farm import Farm
+from lazyfarm.gateway import server
 from lazyfarm.gateway.page import find_page
 from lazyfarm.gateway.server import GatewayServer, tls
 from lazyfarm.web.guard import HEADERS
@@ -21,6 +23,7 @@ from storage.services.loopback import choose_ports
 from storage.services.page import PageService
 from storage.services.state_dir import StateDir
 from tests.doubles.browser import browser, has_browser
+from tests.doubles.observed import eventually
 from tests.doubles.redis import free_port, redis_binaries
 from tests.doubles.registry import make_authority
 from tests.doubles.stores import FarmOfRedis
@@ -76,8 +79,8 @@ async def gateway(find, authority=None, **options):
         cert_file=str(authority.certificate) if authority else "",
         key_file=str(authority.key) if authority else "",
     )
-    server = GatewayServer(None, token="the-gateway's", find_page=find, **options)
-    async with server.listening(config, tls(config)) as port:
+    made = GatewayServer(None, token="the-gateway's", find_page=find, **options)
+    async with made.listening(config, tls(config)) as port:
         yield port
 
 
@@ -227,6 +230,30 @@ async def test_over_tls_the_certificate_has_proven_the_name(page, tmp_path):
         told = "GET / HTTP/1.1\nHost: farm.example:1\nX-Forwarded-Proto: http\nConnection: close\n\n"
         assert "200 OK" in await say(port, told, any_name())
     assert page.asked[0].lower().count("x-forwarded-proto: https") == page.asked[0].lower().count("x-forwarded") == 1
+
+
+async def shown_by(port):
+    """Return the certificate that a gateway shows."""
+    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=any_name(), server_hostname="x")
+    found = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    return found
+
+
+async def test_a_certificate_is_exchanged_while_the_gateway_runs(page, tmp_path, monkeypatch):
+    """Who comes next is shown the new one; until its key is there, too, the old one goes on."""
+    monkeypatch.setattr(server, "_RENEWED_S", 0.01)
+    (tmp_path / "new").mkdir()
+    authority, new = make_authority(tmp_path), make_authority(tmp_path / "new")
+    async with gateway(lambda: page.url, authority) as port:
+        old = await shown_by(port)
+        with structlog.testing.capture_logs() as logs:
+            authority.certificate.write_bytes(new.certificate.read_bytes())
+            await eventually(lambda: logs, "a look at the file")
+            assert await shown_by(port) == old
+            authority.key.write_bytes(new.key.read_bytes())
+            await eventually(lambda: logs[-1]["event"] == "gateway.certificate.renewed", "the new one")
+        assert ssl.DER_cert_to_PEM_cert(await shown_by(port)) in new.certificate.read_text()
 
 
 # -- as it comes -----------------------------------------------------------------------------------------------
