@@ -3,10 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
+import ssl
 import subprocess
+import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -14,8 +18,8 @@ import pytest
 from lazyfarm.settings import load_settings
 from storage.services.process import FARM_MARK, SERVICE_MARK
 from tests.doubles.farm import FAST, RunningFarm
-from tests.doubles.redis import redis_binaries, redis_server
-from tests.doubles.registry import random_image
+from tests.doubles.redis import free_port, redis_binaries, redis_server
+from tests.doubles.registry import make_authority, random_image
 
 pytestmark = [pytest.mark.cluster, pytest.mark.registry, pytest.mark.timeout(300)]
 
@@ -169,9 +173,81 @@ def _is_zombie(pid):
     return True
 
 
+# -- the gateway ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outside(farm, tmp_path):
+    """The farm has a gateway that speaks TLS; returns the command line of a driver that knows nothing else of it."""
+    authority, port = make_authority(tmp_path), free_port()
+    asked = {"ENABLED": "true", "PORT": str(port), "CERT_FILE": authority.certificate, "KEY_FILE": authority.key}
+    overrides = {f"LAZYFARM__GATEWAY__{name}": str(value) for name, value in asked.items()}
+    farm.environ.update(overrides)
+    told = farm.cli_json("up")
+    # The actors go on as they are: none of them reads where the gateway listens.
+    assert (told["started"], told["stopped"]) == (["gateway"], [])
+    driver = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("LAZYFARM_")},
+        "LAZYFARM_URL": told["gateway"],
+        "LAZYFARM_TOKEN_FILE": str(farm.state_dir / "secrets" / "gateway-token"),
+        "LAZYFARM_CA_FILE": str(authority.ca_file),
+        "HOME": str(tmp_path),
+    }
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "lazyfarm", *arguments]
+        return subprocess.run(command, env=driver, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    run.url, run.trust = told["gateway"], ssl.create_default_context(cafile=authority.ca_file)
+    yield run
+    for name in overrides:
+        del farm.environ[name]
+    farm.environ["LAZYFARM__GATEWAY__ENABLED"] = "false"
+    told = farm.cli_json("up")
+    del farm.environ["LAZYFARM__GATEWAY__ENABLED"]
+    assert (told["started"], told["stopped"], told["gateway"]) == ([], ["gateway"], None)
+
+
+def doctor_on_the_gateway(farm):
+    found = json.loads(farm.cli("doctor", "--json", check=False).stdout)["findings"]
+    return next(finding for finding in found if finding["check"] == "gateway")
+
+
+def test_the_gateway_is_a_part_of_the_farm(farm, registry, outside):
+    """Who comes from outside pulls and finds the page; a gateway that was killed is missed, and `up` repairs it."""
+    registry.push("life/outside", "1", random_image(secrets.randbits(64), layers=2))
+    name = f"{registry.host}/life/outside:1"
+    ref = json.loads(outside("pull", name, "--json"))["ref"]
+    assert refs(farm)[ref] is True
+    link = outside("page").strip()
+    assert link.startswith(f"{outside.url}/?token=")
+    opened = urllib.request.build_opener(
+        urllib.request.HTTPSHandler(context=outside.trust), urllib.request.HTTPCookieProcessor()
+    ).open(link, timeout=30)
+    with opened:
+        assert (opened.status, opened.url, b"fetch-worker" in opened.read()) == (200, f"{outside.url}/", True)
+    assert (farm.cli_json("status")["gateway"], doctor_on_the_gateway(farm)["ok"]) == (outside.url, "ok")
+    assert farm.cli_json("up")["changed"] is False
+
+    (pid,) = by_name("gateway")(farm)
+    os.kill(pid, signal.SIGKILL)
+    until_gone([pid])
+    status = farm.cli("status", check=False)
+    assert status.returncode == 1
+    assert re.search(r"gateway at 127\.0\.0\.1:\d+ accepts no connection \(hint: `lazyfarm up` repairs", status.stderr)
+    missed = doctor_on_the_gateway(farm)
+    assert (missed["ok"], missed["advice"].partition(";")[0]) == ("fail", "lazyfarm up")
+    told = farm.cli_json("up")
+    assert (told["started"], told["gateway"]) == (["gateway"], outside.url)
+    assert json.loads(outside("pull", name, "--json"))["ref"] == ref
+    log = (farm.state_dir / "logs" / "gateway.log").read_text()
+    assert (farm.state_dir / "secrets" / "gateway-token").read_text().strip() not in log
+
+
 # -- down ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("outside")
 def test_down_ends_all_of_the_farm_and_nothing_else_and_up_finds_its_data(farm, registry):
     """No process, no mount is left; refs survive, lazy ones as lazy ones, and what was present is not fetched anew."""
     still_lazy, present = lazy_ref(farm, registry), works(farm, registry)
@@ -182,7 +258,8 @@ def test_down_ends_all_of_the_farm_and_nothing_else_and_up_finds_its_data(farm, 
         assert mounts(farm) or os.geteuid() != 0
         told = farm.cli_json("down")
         assert set(told) == {"stopped"}
-        assert {"redis", "s3-proxy", "ray-n0", "ray-n1", "ray-n2", "ray-dashboard", "page"} <= set(told["stopped"])
+        ours = {"redis", "s3-proxy", "ray-n0", "ray-n1", "ray-n2", "ray-dashboard", "page", "gateway"}
+        assert ours <= set(told["stopped"])
         until_gone(before)
         assert processes(farm) == {}
         assert mounts(farm) == []
