@@ -336,7 +336,8 @@ async def test_the_page_s_address_is_that_under_the_gateway(gateway, tmp_path):
         with pytest.raises(PageNotRunningError):
             await farm.page()
         page = PageService(state)
-        page.process.start((sys.executable, "-c", "input()", "127.0.0.1", "8100"), ports={"http": 8100})
+        waiting = (sys.executable, "-c", "import signal; signal.pause()")
+        page.process.start((*waiting, "127.0.0.1", "8100"), ports={"http": 8100})
         try:
             token = page.token_file.read_text().strip()
             assert await farm.page() == f"{gateway.url}/?token={token}"

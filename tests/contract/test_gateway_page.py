@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import re
 import ssl
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -19,6 +21,7 @@ from lazyfarm.gateway import server
 from lazyfarm.gateway.page import find_page
 from lazyfarm.gateway.server import GatewayServer, tls
 from lazyfarm.web.guard import HEADERS
+from storage.services.gateway import GatewayService
 from storage.services.loopback import choose_ports
 from storage.services.page import PageService
 from storage.services.state_dir import StateDir
@@ -304,6 +307,34 @@ async def test_a_page_that_is_away_is_said_to_be():
                 assert (answer.status, len(await answer.text())) == (200, 64)
             with pytest.raises(GatewayRefusedError):
                 await Farm.connect(f"http://127.0.0.1:{port}", token="wrong", credentials={})
+
+
+# -- which it is -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_tls", [True, False], ids=["https", "http"])
+async def test_a_gateway_is_told_from_another_at_its_port(tmp_path, monkeypatch, is_tls):
+    """By its process and its farm, whatever name its certificate has; nobody there is shown a token."""
+    state = StateDir(tmp_path / "state")
+    service = GatewayService(state)
+    authority = make_authority(tmp_path) if is_tls else None
+    process = service.process
+    async with (
+        gateway(lambda: "", authority, farm_id=state.farm_id()) as port,
+        gateway(lambda: "", authority, farm_id="another's") as other,
+    ):
+        waiting = (sys.executable, "-c", "import signal; signal.pause()")
+        try:
+            for at, pid, is_it in ((port, None, False), (port, "its", True), (other, "its", False)):
+                process.start((*waiting, "0.0.0.0", str(at)), ports={"https" if is_tls else "http": at})  # noqa: S104
+                with monkeypatch.context() as patched:
+                    if pid:
+                        patched.setattr(server, "os", SimpleNamespace(getpid=lambda: process.pid))
+                    assert await asyncio.to_thread(service.is_alive) is is_it
+            assert service.url == f"{'https' if is_tls else 'http'}://127.0.0.1:{other}"
+        finally:
+            process.stop()
+        assert (service.url, await asyncio.to_thread(service.is_alive)) == ("", False)
 
 
 # -- the page itself -------------------------------------------------------------------------------------------
