@@ -110,12 +110,26 @@ def pace_of(quotas: Sequence[Quota], *, slowest_s: float) -> Pace | None:
     return max(paces, key=lambda pace: (pace.hold_s, pace.every_s), default=None)
 
 
+def tightest(quotas: Sequence[Quota]) -> Quota | None:
+    """Return the quota of which the least part is left, or where parts aren't told, the fewest; None of none."""
+    return min(quotas, key=lambda quota: (_part_left(quota), quota.remaining), default=None)
+
+
+def told_for_s(quota: Quota) -> float:
+    """Return the seconds for which what a registry said of a quota may be told: until all is there again, or so."""
+    told = quota.reset_s if quota.reset_s is not None else quota.window_s
+    return _UNTOLD_S if told is None else min(told, _LONGEST_S)
+
+
+def _part_left(quota: Quota) -> float:
+    return quota.remaining / quota.limit if quota.limit else 1.0
+
+
 def _pace(quota: Quota, slowest_s: float) -> Pace | None:
     low = LOW_REQUESTS if quota.limit is None else max(1.0, quota.limit * LOW_PART)
     if quota.remaining >= low:
         return None
-    left_s = quota.reset_s if quota.reset_s is not None else quota.window_s
-    for_s = min(_LONGEST_S, _UNTOLD_S if left_s is None else left_s)
+    for_s = told_for_s(quota)
     if for_s <= 0:
         return None
     every_s = min(slowest_s, for_s / max(1, quota.remaining))

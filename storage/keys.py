@@ -43,6 +43,7 @@ in a key, or are told apart by a number, so that no two things share one.
 | ``host:HOST`` | hash, 1 h | ``limit not_before halved rate lift_at tokens recent asked_at refused``, ``circuit``… |
 | ``circuits`` | zset, an hour | registry host that was given up → since when, milliseconds |
 | ``quota:KIND:LENGTH:ACCOUNT:HOST`` | hash, a day | ``every last_at hold_at until_at``: what little is left there |
+| ``enough:HOST`` | hash, an hour | ``KIND:ACCOUNT`` of whom enough is left → ``LEFT LIMIT UNTIL``, for people |
 | ``quotas:HOST`` | zset, a day | ``KIND:ACCOUNT`` of the former → until when it holds, milliseconds |
 | ``turns:KIND:LENGTH:ACCOUNT:HOST`` | zset, likewise | who waits for it → when it may ask, milliseconds |
 | ``slots:HOST`` | zset, seconds | slot → expiry, milliseconds |

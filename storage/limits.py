@@ -27,7 +27,7 @@ from cluster.metrics import (
     REGISTRY_WAIT_SECONDS,
 )
 from cluster.ports import Slot
-from cluster.quota import ANYBODYS, Budget, Quota, pace_of
+from cluster.quota import ANYBODYS, Budget, Quota, pace_of, tightest, told_for_s
 from storage.keys import Keys
 from storage.link import RedisLink
 from storage.registry.endpoint import registry_config
@@ -44,13 +44,17 @@ _ASK_MOST_S = 1.0
 _TOO_LATE, _GIVEN_UP, _IS_PROBE = -2, -1, 2
 #: Of what a host did, this much is kept.
 _FAILURE_CHARS = 200
+#: Seconds between two words to people on what is left of a quota of which there is enough.
+_TELL_S = 60.0
+#: Accounts of which it is remembered when that was, at most.
+_TOLD_MOST = 1000
 
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LowQuota:
-    """What an account may still ask of a host, where that is little."""
+class ToldQuota:
+    """What an account may still ask of a host."""
 
     #: Of requests: a :class:`cluster.quota.RequestKind`, or what a later release counts apart.
     kind: str
@@ -58,7 +62,11 @@ class LowQuota:
     remaining: int | None
     #: Seconds until all are there again, and until any request is of use.
     window_s: float
-    hold_s: float
+    hold_s: float = 0.0
+    #: That is little: the cluster goes slowly.
+    is_low: bool = True
+    #: Requests in all, where enough is left and the registry says it; else 0.
+    limit: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,13 +86,14 @@ class HostBudget:
     #: 429s since it was last forgotten, after an hour without a request; seconds until anybody may ask again.
     refused: int
     closed_s: float
-    #: Of each account and kind of request that little is left of; the least first.
-    quotas: tuple[LowQuota, ...]
+    #: Of each account and kind of request of which the registry told of late; the least first.
+    quotas: tuple[ToldQuota, ...]
 
     @property
     def is_reduced(self) -> bool:
-        """Tell whether 429s hold it down."""
-        return self.limit < self.max_limit or self.closed_s > 0 or self.rate != self.max_rate
+        """Tell whether 429s, or a quota of which little is left, hold it down."""
+        is_held = self.limit < self.max_limit or self.closed_s > 0 or self.rate != self.max_rate
+        return is_held or any(quota.is_low for quota in self.quotas)
 
 
 class RedisHostLimiter:
@@ -109,6 +118,8 @@ class RedisHostLimiter:
         self._reduced: set[str] = set()
         #: Budgets of hosts of which little was left when last seen: only of these need be told that it is more.
         self._low: set[tuple[str, Budget]] = set()
+        #: When people were last told what is left of those of which there is enough, monotonic.
+        self._told_s: dict[tuple[str, Budget], float] = {}
         self._renewing: asyncio.Task[None] | None = None
 
     @asynccontextmanager
@@ -144,9 +155,13 @@ class RedisHostLimiter:
             REGISTRY_QUOTA_REMAINING.set(left, registry=slot.host, kind=slot.budget.kind.value)
         pace = pace_of(quotas, slowest_s=registry_config(self._config, slot.host).quota_pace_s)
         was_low = (slot.host, slot.budget) in self._low
-        if pace is None and not was_low:
+        of = slot.host, slot.budget.kind, slot.budget.account
+        if pace is None:
+            if was_low:
+                await self._link.run("host_quota", self._prefix, *of, 0, 0, 0, 0, may_repeat=True)
+            self._tell_enough(slot, quotas)
             return
-        if pace is not None and not was_low:
+        if not was_low:
             self._low.add((slot.host, slot.budget))
             _log.info(
                 "registry.little_left",
@@ -156,11 +171,21 @@ class RedisHostLimiter:
                 every_s=round(pace.every_s, 3),
                 hold_s=round(pace.hold_s, 3),
             )
-        times_s = (0.0, 0.0, 0.0) if pace is None else (pace.every_s, pace.hold_s, pace.for_s)
-        remaining = 0 if pace is None else pace.remaining
-        times_ms = [math.ceil(seconds * 1000) for seconds in times_s]
-        of = slot.host, slot.budget.kind, slot.budget.account
-        await self._link.run("host_quota", self._prefix, *of, *times_ms, remaining, may_repeat=True)
+        times_ms = [math.ceil(seconds * 1000) for seconds in (pace.every_s, pace.hold_s, pace.for_s)]
+        await self._link.run("host_quota", self._prefix, *of, *times_ms, pace.remaining, may_repeat=True)
+
+    def _tell_enough(self, slot: Slot, quotas: Sequence[Quota]) -> None:
+        """Note for people, now and then, what is left where that is enough. Nobody waits for it."""
+        least, now_s = tightest(quotas), time.monotonic()
+        of = slot.host, slot.budget
+        if least is None or now_s < self._told_s.get(of, float("-inf")) + _TELL_S:
+            return
+        if len(self._told_s) >= _TOLD_MOST:
+            self._told_s.clear()
+        self._told_s[of] = now_s
+        told = least.remaining, least.limit or 0, math.ceil(told_for_s(least) * 1000)
+        account = slot.host, slot.budget.kind, slot.budget.account
+        self._link.run_soon("host_quota_enough", self._prefix, *account, *told)
 
     async def throttled(self, slot: Slot, retry_after_s: float) -> None:
         """Record a 429."""
@@ -199,7 +224,7 @@ class RedisHostLimiter:
         return sorted((self._budget(told) for told in found), key=lambda budget: budget.host)
 
     def _budget(self, found: list[Any]) -> HostBudget:
-        name, limit, rate, closed_ms, refused, recent, busy, waiting, quotas = found
+        name, limit, rate, closed_ms, refused, recent, busy, waiting, low, enough = found
         host = name.decode()
         max_limit, max_rate = self._configured(host)
         lowered = max_rate if rate is None else float(rate)
@@ -214,7 +239,11 @@ class RedisHostLimiter:
             recent_rate=float(recent),
             refused=refused,
             closed_s=closed_ms / 1000,
-            quotas=tuple(sorted((_low_quota(*told) for told in quotas), key=_by_what_is_left)),
+            quotas=tuple(
+                sorted(
+                    [*(_low_quota(*told) for told in low), *(_enough(*told) for told in enough)], key=_by_what_is_left
+                )
+            ),
         )
 
     def _configured(self, host: str) -> tuple[int, float]:
@@ -291,13 +320,17 @@ class RedisHostLimiter:
                 await self._link.run("slot_renew", self._prefix, int(SLOT_TTL_S * 1000), *held, may_repeat=True)
 
 
-def _low_quota(kind: bytes, left: bytes | None, window_ms: int, hold_ms: int) -> LowQuota:
+def _low_quota(kind: bytes, left: bytes | None, window_ms: int, hold_ms: int) -> ToldQuota:
     remaining = None if left is None else int(left)
-    return LowQuota(kind=kind.decode(), remaining=remaining, window_s=window_ms / 1000, hold_s=hold_ms / 1000)
+    return ToldQuota(kind=kind.decode(), remaining=remaining, window_s=window_ms / 1000, hold_s=hold_ms / 1000)
 
 
-def _by_what_is_left(quota: LowQuota) -> tuple[bool, int, str]:
-    return quota.remaining is None, quota.remaining or 0, quota.kind
+def _enough(kind: bytes, left: int, window_ms: int, limit: int) -> ToldQuota:
+    return ToldQuota(kind=kind.decode(), remaining=left, window_s=window_ms / 1000, is_low=False, limit=limit)
+
+
+def _by_what_is_left(quota: ToldQuota) -> tuple[bool, bool, int, str]:
+    return not quota.is_low, quota.remaining is None, quota.remaining or 0, quota.kind
 
 
 def _too_late(host: str, wait_s: float) -> RateLimitedError:

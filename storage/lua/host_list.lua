@@ -2,7 +2,7 @@
 --
 -- KEYS[1] prefix of the farm's keys
 -- return  a list of {host, limit or nil, rate or nil, milliseconds until anybody may ask, 429s, requests of late,
---         slots taken, who waits for one, what quota_list returns}
+--         slots taken, who waits for one, the two lists that quota_list returns}
 -- Hosts that are forgotten leave the list.
 -- include: time
 -- include: host
@@ -20,7 +20,7 @@ for _, host in ipairs(redis.call('SMEMBERS', prefix .. ':hosts')) do
       tostring(recent / RECENT_S),
       redis.call('ZCOUNT', prefix .. ':slots:' .. host, '(' .. now, '+inf'),
       redis.call('ZCOUNT', prefix .. ':queue-seen:' .. host, '(' .. now, '+inf'),
-      quota_list(prefix, host, now),
+      quota_list(prefix, host, now),  -- both: it is the last of the table
     }
   end
 end

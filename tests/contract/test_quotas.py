@@ -151,8 +151,8 @@ async def test_a_retry_after_beyond_ones_patience_is_told_at_once(stores):
     assert caught.value.retry_after_s == pytest.approx(3600.0, abs=5.0)
 
 
-async def test_enough_costs_nothing(redis_farm):
-    """Redis is told where little is left, once that it is more, and then no more."""
+async def test_enough_costs_next_to_nothing(redis_farm):
+    """Redis is told where little is left, and once that it is more; for people, now and then, how much enough is."""
     stores, link = redis_farm.stores(), redis_farm.links[0]
     told = []
     for quota in (ENOUGH, LOW, ENOUGH, ENOUGH):
@@ -163,7 +163,7 @@ async def test_enough_costs_nothing(redis_farm):
             told.append(await calls(link) - before)
         await asyncio.sleep(0.02)  # what the last one released is no part of it
 
-    assert told == [0, 1, 1, 0]
+    assert told == [1, 1, 1, 0]
 
 
 # -- for people, in Redis ----------------------------------------------------------------------------------
@@ -190,8 +190,27 @@ async def test_what_little_is_left_is_listed_by_account_and_kind(redis_farm):
     assert [(one.kind, one.remaining, one.hold_s) for one in others] == [("manifest", 10, 0.0)] * 2
 
     await say(stores, ENOUGH)
+    assert [(one.kind, one.is_low, one.remaining, one.limit) for one in await quotas_of(stores)] == [
+        ("blob", True, 0, 0),
+        ("manifest", True, 10, 0),
+        ("manifest", False, 90, 100),
+    ]
     redis_farm.pass_time(LOW.reset_s)
     assert [one.kind for one in await quotas_of(stores)] == ["blob"]
+
+
+async def test_what_is_told_of_enough_slows_nobody_and_hides_nothing(redis_farm):
+    """It never ends what another process heard; of several limits the one of which the least part is left is told."""
+    stores, other = redis_farm.stores(), redis_farm.stores()
+    await say(stores, Quota(remaining=9, limit=10, reset_s=100.0), Quota(remaining=50, limit=100, reset_s=100.0))
+    (told,) = await quotas_of(stores)
+    assert (told.is_low, told.remaining, told.limit, told.window_s) == (False, 50, 100, pytest.approx(100.0, abs=5.0))
+    await ask(stores)
+
+    await say(other, LOW)
+    await say(redis_farm.stores(), ENOUGH)  # a late answer, to a process that never heard of little
+    (told,) = await quotas_of(stores)
+    assert (told.is_low, told.remaining) == (True, 10)
 
 
 async def test_a_quota_that_an_earlier_release_noted_last_has_no_number(redis_farm):

@@ -102,6 +102,13 @@ for _, key in ipairs(redis.call('KEYS', prefix .. ':*')) do
       end
     end
   end
+  if string.find(name, '^enough:') then
+    local told = redis.call('HGETALL', key)
+    for i = 1, #told, 2 do
+      local head, at = string.match(told[i + 1], '^(.* )(%d+)$')
+      redis.call('HSET', key, told[i], string.format('%s%.0f', head, tonumber(at) - ms))
+    end
+  end
   if name == 'audit' then
     local entries = redis.call('XRANGE', key, '-', '+')
     local left = redis.call('PTTL', key)

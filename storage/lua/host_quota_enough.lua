@@ -1,0 +1,14 @@
+-- Note for people how much an account may still ask of one kind at a registry host, where that is enough.
+--
+-- KEYS[1] prefix of the farm's keys
+-- ARGV[1] host
+-- ARGV[2] kind of requests
+-- ARGV[3] account
+-- ARGV[4] requests that are left
+-- ARGV[5] requests in all, 0: the registry doesn't say
+-- ARGV[6] milliseconds for which this may be told
+-- return  nothing
+-- Does nothing where others have heard that it is little: what they heard holds until they hear otherwise.
+-- include: time
+-- include: quota
+quota_tell(KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6]), now_ms())
