@@ -48,6 +48,10 @@ class Traffic:
         """Return the bytes that were not moved."""
         return self.not_fetched_bytes + self.not_pushed_bytes
 
+    def at(self, registries: Iterable[str]) -> Traffic:
+        """Return what of it is told of some registries."""
+        return sum((self.registries[name] for name in registries if name in self.registries), Traffic())
+
     @property
     def figures(self) -> dict[str, int]:
         """Return the figures that are not 0, by name; those of a registry by ``NAME REGISTRY``."""

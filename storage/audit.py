@@ -76,6 +76,28 @@ class RedisAudit:
                 return
             start = b"(" + read[-1][0]
 
+    async def newest(self, most: int, *, after: str = "") -> tuple[str, list[AuditEntry]]:
+        """Return the newest entries, oldest first, and what to give as *after* for those that come then.
+
+        Args:
+            most: Entries, at most: what is older is left out.
+            after: What an earlier call returned; "": from the first that is kept.
+        """
+        first = f"({after}" if after else str(await self._start(None))
+        found: list[AuditEntry] = []
+        last, end = after, "+"
+        while most > 0:
+            command = ("XREVRANGE", self._keys.audit, end, first, "COUNT", min(most, _READ))
+            read = await self._link.execute(*command, may_repeat=True)
+            if not read:
+                break
+            if end == "+":
+                last = read[0][0].decode()
+            found += [entry for entry_id, fields in read if (entry := _entry(entry_id, fields)) is not None]
+            most -= len(read)
+            end = f"({read[-1][0].decode()}"
+        return last, found[::-1]
+
     async def follow(self, *, last_s: float | None = None) -> AsyncIterator[AuditEntry]:
         """Yield what is kept, oldest first, then what comes, for ever; Redis may be away for a while."""
         # XREAD gives what comes after an ID, and that of the first millisecond may be wanted.

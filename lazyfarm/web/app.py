@@ -19,10 +19,12 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from cluster.audit import AuditEntry, Operation
 from cluster.collect.stock import ImageUse, RefUse
 from cluster.digest import Digest
 from cluster.errors import AmbiguousJobError, ClusterError, JobNotFoundError
 from cluster.job import JobEvent, JobId, JobState
+from cluster.lease import blob_resource
 from cluster.ref import RefId
 from cluster.traffic import Traffic
 from lazyfarm.cli.human import count, duration, short, size
@@ -31,7 +33,7 @@ from lazyfarm.cli.job_view import LogLine, at, read_error, visible
 from lazyfarm.web import graph, plot
 from lazyfarm.web.guard import Guard
 from lazyfarm.web.job import LOG_LINES, JobStory, ShownVertex
-from lazyfarm.web.reading import FarmReader, Stocked
+from lazyfarm.web.reading import TRAIL, FarmReader, Stocked
 
 #: Rows of a list that are shown at once.
 ROWS = 50
@@ -49,13 +51,18 @@ _WINDOWS = {"6h": 6 * 3600.0, "24h": 86400.0, "7d": 7 * 86400.0}
 _PAGES = (
     ("/", "Farm"),
     ("/jobs", "Jobs"),
-    ("/refs", "Refs"),
     ("/images", "Images"),
+    ("/refs", "Refs"),
+    ("/blobs", "Blobs"),
+    ("/leases", "Leases"),
     ("/flights", "Flights"),
     ("/registries", "Registries"),
     ("/avoided", "Avoided"),
+    ("/audit", "Audit"),
 )
 _REF_STATES = ("lazy", "present", "held", "unheld", "shared")
+_BLOB_STATES = ("present", "lazy", "layer", "manifest", "config", "unheld")
+_IMAGE_STATES = ("lazy", "present", "held", "unheld")
 
 T = TypeVar("T")
 
@@ -79,7 +86,7 @@ class _Pages:
         )
         self._templates.filters |= {
             "at": at, "count": count, "describe": describe, "duration": duration, "error": read_error, "short": short,
-            "size": size, "visible": visible, "when": _when,
+            "size": size, "visible": visible, "when": _when, "moment": _moment,
         }  # fmt: skip
         self._templates.globals |= {
             "farm": reader.settings.config.farm.name, "pages": _PAGES, "graph": graph,
@@ -96,6 +103,11 @@ class _Pages:
             "/refs": self._refs,
             "/refs/{ref}": self._ref,
             "/images": self._images,
+            "/blobs": self._blobs,
+            "/blobs/{blob}": self._blob,
+            "/leases": self._leases,
+            "/leases/{lease:path}": self._lease,
+            "/audit": self._audit,
             "/flights": self._flights,
             "/registries": self._registries,
             "/avoided": self._avoided,
@@ -120,7 +132,20 @@ class _Pages:
     # -- pages ------------------------------------------------------------------------------------------------
 
     async def _farm(self, request: Request) -> Response:
-        return self._shown(request, "farm.html", "Farm", every_s=_LIVE_S, now=await self._reader.farm())
+        now = await self._reader.farm()
+        wanted = _Filter.of(request)
+        nodes = [one for one in now.nodes if wanted.holds(one.record.id, one.record.address, one.record.state)]
+        actors = [one for one in now.actors if wanted.holds(one.name, one.kind, one.node, one.state)]
+        return self._shown(
+            request,
+            "farm.html",
+            "Farm",
+            every_s=_LIVE_S,
+            now=now,
+            nodes=_Rows(nodes, request, "nodes"),
+            actors=_Rows(actors, request, "actors"),
+            choices=(),
+        )
 
     async def _refs(self, request: Request) -> Response:
         stocked = await self._reader.stocked()
@@ -139,31 +164,146 @@ class _Pages:
         if now is None:
             name = request.path_params["ref"]
             return self._missing(request, f"There is no ref {name}: it was collected, or never was.")
-        return self._shown(request, "ref.html", f"Ref {short(now.use.id)}", every_s=_SLOW_S, now=now)
+        trail = [entry for entry in await self._reader.trail() if entry.ref == now.use.id]
+        return self._shown(
+            request, "ref.html", f"Ref {short(now.use.id)}", every_s=_SLOW_S, now=now, trail=trail[:ROWS], most=ROWS
+        )
 
     async def _images(self, request: Request) -> Response:
         wanted = _Filter.of(request)
-        found: list[ImageUse] = [use for use in await self._reader.images() if wanted.holds(use.name)]
-        return self._shown(request, "images.html", "Images", every_s=_SLOW_S, rows=_Rows(found, request), choices=())
+        found: list[ImageUse] = [
+            use
+            for use in await self._reader.images()
+            if wanted.allows_any(_image_states(use)) and wanted.holds(use.name)
+        ]
+        return self._shown(
+            request, "images.html", "Images", every_s=_SLOW_S, rows=_Rows(found, request), choices=_IMAGE_STATES
+        )
+
+    async def _blobs(self, request: Request) -> Response:
+        wanted = _Filter.of(request)
+        found = [
+            blob
+            for blob in (await self._reader.blobs()).values()
+            if wanted.allows_any((blob.state, blob.kind, "held" if blob.is_in_use else "unheld"))
+            and wanted.holds(blob.digest, blob.source, *blob.images)
+        ]
+        return self._shown(
+            request, "blobs.html", "Blobs", every_s=_SLOW_S, rows=_Rows(found, request), choices=_BLOB_STATES
+        )
+
+    async def _blob(self, request: Request) -> Response:
+        digest = request.path_params["blob"]
+        blobs, flights, entries = await asyncio.gather(
+            self._reader.blobs(), self._reader.flights(), self._reader.trail()
+        )
+        blob = blobs.get(digest)
+        flight = next((one for one in flights if one.key == blob_resource(digest)), None)
+        trail = [entry for entry in entries if entry.digest == digest]
+        if blob is None and flight is None and not trail:
+            return self._missing(request, f"There is no blob {digest}: it was collected, or never was.")
+        return self._shown(
+            request,
+            "blob.html",
+            f"Blob {short(digest)}",
+            every_s=_LIVE_S,
+            digest=digest,
+            blob=blob,
+            flight=flight,
+            trail=trail[:ROWS],
+            most=ROWS,
+        )
+
+    async def _leases(self, request: Request) -> Response:
+        wanted = _Filter.of(request)
+        found = [
+            lease
+            for lease in await self._reader.leases()
+            if wanted.allows("expires" if lease.expires_wall_s else "pinned")
+            and wanted.holds(lease.id, *lease.labels.keys(), *lease.labels.values(), *lease.resources)
+        ]
+        return self._shown(
+            request,
+            "leases.html",
+            "Leases",
+            every_s=_SLOW_S,
+            rows=_Rows(found, request),
+            choices=("expires", "pinned"),
+        )
+
+    async def _lease(self, request: Request) -> Response:
+        name = request.path_params["lease"]
+        lease = next((one for one in await self._reader.leases() if one.id == name), None)
+        if lease is None:
+            return self._missing(request, f"There is no lease {name}: it lapsed or was let go of, or never was.")
+        wanted = _Filter.of(request)
+        held = [tuple(one.partition(":")[::2]) for one in lease.resources if wanted.holds(one)]
+        return self._shown(
+            request,
+            "lease.html",
+            f"Lease {lease.id}",
+            every_s=_SLOW_S,
+            lease=lease,
+            rows=_Rows(held, request),
+            choices=(),
+        )
+
+    async def _audit(self, request: Request) -> Response:
+        wanted = _Filter.of(request)
+        found = [
+            entry
+            for entry in await self._reader.trail()
+            if wanted.allows(entry.operation) and wanted.holds(*_said_of_entry(entry))
+        ]
+        return self._shown(
+            request,
+            "audit.html",
+            "Audit",
+            every_s=_LIVE_S,
+            rows=_Rows(found, request),
+            most=TRAIL,
+            choices=tuple(Operation),
+            choices_of="What",
+        )
 
     async def _flights(self, request: Request) -> Response:
         wanted = _Filter.of(request)
-        flights = [one for one in await self._reader.flights() if wanted.holds(one.key, one.owner)]
+        flights = [
+            one for one in await self._reader.flights() if wanted.allows(one.state) and wanted.holds(one.key, one.owner)
+        ]
         return self._shown(
-            request, "flights.html", "Flights", every_s=_LIVE_S, rows=_Rows(flights, request), choices=()
+            request,
+            "flights.html",
+            "Flights",
+            every_s=_LIVE_S,
+            rows=_Rows(flights, request),
+            choices=("running", "stopping"),
         )
 
     async def _registries(self, request: Request) -> Response:
         wanted = _Filter.of(request)
-        found = [one for one in await self._reader.registries() if wanted.holds(one.budget.host)]
+        found = [
+            one for one in await self._reader.registries() if wanted.allows(one.state) and wanted.holds(one.budget.host)
+        ]
         return self._shown(
-            request, "registries.html", "Registries", every_s=_LIVE_S, rows=_Rows(found, request), choices=()
+            request,
+            "registries.html",
+            "Registries",
+            every_s=_LIVE_S,
+            rows=_Rows(found, request),
+            choices=("ready", "reduced", "failed"),
         )
 
     async def _avoided(self, request: Request) -> Response:
         window = request.query_params.get("window", "")
         window = window if window in _WINDOWS else "24h"
         (total, slots), stocked = await asyncio.gather(self._reader.traffic(_WINDOWS[window]), self._reader.stocked())
+        wanted = _Filter.of(request)
+        within = sum((traffic for _, traffic in slots), Traffic()).registries
+        registries = {name: within[name] for name in sorted(within) if wanted.holds(name)}
+        if wanted.words:  # the plot is of what is asked for
+            slots = [(began, traffic.at(registries)) for began, traffic in slots]
+        links = {name: f"/avoided?{urlencode({'window': name, 'q': wanted.words})}" for name in _WINDOWS}
         return self._shown(
             request,
             "avoided.html",
@@ -171,10 +311,13 @@ class _Pages:
             every_s=_SLOW_S,
             total=total,
             lazy_bytes=stocked.usage.avoided_bytes,
-            within=sum((traffic for _, traffic in slots), Traffic()),
+            registries=registries,
             plot=plot.draw(slots),
             window=window,
-            windows=tuple(_WINDOWS),
+            windows=links,
+            words=wanted.words,
+            choices=(),
+            kept={"window": window},
         )
 
     async def _jobs(self, request: Request) -> Response:
@@ -299,7 +442,15 @@ class _Pages:
         if _is_part(request):
             return HTMLResponse(self._render("live.html", **live))
         return HTMLResponse(
-            self._render("shell.html", title=title, request=request, choices=values.get("choices"), **live)
+            self._render(
+                "shell.html",
+                title=title,
+                request=request,
+                choices=values.get("choices"),
+                choices_of=values.get("choices_of", "State"),
+                kept=values.get("kept", {}),
+                **live,
+            )
         )
 
     def _missing(self, request: Request, text: str, status: int = 404, hint: str = "") -> Response:
@@ -308,7 +459,9 @@ class _Pages:
             # Shown as it is: htmx leaves the page as it was where it is told of an error. And it looks again.
             again = {**live, "look": request.url.path + "?" + str(request.url.query), "every_s": _LIVE_S}
             return HTMLResponse(self._render("live.html", **again))
-        return HTMLResponse(self._render("shell.html", title="lazyfarm", request=request, choices=None, **live), status)
+        return HTMLResponse(
+            self._render("shell.html", title="lazyfarm", request=request, choices=None, kept={}, **live), status
+        )
 
     async def _not_found(self, request: Request, _: Exception) -> Response:
         return self._missing(request, f"There is nothing at {request.url.path}.")
@@ -333,12 +486,18 @@ class _Filter:
 
     def holds(self, *texts: str) -> bool:
         """Tell whether every word is found in what is said of something, anywhere."""
+        if not self.words:
+            return True
         said = "\n".join(texts).lower()
         return all(word in said for word in self.words.split())
 
     def allows(self, state: str) -> bool:
         """Tell whether what is in that state is asked for."""
         return self.state in ("", state)
+
+    def allows_any(self, states: Iterable[str]) -> bool:
+        """Tell whether what is in all these states is asked for."""
+        return self.state == "" or self.state in states
 
     def has_vertex(self, vertex: ShownVertex) -> bool:
         """Tell whether a vertex is asked for."""
@@ -348,19 +507,21 @@ class _Filter:
 class _Rows(Generic[T]):
     """The rows of a list that one request is shown."""
 
-    def __init__(self, found: Sequence[T], request: Request) -> None:
+    def __init__(self, found: Sequence[T], request: Request, param: str = "page") -> None:
         self.total = len(found)
         self.pages = max(1, -(-len(found) // ROWS))
-        self.page = min(max(_number(request, "page"), 1), self.pages)
+        self.page = min(max(_number(request, param), 1), self.pages)
         self.first = (self.page - 1) * ROWS
         self.shown = found[self.first : self.first + ROWS]
         self._request = request
+        #: Of the address: which part of this list is shown.
+        self.param = param
 
     def link(self, page: int) -> str:
         """Return the address of another part of the list."""
         params = self._request.query_params.items()
-        kept = {name: value for name, value in params if name not in ("have", "page") and value}
-        return f"{self._request.url.path}?{urlencode({**kept, 'page': page})}"
+        kept = {name: value for name, value in params if name not in ("have", self.param) and value}
+        return f"{self._request.url.path}?{urlencode({**kept, self.param: page})}"
 
 
 async def _batches(events: AsyncIterator[JobEvent]) -> AsyncGenerator[list[JobEvent]]:
@@ -426,9 +587,32 @@ def _is_in_state(use: RefUse, stocked: Stocked, state: str) -> bool:
 
 def _said_of_ref(use: RefUse, stocked: Stocked) -> Iterable[str]:
     state = stocked.stock.states[use.id]
-    return use.id, use.digest, use.description, *state.record.image_refs, *(one.source for one in state.providers)
+    return (
+        use.id,
+        state.record.parent or "",
+        use.digest,
+        use.description,
+        *state.record.image_refs,
+        *(one.source for one in state.providers),
+    )
+
+
+def _image_states(use: ImageUse) -> Iterable[str]:
+    return ("lazy" if use.avoided_bytes else "present", "held" if use.is_in_use else "unheld")
+
+
+def _said_of_entry(entry: AuditEntry) -> Iterable[str]:
+    return (
+        entry.operation, entry.outcome, entry.who, entry.job, entry.vertex, entry.credential, entry.by, entry.digest,
+        entry.ref, entry.image, entry.source, entry.error,
+    )  # fmt: skip
 
 
 def _when(wall_s: float) -> str:
     """Return a time as people read it; "" for none."""
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(wall_s)) if wall_s else ""
+
+
+def _moment(wall_s: float) -> str:
+    """Return a time to the second."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(wall_s))

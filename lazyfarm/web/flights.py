@@ -30,6 +30,16 @@ class Flight:
     is_aborting: bool
 
     @property
+    def node(self) -> str:
+        """Return the node that its owner is on."""
+        return self.owner.partition("/")[0]
+
+    @property
+    def state(self) -> str:
+        """Return ``running``, or ``stopping`` where nobody waits any more."""
+        return "stopping" if self.is_aborting else "running"
+
+    @property
     def left_s(self) -> float | None:
         """Return the seconds that it takes at this rate; None where that can't be told."""
         return (self.total_bytes - self.current_bytes) / self.rate if self.rate > 0 and self.total_bytes else None

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from cluster.audit import AuditEntry
 from cluster.circuit import GivenUp
 from cluster.collect.runner import Collector
 from cluster.collect.stock import ImageUse, Kept, RefUse, Stock, Usage
+from cluster.digest import Digest
 from cluster.graph import Definition
 from cluster.job import JobEvent, JobId, JobRecord
+from cluster.lease import Lease
 from cluster.messages import ActorRecord, NodeRecord
 from cluster.ref import RefId, RefState
 from cluster.settings import FarmSettings
@@ -22,7 +26,9 @@ from cluster.traffic import Traffic
 from lazyfarm.cli.status import find_problems
 from lazyfarm.jobs import FarmJobs
 from lazyfarm.redis_only import connected
+from lazyfarm.web.blobs import BlobUse, blobs_of
 from lazyfarm.web.flights import Flight, FlightRates
+from storage.audit import RedisAudit
 from storage.circuits import Circuits
 from storage.collect import RedisCollectStore
 from storage.flights import RedisFlightStore
@@ -37,6 +43,8 @@ from storage.whereabouts import RedisWhereabouts
 #: reading took.
 _FRESH_S = 1.0
 _FRESH_TIMES = 10.0
+#: Entries of the audit stream that are shown, and looked through, at most: the newest.
+TRAIL = 20_000
 
 T = TypeVar("T")
 
@@ -53,12 +61,23 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeNow:
+    """A node, and what it does."""
+
+    record: NodeRecord
+    actors: int
+    #: Ops that run there, and flights that it owns.
+    ops: int
+    flights: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FarmNow:
     """What runs, and how it is."""
 
     #: Each as one clause; empty: all is well.
     problems: tuple[str, ...]
-    nodes: tuple[NodeRecord, ...]
+    nodes: tuple[NodeNow, ...]
     actors: tuple[ActorRecord, ...]
     #: Names and addresses.
     services: tuple[tuple[str, str], ...]
@@ -73,7 +92,8 @@ class Stocked:
 
     stock: Stock
     usage: Usage
-    refs: dict[RefId, RefUse]
+    refs: Mapping[RefId, RefUse]
+    blobs: Mapping[Digest, BlobUse]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +133,7 @@ class RegistryNow:
         """Return how it is, in a word."""
         if self.given_up is not None:
             return "failed"
-        return "reduced" if self.budget.is_reduced or self.budget.quotas else "ready"
+        return "reduced" if self.budget.is_reduced else "ready"
 
 
 class Fresh(Generic[T]):
@@ -168,6 +188,10 @@ class FarmReader:
         self._traffic = RedisTraffic(self._link, keys)
         self._whereabouts = RedisWhereabouts(self._link, keys)
         self.jobs = FarmJobs.over(self._link, keys)
+        self._audit = RedisAudit(self._link, keys, settings.config.audit)
+        self._entries: deque[AuditEntry] = deque(maxlen=TRAIL)
+        self._last_entry = ""
+        self._trail = Fresh(self._read_trail)
         self._stocked = Fresh(self._read_stock)
         self._flying = Fresh(self._read_flights)
         #: Of the jobs that were listed last: each is in its definition, which may be long and never changes.
@@ -179,18 +203,24 @@ class FarmReader:
 
     async def farm(self) -> FarmNow:
         """Return what runs."""
-        nodes, actors, memory, stocked = await asyncio.gather(
+        nodes, actors, memory, stocked, flights = await asyncio.gather(
             self._presence.nodes(),
             self._presence.actors(),
             self._link.execute("INFO", "memory", may_repeat=True),
             self.stocked(),
+            self.flights(),
         )
+        ops = await self.ops([node.id for node in nodes])
+        working, flying = Counter(actor.node for actor in actors), Counter(flight.node for flight in flights)
         problems, disks = await asyncio.to_thread(lambda: (find_problems(self.settings, nodes, actors), self._disks()))
         config = self.settings.config
         services = (("Redis", config.redis.url), ("S3", config.s3.endpoint), ("Ray", config.ray.address))
         return FarmNow(
             problems=tuple(problems),
-            nodes=tuple(nodes),
+            nodes=tuple(
+                NodeNow(record=node, actors=working[node.id], ops=ops.get(node.id, 0), flights=flying[node.id])
+                for node in nodes
+            ),
             actors=tuple(actors),
             services=services,
             redis_bytes=_info_number(memory, b"used_memory"),
@@ -205,7 +235,7 @@ class FarmReader:
     async def _read_stock(self) -> Stocked:
         stock = await self._collector.stock()
         usage = stock.usage()
-        return Stocked(stock=stock, usage=usage, refs={use.id: use for use in usage.refs})
+        return Stocked(stock=stock, usage=usage, refs={use.id: use for use in usage.refs}, blobs=blobs_of(stock, usage))
 
     async def ref(self, ref_id: RefId) -> RefNow | None:
         """Return one ref; None if it is unknown."""
@@ -232,6 +262,30 @@ class FarmReader:
     async def images(self) -> Sequence[ImageUse]:
         """Return every image, by name."""
         return (await self.stocked()).usage.images
+
+    async def blobs(self) -> Mapping[Digest, BlobUse]:
+        """Return every blob that is present, or that a ref has, by its digest."""
+        return (await self.stocked()).blobs
+
+    async def leases(self) -> Sequence[Lease]:
+        """Return the live leases, those that end first first and those that never do last."""
+        return sorted(
+            (await self.stocked()).stock.leases,
+            key=lambda lease: (lease.expires_wall_s is None, lease.expires_wall_s or 0.0, lease.id),
+        )
+
+    async def trail(self) -> Sequence[AuditEntry]:
+        """Return the newest entries of the audit stream, newest first."""
+        return await self._trail.get()
+
+    async def _read_trail(self) -> Sequence[AuditEntry]:
+        # What was read before is not read again: entries don't change.
+        self._last_entry, new = await self._audit.newest(TRAIL, after=self._last_entry)
+        self._entries.extendleft(new)
+        kept_from_wall_s = await self._collect.now_wall_s() - self.settings.config.audit.retention_s
+        while self._entries and self._entries[-1].wall_s < kept_from_wall_s:
+            self._entries.pop()
+        return list(self._entries)
 
     async def flights(self) -> list[Flight]:
         """Return what is under way, as it was a moment ago."""

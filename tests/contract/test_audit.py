@@ -49,6 +49,29 @@ async def test_what_was_noted_is_told_in_its_order(stores):
     assert [entry.operation for entry in await told(stores, last_s=30.0)] == ["pull"]
 
 
+async def test_the_newest_are_read_without_the_others(redis_farm):
+    """In their order; then only what came since; and what is too old to be told is not."""
+    audit = redis_farm.stores().audit
+
+    async def note(*numbers):
+        audit.note(*(AuditEntry(operation="n", fence=number) for number in numbers))
+        await asyncio.sleep(0)
+
+    async def newest(most, after=""):
+        last, entries = await audit.newest(most, after=after)
+        return last, [entry.fence for entry in entries]
+
+    assert await newest(5) == ("", [])
+    await note(*range(4))
+    last, found = await newest(3)
+    assert found == [1, 2, 3]
+    assert await newest(3, last) == (last, [])
+    await note(4, 5)
+    assert (await newest(9, last))[1] == [4, 5]
+    redis_farm.pass_time(AUDIT.retention_s + 1)
+    assert (await newest(9))[1] == []
+
+
 async def test_more_than_may_be_kept_is_not(stores):
     """The oldest go, about: Redis cuts whole nodes of a stream, of a hundred."""
     for n in range(5):

@@ -14,8 +14,9 @@ from dataclasses import replace
 import pytest
 from starlette.testclient import TestClient
 
+from cluster.audit import AuditEntry, Operation
 from cluster.circuit import BURST_S
-from cluster.config import Config, WebConfig
+from cluster.config import AuditConfig, Config, WebConfig
 from cluster.digest import digest_of
 from cluster.errors import DigestMismatchError, StartError
 from cluster.graph import encode_definition
@@ -29,6 +30,7 @@ from cluster.job import (
     VertexLog,
     VertexState,
 )
+from cluster.lease import LeaseId, blob_resource, image_resource, ref_resource
 from cluster.messages import ActorRecord, NodeRecord, SessionInfo
 from cluster.ports import Slot
 from cluster.progress import LayerPhase, ProgressItem
@@ -41,6 +43,7 @@ from lazyfarm.graph import image, merge
 from lazyfarm.settings import load_running
 from lazyfarm.web.app import ROWS, build_app
 from lazyfarm.web.reading import FarmReader
+from storage.audit import RedisAudit
 from storage.job_events import RedisJobEvents
 from storage.jobs import RedisJobStore
 from storage.presence import Presence
@@ -141,9 +144,9 @@ async def test_the_farm_page_tells_what_runs_and_what_is_wrong(farm):
     for fact in (
         "node n1 is dead",
         "no supervisor runs",
-        "fetch-worker-n0 fetch-worker n0 4711 ● ready".replace("● ", ""),
-        "n0 127.0.0.2 alive",
-        "n2 127.0.0.4 draining",
+        "fetch-worker-n0 ready fetch-worker n0 4711",
+        "n0 alive 127.0.0.2 1 0 0",
+        "n2 draining 127.0.0.4 0 0 0",
         "2 refs, 1 lazy",
         "1 image ",
         "100 B lazy: not pulled",
@@ -210,7 +213,7 @@ async def test_images_flights_registries_and_what_was_avoided(farm):
     assert f"{IMAGE} 100 B 100 B 100 B held" in farm.words("/images")
     assert f"layer {flying[:19]} n1 1 1.0 MiB of 4.0 MiB" in farm.words("/flights")
     assert "Nothing is under way" in farm.words("/flights?q=n9")
-    assert "registry.example reduced 0 of 2 (12) 0" in farm.words("/registries")
+    assert "registry.example avoided reduced 0 of 2 (12) 0" in farm.words("/registries")
     said = farm.words("/avoided?window=6h")
     assert "3.0 MiB not pushed 4 requests that joined another's 5.0 MiB moved" in said
     assert f"{EVIL} 2.0 MiB 0 B 0 B 0 B 3 From" in said
@@ -230,7 +233,7 @@ async def test_figures_of_an_earlier_release_are_shown(farm):
 
 
 async def test_a_registry_tells_of_its_breaker_and_its_quota(farm):
-    """Since when it is given up, why, and when it is tried again; what is left where that is little, for how long."""
+    """Since when it is given up, why, and when it is tried again; what is left, little or enough, for how long."""
     stores = farm.stores()
     for _ in range(BREAKER.failures):
         await stores.limiter.failed(Slot("gone.example"), f"gone.example: {EVIL}")
@@ -249,7 +252,141 @@ async def test_a_registry_tells_of_its_breaker_and_its_quota(farm):
     farm.pass_time(BREAKER.open_s)
     assert "tried again by the next request" in farm.words("/registries?q=gone")
     await stores.limiter.quoted(low, [Quota(remaining=90, limit=100, reset_s=7200.0)])
-    assert "manifest" not in farm.words("/registries?q=low")
+    await eventually(lambda: farm.link.execute("EXISTS", f"{farm.keys.prefix}:enough:low.example"), "it to be told")
+    assert "manifest: 90 of 100 left for 120 min" in farm.words("/registries?q=low")
+
+
+async def test_blobs_lead_to_all_that_became_of_one(farm):
+    """What it is, where it is, who could give it, what stands on it, who brings it, and who had what done with it."""
+    lower, upper = (layer(name).digest for name in ("base", "top"))
+    audit = RedisAudit(farm.link, farm.keys, AuditConfig(), by="n0/fetch-worker")
+    audit.note(
+        AuditEntry(operation=Operation.UNLAZY, outcome="joined", job="4f2a00", credential="5e55", digest=lower),
+        AuditEntry(operation=Operation.FETCH, outcome="failed", digest=upper, error="DigestMismatchError"),
+        AuditEntry(operation=Operation.PRUNE, digest=digest_of(b"gone before")),
+    )
+    await eventually(lambda: farm.link.execute("EXISTS", farm.keys.audit), "the entries to be noted")
+    await farm.stores().flights.join(f"blob:{upper}", worker="n7/x", token="t", ttl_s=600.0)
+
+    assert "1\u20134 of 4 blobs" in farm.words("/blobs")
+    assert f'href="/blobs/{lower}"' in farm.get("/blobs?state=present&q=example/app")
+    assert lower not in farm.get("/blobs?state=lazy")
+    assert "1\u20131 of 1 blob " in farm.words("/blobs?state=manifest")
+    said = farm.words(f"/blobs/{lower}")
+    for fact in ("present", f"blobs/{lower}/", IMAGE, "a layer, held", "unlazy joined", "4f2a00 5e55 n0/fetch-worker"):
+        assert fact in said, said
+    said = farm.words(f"/blobs/{upper}")
+    for fact in ("fetching", "not yet", "running owned by n7", "registry.example /example/app", "DigestMismatchError"):
+        assert fact in said, said
+    assert "State gone" in farm.words(f"/blobs/{digest_of(b'gone before')}")
+    assert "There is no blob" in farm.words(f"/blobs/{digest_of(b'never was')}", status=404)
+
+
+async def test_leases_tell_who_keeps_what_and_until_when(farm):
+    """Those that end first first; what one holds leads to it, in parts where it is much."""
+    stores = farm.stores()
+    many = [blob_resource(digest_of(b"%d" % n)) for n in range(ROWS)]
+    await stores.leases.create(name := LeaseId("pin/of a&b?"), ttl_s=None, labels={"why": EVIL})
+    await stores.leases.attach(name, [*many, ref_resource(chain("base")[0].id), image_resource(IMAGE)])
+
+    page = farm.get("/leases")
+    assert page.index(">driver-1<") < page.index(">pin/of a&amp;b?<")
+    assert "driver-1" not in farm.get("/leases?state=pinned")
+    assert ">driver-1<" in farm.get(f"/leases?q={chain('base')[0].id}")
+    link = html.unescape(re.search(r'href="(/leases/pin[^"]+)"', page)[1])
+    said = farm.words(link)
+    assert f"1\u2013{ROWS} of {ROWS + 2} resources next" in said
+    assert f"why={EVIL}" in said
+    assert f'href="/refs/{chain("base")[0].id}"' in farm.get(f"{link}?page=2")
+    assert f"image {IMAGE}" in farm.words(f"{link}?q=image:")
+    assert "There is no lease nosuch" in farm.words("/leases/nosuch", status=404)
+
+
+async def test_the_audit_trail_is_told_newest_first_for_as_long_as_it_may_be(farm):
+    """Filtered by what was done and by any word; what came since is put before; what is too old is told no more."""
+    audit = RedisAudit(farm.link, farm.keys, AuditConfig())
+
+    async def note(*images):
+        before = await farm.link.execute("XLEN", farm.keys.audit)
+        audit.note(*(AuditEntry(operation=Operation.PULL, image=image, who="driver") for image in images))
+        await eventually(lambda: _is_longer(before), "the entries to be noted")
+
+    async def _is_longer(before):
+        return await farm.link.execute("XLEN", farm.keys.audit) > before
+
+    await note("one:1", EVIL)
+    said = farm.words("/audit?state=pull&q=driver")
+    assert "1\u20132 of 2 entries" in said
+    assert said.index(EVIL) < said.index("one:1")
+    assert "no entry" in farm.words("/audit?state=push")
+    await note("two:2")
+    await eventually(lambda: asyncio.to_thread(lambda: "of 3 entries" in farm.words("/audit")), "it to be read again")
+    said = farm.words("/audit")
+    assert said.index("two:2") < said.index("one:1")
+
+
+async def test_nodes_and_actors_are_filtered_and_come_in_parts(farm):
+    """Each list by itself, and a node leads to all that is there."""
+    presence = Presence(farm.link, farm.keys)
+    await presence.announce_nodes(
+        [NodeRecord(id=f"n{n:03}", ray_id=str(n), address=f"10.0.0.{n}", alive=True) for n in range(ROWS + 1)]
+    )
+    for n in range(ROWS + 2):
+        await presence.announce(
+            ActorRecord(name=f"op-worker-n{n:03}", kind="op-worker", node=f"n{n:03}", pid=n, state="ready")
+        )
+    await farm.stores().flights.join(f"blob:{digest_of(b'x')}", worker="n007/x", token="t", ttl_s=600.0)
+
+    said = farm.words("/")
+    assert f"1\u2013{ROWS} of {ROWS + 1} nodes next" in said
+    assert f"1\u2013{ROWS} of {ROWS + 2} actors next" in said
+    page = farm.get("/?nodes=2")
+    assert 'id="node-n050"' in page
+    assert "op-worker-n000" in page  # the other list stays where it was
+    said = farm.words("/?q=n007")
+    assert "n007 alive 10.0.0.7 1 0 1" in said
+    assert "1\u20131 of 1 actor " in said
+    assert 'href="/flights?q=n007/"' in farm.get("/?q=n007")
+
+
+LISTS = ("/", "/jobs", "/images", "/refs", "/blobs", "/leases", "/flights", "/registries", "/avoided", "/audit")
+
+
+@pytest.mark.parametrize("path", LISTS)
+async def test_every_list_filters_and_links(farm, failed, path):
+    """All rows, then none; and each row leads on."""
+    presence = Presence(farm.link, farm.keys)
+    await presence.announce_nodes([NodeRecord(id="n1", ray_id="1", address="127.0.0.2", alive=True)])
+    await farm.stores().flights.join(f"blob:{layer('top').digest}", worker="n1/x", token="t", ttl_s=600.0)
+    await farm.stores().limiter.throttled(Slot("registry.example"), 0.0)
+    part = Traffic(fetched_bytes=2 << 20)
+    RedisTraffic(farm.link, farm.keys).note(replace(part, registries={"registry.example": part}))
+    RedisAudit(farm.link, farm.keys, AuditConfig()).note(AuditEntry(operation=Operation.PULL, image=IMAGE))
+    await eventually(lambda: farm.link.execute("EXISTS", farm.keys.traffic), "the figures to be noted")
+    await eventually(lambda: farm.link.execute("EXISTS", farm.keys.audit), "the entry to be noted")
+
+    page = farm.get(path)
+    (rows, *_) = re.findall(r"<tbody>(.*?)</tbody>", page, re.DOTALL)
+    assert 'id="filter"' in page
+    assert re.findall(r"<tr>(?!.*?<a [^>]*href=)", rows) == []
+    for address in set(re.findall(r'href="(/[^"]*)"', rows)):
+        farm.get(html.unescape(address))
+    (rows, *_) = re.findall(r"<tbody>(.*?)</tbody>", farm.get(f"{path}?q=nothing-has-this"), re.DOTALL)
+    assert "href=" not in rows
+
+
+async def test_what_was_avoided_at_one_registry_is_plotted_by_itself(farm):
+    """The filter finds registries, and keeps the window."""
+    at = {name: Traffic(not_fetched_bytes=size << 20) for name, size in (("a.example", 3), ("b.example", 5))}
+    RedisTraffic(farm.link, farm.keys).note(Traffic(not_fetched_bytes=9 << 20, registries=at))
+    await eventually(lambda: farm.link.execute("EXISTS", farm.keys.traffic), "the figures to be noted")
+
+    assert "9.0 MiB not pulled, 0 B not pushed" in farm.words("/avoided?window=6h")
+    page = farm.get("/avoided?window=6h&q=b.ex")
+    assert "5.0 MiB not pulled, 0 B not pushed" in page
+    assert "a.example" not in page
+    assert '<input type="hidden" name="window" value="6h">' in page
+    assert 'href="/avoided?window=7d&amp;q=b.ex"' in page
 
 
 def test_what_has_not_changed_is_not_sent_again(farm):
