@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,8 +134,8 @@ class _Pages:
     async def _farm(self, request: Request) -> Response:
         now = await self._reader.farm()
         wanted = _Filter.of(request)
-        nodes = [one for one in now.nodes if wanted.holds(one.record.id, one.record.address, one.record.state)]
-        actors = [one for one in now.actors if wanted.holds(one.name, one.kind, one.node, one.state)]
+        nodes = wanted.among(now.nodes, lambda one: (one.record.id, one.record.address, one.record.state))
+        actors = wanted.among(now.actors, lambda one: (one.name, one.kind, one.node, one.state))
         return self._shown(
             request,
             "farm.html",
@@ -150,11 +150,9 @@ class _Pages:
     async def _refs(self, request: Request) -> Response:
         stocked = await self._reader.stocked()
         wanted = _Filter.of(request)
-        found = [
-            use
-            for use in sorted(stocked.refs.values(), key=lambda use: (-use.last_used_wall_s, use.id))
-            if _is_in_state(use, stocked, wanted.state) and wanted.holds(*_said_of_ref(use, stocked))
-        ]
+        found = wanted.among(
+            stocked.refs.values(), lambda use: _said_of_ref(use, stocked), lambda use: _ref_states(use, stocked)
+        )
         rows = _Rows(found, request)
         states = {use.id: stocked.stock.states[use.id] for use in rows.shown}
         return self._shown(request, "refs.html", "Refs", every_s=_SLOW_S, rows=rows, states=states, choices=_REF_STATES)
@@ -171,23 +169,18 @@ class _Pages:
 
     async def _images(self, request: Request) -> Response:
         wanted = _Filter.of(request)
-        found: list[ImageUse] = [
-            use
-            for use in await self._reader.images()
-            if wanted.allows_any(_image_states(use)) and wanted.holds(use.name)
-        ]
+        found = wanted.among(await self._reader.images(), lambda use: (use.name,), _image_states)
         return self._shown(
             request, "images.html", "Images", every_s=_SLOW_S, rows=_Rows(found, request), choices=_IMAGE_STATES
         )
 
     async def _blobs(self, request: Request) -> Response:
         wanted = _Filter.of(request)
-        found = [
-            blob
-            for blob in (await self._reader.blobs()).values()
-            if wanted.allows_any((blob.state, blob.kind, "held" if blob.is_in_use else "unheld"))
-            and wanted.holds(blob.digest, blob.source, *blob.images)
-        ]
+        found = wanted.among(
+            (await self._reader.blobs()).values(),
+            lambda blob: (blob.digest, blob.source, *blob.images),
+            lambda blob: (blob.state, blob.kind, "held" if blob.is_in_use else "unheld"),
+        )
         return self._shown(
             request, "blobs.html", "Blobs", every_s=_SLOW_S, rows=_Rows(found, request), choices=_BLOB_STATES
         )
@@ -216,12 +209,11 @@ class _Pages:
 
     async def _leases(self, request: Request) -> Response:
         wanted = _Filter.of(request)
-        found = [
-            lease
-            for lease in await self._reader.leases()
-            if wanted.allows("expires" if lease.expires_wall_s else "pinned")
-            and wanted.holds(lease.id, *lease.labels.keys(), *lease.labels.values(), *lease.resources)
-        ]
+        found = wanted.among(
+            await self._reader.leases(),
+            lambda lease: (lease.id, *lease.labels.keys(), *lease.labels.values(), *lease.resources),
+            lambda lease: ("expires" if lease.expires_wall_s else "pinned",),
+        )
         return self._shown(
             request,
             "leases.html",
@@ -237,7 +229,7 @@ class _Pages:
         if lease is None:
             return self._missing(request, f"There is no lease {name}: it lapsed or was let go of, or never was.")
         wanted = _Filter.of(request)
-        held = [tuple(one.partition(":")[::2]) for one in lease.resources if wanted.holds(one)]
+        held = [one.partition(":")[::2] for one in wanted.among(lease.resources, lambda one: (one,))]
         return self._shown(
             request,
             "lease.html",
@@ -250,11 +242,7 @@ class _Pages:
 
     async def _audit(self, request: Request) -> Response:
         wanted = _Filter.of(request)
-        found = [
-            entry
-            for entry in await self._reader.trail()
-            if wanted.allows(entry.operation) and wanted.holds(*_said_of_entry(entry))
-        ]
+        found = wanted.among(await self._reader.trail(), _said_of_entry, lambda entry: (entry.operation,))
         return self._shown(
             request,
             "audit.html",
@@ -268,9 +256,7 @@ class _Pages:
 
     async def _flights(self, request: Request) -> Response:
         wanted = _Filter.of(request)
-        flights = [
-            one for one in await self._reader.flights() if wanted.allows(one.state) and wanted.holds(one.key, one.owner)
-        ]
+        flights = wanted.among(await self._reader.flights(), lambda one: (one.key, one.owner), lambda one: (one.state,))
         return self._shown(
             request,
             "flights.html",
@@ -282,9 +268,7 @@ class _Pages:
 
     async def _registries(self, request: Request) -> Response:
         wanted = _Filter.of(request)
-        found = [
-            one for one in await self._reader.registries() if wanted.allows(one.state) and wanted.holds(one.budget.host)
-        ]
+        found = wanted.among(await self._reader.registries(), lambda one: (one.budget.host,), lambda one: (one.state,))
         return self._shown(
             request,
             "registries.html",
@@ -495,9 +479,16 @@ class _Filter:
         """Tell whether what is in that state is asked for."""
         return self.state in ("", state)
 
-    def allows_any(self, states: Iterable[str]) -> bool:
-        """Tell whether what is in all these states is asked for."""
-        return self.state == "" or self.state in states
+    def among(
+        self,
+        everything: Collection[T],
+        said: Callable[[T], Iterable[str]],
+        states: Callable[[T], Iterable[str]] = lambda _: (),
+    ) -> Sequence[T]:
+        """Return what is asked for: *said* of it are the words, and it is in those *states*. All, where nothing is."""
+        if not (self.words or self.state):
+            return tuple(everything)
+        return [one for one in everything if (not self.state or self.state in states(one)) and self.holds(*said(one))]
 
     def has_vertex(self, vertex: ShownVertex) -> bool:
         """Tell whether a vertex is asked for."""
@@ -569,20 +560,13 @@ def _is_part(request: Request) -> bool:
     return request.headers.get("hx-request") == "true"
 
 
-def _is_in_state(use: RefUse, stocked: Stocked, state: str) -> bool:
-    match state:
-        case "lazy":
-            return stocked.stock.states[use.id].is_lazy
-        case "present":
-            return not stocked.stock.states[use.id].is_lazy
-        case "held":
-            return use.is_in_use
-        case "unheld":
-            return not use.is_in_use
-        case "shared":
-            return use.is_shared
-        case _:
-            return True
+def _ref_states(use: RefUse, stocked: Stocked) -> Iterable[str]:
+    shared = ("shared",) if use.is_shared else ()
+    return (
+        "lazy" if stocked.stock.states[use.id].is_lazy else "present",
+        "held" if use.is_in_use else "unheld",
+        *shared,
+    )
 
 
 def _said_of_ref(use: RefUse, stocked: Stocked) -> Iterable[str]:

@@ -83,6 +83,7 @@ class FarmNow:
     services: tuple[tuple[str, str], ...]
     redis_bytes: int
     usage: Usage
+    lazy_refs: int
     disks: tuple[Disk, ...]
 
 
@@ -92,8 +93,13 @@ class Stocked:
 
     stock: Stock
     usage: Usage
+    #: Most recently used first.
     refs: Mapping[RefId, RefUse]
+    lazy_refs: int
+    #: The biggest first.
     blobs: Mapping[Digest, BlobUse]
+    #: Those that end first first, and those that never do last.
+    leases: Sequence[Lease]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +231,7 @@ class FarmReader:
             services=services,
             redis_bytes=_info_number(memory, b"used_memory"),
             usage=stocked.usage,
+            lazy_refs=stocked.lazy_refs,
             disks=tuple(disks),
         )
 
@@ -235,7 +242,18 @@ class FarmReader:
     async def _read_stock(self) -> Stocked:
         stock = await self._collector.stock()
         usage = stock.usage()
-        return Stocked(stock=stock, usage=usage, refs={use.id: use for use in usage.refs}, blobs=blobs_of(stock, usage))
+        # In order, and counted, once for all who look.
+        refs = sorted(usage.refs, key=lambda use: (-use.last_used_wall_s, use.id))
+        return Stocked(
+            stock=stock,
+            usage=usage,
+            refs={use.id: use for use in refs},
+            lazy_refs=sum(state.is_lazy for state in stock.states.values()),
+            blobs=blobs_of(stock, usage),
+            leases=sorted(
+                stock.leases, key=lambda lease: (lease.expires_wall_s is None, lease.expires_wall_s or 0.0, lease.id)
+            ),
+        )
 
     async def ref(self, ref_id: RefId) -> RefNow | None:
         """Return one ref; None if it is unknown."""
@@ -269,10 +287,7 @@ class FarmReader:
 
     async def leases(self) -> Sequence[Lease]:
         """Return the live leases, those that end first first and those that never do last."""
-        return sorted(
-            (await self.stocked()).stock.leases,
-            key=lambda lease: (lease.expires_wall_s is None, lease.expires_wall_s or 0.0, lease.id),
-        )
+        return (await self.stocked()).leases
 
     async def trail(self) -> Sequence[AuditEntry]:
         """Return the newest entries of the audit stream, newest first."""

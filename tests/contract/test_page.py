@@ -8,7 +8,6 @@ import re
 import socket
 import urllib.error
 import urllib.request
-from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -18,34 +17,19 @@ from cluster.audit import AuditEntry, Operation
 from cluster.circuit import BURST_S
 from cluster.config import AuditConfig, Config, WebConfig
 from cluster.digest import digest_of
-from cluster.errors import DigestMismatchError, StartError
-from cluster.graph import encode_definition
-from cluster.job import (
-    JobId,
-    JobSpec,
-    JobState,
-    LogStream,
-    VertexEvent,
-    VertexLayers,
-    VertexLog,
-    VertexState,
-)
+from cluster.errors import StartError
+from cluster.job import VertexEvent, VertexState
 from cluster.lease import LeaseId, blob_resource, image_resource, ref_resource
-from cluster.messages import ActorRecord, NodeRecord, SessionInfo
+from cluster.messages import ActorRecord, NodeRecord
 from cluster.ports import Slot
-from cluster.progress import LayerPhase, ProgressItem
-from cluster.provider import ProviderHandle
 from cluster.quota import Budget, Quota, RequestKind
 from cluster.ref import RefRecord
 from cluster.traffic import Traffic
-from cluster.wire import encode_error
-from lazyfarm.graph import image, merge
+from lazyfarm.graph import image
 from lazyfarm.settings import load_running
 from lazyfarm.web.app import ROWS, build_app
 from lazyfarm.web.reading import FarmReader
 from storage.audit import RedisAudit
-from storage.job_events import RedisJobEvents
-from storage.jobs import RedisJobStore
 from storage.presence import Presence
 from storage.services.local import LocalServices
 from storage.services.loopback import choose_ports, is_listening
@@ -53,78 +37,28 @@ from storage.services.page import PageService, page_link, page_url
 from storage.services.state_dir import StateDir
 from storage.traffic import RedisTraffic
 from storage.whereabouts import RedisWhereabouts
-from tests.doubles.browser import browser, has_browser
-from tests.doubles.collect import Bench, L, chain, layer
+from tests.doubles.collect import L, chain, layer
 from tests.doubles.observed import eventually
-from tests.doubles.redis import redis_binaries
-from tests.doubles.stores import BREAKER, FarmOfRedis
+from tests.doubles.page import EVIL, IMAGE, TOKEN, paged_farm
+from tests.doubles.stores import BREAKER
 
 pytestmark = pytest.mark.redis
 
-TOKEN = "the-token"
-IMAGE = "docker.io/example/app:1"
-SOURCE = ProviderHandle(registry="registry.example", repository="example/app")
-#: What a name may be that somebody else chose.
-EVIL = '"><script>alert(1)</script>'
+#: Of a page that looks again.
 PART = {"hx-request": "true"}
-
-
-class PagedFarm(FarmOfRedis):
-    """A farm whose page is asked."""
-
-    client: TestClient
-
-    @property
-    def link(self):
-        return self.links[0]
-
-    def get(self, path, *, status=200, **headers):
-        answer = self.client.get(path, headers=headers)
-        assert answer.status_code == status, answer.text
-        return answer.text
-
-    def words(self, path, **options):
-        """Return what a page says, without its marks."""
-        return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", self.get(path, **options))).split())
-
-    async def submit(self, name, graph):
-        definition = graph.definition()
-        payload = encode_definition(definition)
-        spec = JobSpec(
-            id=JobId(name),
-            definition=digest_of(payload),
-            targets=definition.targets,
-            session=SessionInfo(session_id="s"),
-        )
-        await RedisJobStore(self.link, self.keys).submit(spec, payload)
-        return definition
-
-    async def tell(self, job, *events):
-        await RedisJobEvents(self.link, self.keys).publish(JobId(job), events)
-
-    async def end(self, job, state, error=b""):
-        store = RedisJobStore(self.link, self.keys)
-        (claimed,) = [c for c in await store.claim("s0", ttl_s=60.0, most=9) if c.claim.job == job]
-        await store.end(claimed.claim, state, error=error)
 
 
 @pytest.fixture
 async def farm(redis_servers, tmp_path):
     """A farm with an image of two layers, the lower one present; a driver holds it."""
-    farm = PagedFarm(redis_servers(next(iter(redis_binaries()))).config, tmp_path / "state")
-    stores = farm.stores()
-    bench = Bench(stores)
-    await bench.pull(IMAGE, "base", "top")
-    await stores.refs.add_providers(layer("top").digest, [SOURCE])
-    await bench.fetch(layer("base").digest)
-    reader = FarmReader(load_running(farm.state_dir, {}))
-    with TestClient(
-        build_app(reader, token=TOKEN, cookie="c"),
-        base_url="http://127.0.0.1",
-        headers={"authorization": f"Bearer {TOKEN}"},
-    ) as farm.client:
+    async with paged_farm(redis_servers, tmp_path) as farm:
         yield farm
-    await farm.close()
+
+
+@pytest.fixture
+async def failed(farm):
+    """A job whose image's layer came wrong; its command had said something before."""
+    return await farm.fail_a_build()
 
 
 # -- pages ----------------------------------------------------------------------------------------------------
@@ -438,34 +372,6 @@ def told(stream):
     return "\n".join(line.removeprefix("data: ") for block in changes for line in block.split("\n")[1:]), end
 
 
-def fetching(vertex, phase, current=0, detail=""):
-    item = ProgressItem(
-        item=f"fetch:{layer('top').digest}", phase=phase, current_bytes=current, total_bytes=4 << 20, detail=detail
-    )
-    return VertexLayers(vertex=vertex, item=item)
-
-
-@pytest.fixture
-async def failed(farm):
-    """A job whose image's layer came wrong; its command had said something before."""
-    graph = image(IMAGE).named("FROM app").run("make").named(f"RUN make {EVIL}")
-    definition = await farm.submit("4f2a00", graph)
-    base, run = definition.order
-    error = encode_error(DigestMismatchError("sha256:1", "sha256:2", f"registry.example/{EVIL}"))
-    await farm.tell(
-        "4f2a00",
-        VertexEvent(vertex=base, name="FROM app", state=VertexState.RUNNING),
-        fetching(base, LayerPhase.FETCHING, 1 << 20),
-        VertexEvent(vertex=run, name=f"RUN make {EVIL}", state=VertexState.RUNNING),
-        VertexLog(vertex=run, stream=LogStream.STDOUT, text=f"one\n{EVIL}\n\x1b[31mred\x1b[0m\n"),
-        fetching(base, LayerPhase.FAILED, 2 << 20, detail="served other bytes"),
-        VertexEvent(vertex=base, name="FROM app", state=VertexState.FAILED, error=error),
-        VertexEvent(vertex=run, name=f"RUN make {EVIL}", state=VertexState.CANCELLED),
-    )
-    await farm.end("4f2a00", JobState.FAILED, error)
-    return definition
-
-
 def test_jobs_are_listed_filtered_and_found_by_their_beginning(farm, failed):
     """As on the command line."""
     assert "4f2a00 failed" in farm.words("/jobs?state=failed&q=make")
@@ -582,72 +488,3 @@ def test_a_port_that_is_taken_is_said(farm):
                 page.start(WebConfig(port=port), "d")
         finally:
             page.stop()
-
-
-# -- as big as it gets ----------------------------------------------------------------------------------------
-
-#: What the document has of elements, and what of them was put in or changed since it was asked to look.
-ELEMENTS = "document.querySelectorAll('*').length"
-WATCH = """
-window.touched = 0;
-new MutationObserver(changes => {
-    for (const {addedNodes} of changes) {
-        window.touched += 1;
-        for (const node of addedNodes) window.touched += node.querySelectorAll?.("*").length ?? 0;
-    }
-}).observe(document.body, {subtree: true, childList: true, attributes: true, characterData: true});
-"""
-
-
-@asynccontextmanager
-async def looking(farm):
-    """Open the page of its own process in a browser; what a script complains of fails the test."""
-    page = PageService(StateDir(farm.state_dir))
-    await asyncio.to_thread(page.start, WebConfig(), "d")
-    try:
-        async with browser() as running, running.tab() as tab:
-            await tab.open(page_link(farm.state_dir))
-            yield tab
-            assert tab.complaints == []
-    finally:
-        await asyncio.to_thread(page.stop)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not has_browser(), reason="there is no chromium")
-async def test_ten_thousand_refs_and_a_thousand_vertices_stay_smooth(farm):
-    """A browser holds no more of 10,000 refs than of a hundred; news of one step touches that step, not a thousand."""
-    stores = farm.stores()
-    definition = await farm.submit("big", merge([image(IMAGE).run(f"echo {n}") for n in range(998)]))
-    assert len(definition.order) == 1000
-    vertices = definition.order
-    await farm.tell("big", *(VertexEvent(vertex=one, name="RUN", state=VertexState.WAITING) for one in vertices))
-
-    async def add(numbers):
-        many = [RefRecord.over(layer(f"one-{n}"), None, "example/many:1") for n in numbers]
-        for start in range(0, len(many), 1000):
-            await stores.refs.get_or_create(many[start : start + 1000], {}, lease_id=L)
-
-    await add(range(100))
-    async with looking(farm) as tab:
-        await tab.open(page_url(farm.state_dir) + "/refs")
-        few = await tab.ask(ELEMENTS)
-        await add(range(100, 10_000))
-        async with asyncio.timeout(60):
-            # What others look at just now is read once for all: the first answer may be a little old.
-            while "of 10002 refs" not in " ".join((await tab.text()).split()):
-                await tab.open(page_url(farm.state_dir) + "/refs")
-        assert await tab.ask(ELEMENTS) <= few + 10
-        await tab.ask(WATCH)
-        await tab.press("/", text="/")
-        await tab.call("Input.insertText", text=layer("one-7777").digest)
-        await tab.until("document.querySelectorAll('tbody tr').length === 1")
-        assert await tab.ask("touched") < few
-
-        await tab.open(page_url(farm.state_dir) + "/jobs/big")
-        assert await tab.ask("document.querySelectorAll('.vertex').length") == 1000
-        assert await tab.ask(ELEMENTS) < 20 * 1000
-        await tab.ask(WATCH)
-        await farm.tell("big", VertexEvent(vertex=vertices[500], name="RUN", state=VertexState.RUNNING))
-        await tab.until("document.querySelectorAll('.vertex.running').length === 1")
-        assert 0 < await tab.ask("touched") < 100
