@@ -12,10 +12,15 @@ if TYPE_CHECKING:
     from cluster.audit import AuditEntry
     from lazyfarm.cli import documents
 
+#: Fields of an entry to what documents call the like.
+_NAMED = {"size_bytes": "size", "moved_bytes": "bytes", "wall_s": "time", "error": "error_type"}
+
 
 def audit_document(entry: AuditEntry) -> documents.AuditEntry:
-    """Return an entry for programs: every field, under its own name."""
-    told: documents.AuditEntry = asdict(entry)  # type: ignore[assignment]  # tests compare their fields
+    """Return an entry for programs: every field, those with a unit named as in all documents."""
+    told: documents.AuditEntry = {  # type: ignore[assignment]  # tests compare their fields
+        _NAMED.get(name, name): value for name, value in asdict(entry).items()
+    }
     return told
 
 

@@ -258,7 +258,7 @@ class FetchedLayer(TypedDict):
 
     digest: Digest
     source: Annotated[str, Field(description="registry and repository, or `present`: it was there")]
-    bytes_fetched: Bytes
+    bytes: Annotated[Bytes, Field(description="that this call fetched")]
     seconds: Seconds
     joined: Annotated[bool, Field(description="another call's fetch was waited for")]
 
@@ -611,8 +611,8 @@ class LayerWait(TypedDict):
     current: Bytes
     total: Bytes
     rate: BytesPerSecond
-    left_s: Seconds | None
-    lease_left_s: Annotated[float, Field(description="seconds within which another takes over if the owner dies")]
+    left: Seconds | None
+    lease_left: Annotated[float, Field(description="seconds within which another takes over if the owner dies")]
     waiters: Count
     asked_by: list[Asker]
 
@@ -637,12 +637,12 @@ class AuditEntry(TypedDict):
     ref: str
     image: str
     source: Annotated[str, Field(description="where it came from, or went")]
-    size_bytes: Bytes
-    moved_bytes: Bytes
+    size: Bytes
+    bytes: Annotated[Bytes, Field(description="that this very step moved")]
     seconds: Seconds
     fence: Annotated[int, Field(description="number of the flight's owner; 0: none")]
-    error: Annotated[str, Field(description="type of the error")]
-    wall_s: WallTime
+    error_type: Annotated[str, Field(description="empty: it did not fail")]
+    time: WallTime
 
 
 class LayerStory(LayerWait):
@@ -755,7 +755,7 @@ class VertexTold(TypedDict):
     name: str
     state: VertexStateName
     node: NotRequired[str]
-    error: NotRequired[Problem]
+    failure: NotRequired[Problem]
     time: WallTime
 
 
@@ -794,8 +794,8 @@ class LayerTold(TypedDict):
     digest: Digest
     node: NotRequired[str]
     phase: Annotated[str, _one_of(LayerPhase)]
-    current_bytes: Bytes
-    total_bytes: Bytes
+    current: Bytes
+    total: Bytes
     detail: NotRequired[str]
     time: WallTime
 
@@ -805,7 +805,7 @@ class EndTold(TypedDict):
 
     event: Literal["end"]
     state: JobStateName
-    error: NotRequired[Problem]
+    failure: NotRequired[Problem]
     time: WallTime
 
 

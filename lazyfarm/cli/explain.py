@@ -254,8 +254,8 @@ def _document(layer: LayerWait) -> documents.LayerWait:
         "current": layer.current_bytes,
         "total": layer.total_bytes,
         "rate": layer.rate,
-        "left_s": layer.left_s,
-        "lease_left_s": layer.lease_left_s,
+        "left": layer.left_s,
+        "lease_left": layer.lease_left_s,
         "waiters": layer.waiters,
         "asked_by": [{"job": waiting.job, "vertex": waiting.vertex} for waiting in layer.asked_by],
     }

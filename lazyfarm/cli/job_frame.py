@@ -12,7 +12,8 @@ from rich.text import Text
 from cluster.job import JobEvent, JobState, VertexState
 from cluster.progress import LayerPhase
 from lazyfarm.cli.human import count, short, size
-from lazyfarm.cli.job_view import JobView, LayerView, VertexView, one_line, read_error, repeat, visible
+from lazyfarm.cli.job_view import JobView, LayerView, VertexView, read_error, repeat
+from lazyfarm.cli.terminal import one_line, visible
 
 #: Columns that the longest seconds take, with a space before them.
 _SECONDS_WIDTH = 8
@@ -162,7 +163,7 @@ class JobFrame:
         if len(shown) > layers > 0:
             lines.append(_Line(f" => => and {count(len(shown) - layers, 'more layer')}", "dim"))
         if vertex.state is VertexState.RUNNING and logs:
-            said = [visible(line.text) for line in vertex.tail]
+            said = [visible(line.text).expandtabs() for line in vertex.tail]
             lines += [_Line(f" => => # {line}", "dim") for line in said[-logs:]]
         return lines
 

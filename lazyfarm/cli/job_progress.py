@@ -31,12 +31,12 @@ from lazyfarm.cli.job_view import (
     LogLine,
     VertexView,
     at,
-    one_line,
     read_error,
     repeat,
     split_item,
 )
 from lazyfarm.cli.output import Output
+from lazyfarm.cli.terminal import one_line, visible, wants_colours
 
 if TYPE_CHECKING:
     from lazyfarm.cli import documents
@@ -123,7 +123,12 @@ def document(event: JobEvent) -> dict[str, object]:
     match event:
         case VertexEvent():
             told = {"event": "vertex", "vertex": event.vertex, "name": event.name, "state": event.state.value}
-            return {**told, **({"node": event.node} if event.node else {}), **_error(event.error), "time": event.wall_s}
+            return {
+                **told,
+                **({"node": event.node} if event.node else {}),
+                **_failure(event.error),
+                "time": event.wall_s,
+            }
         case VertexLog():
             told = {"event": "log", "vertex": event.vertex, "stream": event.stream.value, "text": event.text}
             return {**told, "time": event.wall_s}
@@ -138,15 +143,15 @@ def document(event: JobEvent) -> dict[str, object]:
                 "digest": subject,
                 **({"node": node} if node else {}),
                 "phase": item.phase.value,
-                "current_bytes": item.current_bytes,
-                "total_bytes": item.total_bytes,
+                "current": item.current_bytes,
+                "total": item.total_bytes,
                 **({"detail": item.detail} if item.detail else {}),
                 "time": event.wall_s,
             }
         case JobWarning():
             return {"event": "warning", "text": event.text, "time": event.wall_s}
         case JobEnded():
-            return {"event": "end", "state": event.state.value, **_error(event.error), "time": event.wall_s}
+            return {"event": "end", "state": event.state.value, **_failure(event.error), "time": event.wall_s}
 
 
 def error_document(payload: bytes) -> documents.Problem | None:
@@ -157,9 +162,9 @@ def error_document(payload: bytes) -> documents.Problem | None:
     return {"type": type(error).__name__, "message": str(error), "hint": error.hint}
 
 
-def _error(payload: bytes) -> Mapping[str, object]:
+def _failure(payload: bytes) -> Mapping[str, object]:
     told = error_document(payload)
-    return {} if told is None else {"error": told}
+    return {} if told is None else {"failure": told}
 
 
 # -- lines ----------------------------------------------------------------------------------------------
@@ -170,6 +175,7 @@ class PlainProgress:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._colours = wants_colours(stream)
         self._view = JobView()
         #: Vertices whose name was said.
         self._named: set[int] = set()
@@ -218,7 +224,7 @@ class PlainProgress:
                 pass
 
     def _log(self, vertex: VertexView, line: LogLine) -> None:
-        self._say(vertex, f"{at(line.at_s)} {line.text}")
+        self._say(vertex, f"{at(line.at_s)} {visible(line.text, colours=self._colours)}")
 
     def _say(self, vertex: VertexView, text: str) -> None:
         self._stream.write(f"#{vertex.number} {text}\n")

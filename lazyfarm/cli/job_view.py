@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -22,15 +21,12 @@ from cluster.job import (
 )
 from cluster.progress import LayerPhase, ProgressItem
 from lazyfarm.cli.human import short
+from lazyfarm.cli.terminal import one_line, visible
 
 #: Lines that are kept of what a vertex said, for its display and for when it fails.
 TAIL_LINES = 10
 #: A line that doesn't end is cut here, so that nothing grows without bound.
 _MAX_LINE_CHARS = 1 << 16
-
-# Sequences that move the cursor, set colours or titles (ECMA-48), and characters that are none.
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +98,7 @@ class VertexView:
     @property
     def label(self) -> str:
         """Return what people call it, in one line."""
-        return " ".join(self.name.split()) or short(self.digest)
+        return one_line(self.name) or short(self.digest)
 
     def settle(self, wall_s: float) -> None:
         """Take the time at which it became busy, or no longer is."""
@@ -264,9 +260,9 @@ def read_error(payload: bytes) -> ClusterError | None:
 def last_words(vertex: VertexView) -> list[str]:
     """Return what a vertex that failed said last, each line with its time, as far as that is known."""
     if vertex.tail:
-        return [f"{at(line.at_s)} {line.text}" for line in vertex.tail]
+        return [f"{at(line.at_s)} {visible(line.text)}" for line in vertex.tail]
     error = read_error(vertex.error)
-    return list(error.last_lines) if isinstance(error, ProcessFailedError) else []
+    return [visible(line) for line in error.last_lines] if isinstance(error, ProcessFailedError) else []
 
 
 def at(seconds: float) -> str:
@@ -278,16 +274,4 @@ def at(seconds: float) -> str:
 def repeat(vertex: VertexView) -> list[str]:
     """Return the last that a vertex said before it failed, to stand where people look first: at the end."""
     said = last_words(vertex)
-    return ["------", f" > {vertex.label}:", *(visible(line) for line in said), "------"] if said else []
-
-
-def visible(line: str) -> str:
-    """Return a line as a terminal would leave it, without what moves its cursor or changes its colours."""
-    shown = _ESCAPES.sub("", line)
-    overwritten = [part for part in shown.split("\r") if part]
-    return _CONTROLS.sub("", overwritten[-1].expandtabs()) if overwritten else ""
-
-
-def one_line(text: str) -> str:
-    """Return a text of several lines as one."""
-    return " ".join(text.split())
+    return ["------", f" > {vertex.label}:", *(line.expandtabs() for line in said), "------"] if said else []

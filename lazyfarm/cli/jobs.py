@@ -13,9 +13,10 @@ from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import count, duration
 from lazyfarm.cli.job_progress import error_document
-from lazyfarm.cli.job_view import JobView, LogLine, VertexView, at, one_line
+from lazyfarm.cli.job_view import JobView, LogLine, VertexView, at
 from lazyfarm.cli.options import JobArgument, JsonOption, StateDirOption, command_app, example
 from lazyfarm.cli.output import Output
+from lazyfarm.cli.terminal import one_line, visible, wants_colours
 
 if TYPE_CHECKING:
     from cluster.job import JobRecord
@@ -113,14 +114,18 @@ def show_logs(
         typer.Option(
             "--vertex",
             metavar="STEP",
-            help="Only what one step said, and as it said it: its number, part of its name, or its digest.",
+            help="Only what one step said, with nothing before its lines: its number, part of its name, or its digest.",
             show_default=False,
         ),
     ] = None,
     state_dir: StateDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what a job's commands said, each line with the number of its step."""
+    """Print what a job's commands said, each line with the number of its step.
+
+    Colours of theirs are kept on a terminal, other control sequences nowhere; of a line that was written over, such as
+    a progress bar, its last state is told. With --json all is as it was said.
+    """
     with reporting(as_json=as_json, state_dir=state_dir) as out:
         settings = parts.running_settings(state_dir)
         logs = JobLogs(out, vertex)
@@ -163,6 +168,7 @@ class JobLogs:
         """Print to *out*; *wanted*: what one step is called, None for all."""
         self._out = out
         self._wanted = wanted
+        self._colours = wants_colours(out.stdout)
         self._view = JobView()
         self._named: set[int] = set()
         self._has_found = wanted is None
@@ -197,13 +203,14 @@ class JobLogs:
 
     def _print(self, vertex: VertexView, lines: list[LogLine]) -> None:
         for line in lines:
+            text = visible(line.text, colours=self._colours)
             if self._wanted is not None:
-                self._out.line(line.text)
+                self._out.line(text, colours=self._colours)
                 continue
             if vertex.number not in self._named:
                 self._named.add(vertex.number)
                 self._out.line(f"#{vertex.number} {vertex.label}")
-            self._out.line(f"#{vertex.number} {at(line.at_s)} {line.text}")
+            self._out.line(f"#{vertex.number} {at(line.at_s)} {text}", colours=self._colours)
 
     def _is_wanted(self, vertex: VertexView) -> bool:
         wanted = self._wanted

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TextIO
 
+from lazyfarm.cli.terminal import one_line, visible
+
 _Rows = Sequence[Sequence[str]]
 
 
@@ -36,10 +38,10 @@ class Output:
         if self.as_json:
             self._write(self.stdout, json.dumps(document, ensure_ascii=False))
 
-    def line(self, text: str) -> None:
-        """Print a line for people."""
+    def line(self, text: str, *, colours: bool = False) -> None:
+        """Print a line for people. What it quotes doesn't steer their terminal; *colours* of its own may stay."""
         if not self.as_json:
-            self._write(self.stdout, text)
+            self._write(self.stdout, "\n".join(visible(line, colours=colours) for line in text.split("\n")))
 
     def table(self, headers: Sequence[str], rows: _Rows, *, numbers: Sequence[str] = ()) -> None:
         """Print a table for people; columns named in *numbers* are aligned to the right.
@@ -56,7 +58,7 @@ class Output:
 
     def error(self, type_name: str, message: str, hint: str) -> None:
         """Print an error: one line on stderr, or the error document on stdout."""
-        message, hint = _one_line(message), _one_line(hint)
+        message, hint = one_line(message), one_line(hint)
         if self.as_json:
             self.document({"error": {"type": type_name, "message": message, "hint": hint}})
         else:
@@ -77,7 +79,3 @@ def _aligned(rows: _Rows, is_number: Sequence[bool]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -13,9 +13,9 @@ from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.driving import run_to_end
 from lazyfarm.cli.human import count, duration, short, size
-from lazyfarm.cli.job_view import one_line
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
 from lazyfarm.cli.output import Output
+from lazyfarm.cli.terminal import one_line
 
 if TYPE_CHECKING:
     from cluster.job import JobRecord

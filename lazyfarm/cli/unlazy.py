@@ -61,7 +61,7 @@ def document(result: UnlazyResult) -> documents.Unlazied:
             {
                 "digest": layer.digest,
                 "source": layer.source,
-                "bytes_fetched": layer.bytes_fetched,
+                "bytes": layer.bytes_fetched,
                 "seconds": layer.seconds,
                 "joined": layer.joined,
             }

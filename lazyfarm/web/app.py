@@ -29,7 +29,8 @@ from cluster.ref import RefId
 from cluster.traffic import Traffic
 from lazyfarm.cli.human import count, duration, short, size
 from lazyfarm.cli.job_progress import describe
-from lazyfarm.cli.job_view import LogLine, at, read_error, visible
+from lazyfarm.cli.job_view import LogLine, at, read_error
+from lazyfarm.cli.terminal import visible
 from lazyfarm.web import graph, plot
 from lazyfarm.web.guard import Guard
 from lazyfarm.web.job import LOG_LINES, JobStory, ShownVertex

@@ -12,7 +12,7 @@ from cluster.graph import Definition, Vertex
 from cluster.job import JobEnded, JobEvent, JobState, JobWarning, VertexState
 from cluster.progress import LayerPhase
 from lazyfarm.cli.human import short
-from lazyfarm.cli.job_view import JobView, LayerView, LogLine, VertexView, last_words, read_error, visible
+from lazyfarm.cli.job_view import JobView, LayerView, LogLine, VertexView, last_words, read_error
 from lazyfarm.web.graph import Layout, Place, lay_out
 
 #: Lines that are shown of what one vertex said; the command line has them all.
@@ -132,7 +132,7 @@ class JobStory:
             busy_s=vertex.busy_s(now_wall_s),
             is_busy=vertex.is_busy,
             layers=tuple(vertex.layers.values()),
-            lines=tuple(visible(line) for line in last_words(vertex)) if is_told else (),
+            lines=tuple(last_words(vertex)) if is_told else (),
             error=read_error(vertex.error),
             place=self.layout.places.get(digest),
         )

@@ -180,11 +180,11 @@ def test_unlazy_says_what_it_fetched_and_what_was_there(farm, registry_server, p
         assert set(result) == {"ref", "layers"}
         assert result["ref"] == told["ref"]
         assert [layer["digest"] for layer in result["layers"]] == [layer.digest for layer in image.layers]
-        assert all(set(x) == {"digest", "source", "bytes_fetched", "seconds", "joined"} for x in result["layers"])
-    assert [layer["bytes_fetched"] for layer in first["layers"]] == [len(layer.data) for layer in image.layers]
+        assert all(set(x) == {"digest", "source", "bytes", "seconds", "joined"} for x in result["layers"])
+    assert [layer["bytes"] for layer in first["layers"]] == [len(layer.data) for layer in image.layers]
     # Any repository will do that has it, also the one that it was pushed to.
     assert {layer["source"].partition("/cli/")[0] for layer in first["layers"]} == {registry_server.host}
-    assert {(x["source"], x["bytes_fetched"], x["joined"]) for x in second["layers"]} == {("present", 0, False)}
+    assert {(x["source"], x["bytes"], x["joined"]) for x in second["layers"]} == {("present", 0, False)}
     assert layer_gets(registry_server, image) == len(image.layers)
     shown = farm.cli_json("refs", "show", told["ref"])
     assert (shown["lazy"], shown["state"]) == (False, "present")
@@ -256,8 +256,8 @@ def test_a_second_caller_joins_the_flight_of_the_first(farm, registry, registry_
         told = [json.loads(process.communicate(timeout=60)[0])["layers"][0] for process in (first, second)]
     owner, joiner = sorted(told, key=lambda layer: layer["joined"])
     size = len(image.layers[0].data)
-    assert (owner["joined"], owner["bytes_fetched"]) == (False, size)
-    assert (joiner["joined"], joiner["bytes_fetched"]) == (True, 0)
+    assert (owner["joined"], owner["bytes"]) == (False, size)
+    assert (joiner["joined"], joiner["bytes"]) == (True, 0)
     assert registry_proxy.blob_bytes[image.layers[0].digest] == size
 
 

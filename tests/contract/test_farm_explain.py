@@ -180,7 +180,7 @@ def test_the_audit_stream_is_exported_as_json_lines(farm):
 
     everything = lines("--since", "1h")
     assert [entry["operation"] for entry in everything] == ["pull", "pull", "fetch", "unlazy", "unlazy", "delete"]
-    assert [entry["wall_s"] for entry in everything] == sorted(entry["wall_s"] for entry in everything)
+    assert [entry["time"] for entry in everything] == sorted(entry["time"] for entry in everything)
     assert [entry["outcome"] for entry in lines("--job", "j1")] == ["joined"]
     assert lines("--digest", GONE[:20]) == everything[-1:]
     assert lines("--operation", "fetch") == everything[2:3]

@@ -45,7 +45,7 @@ from lazyfarm.cli import down as down_command
 from lazyfarm.cli import driving, parts, up
 from lazyfarm.cli.audit_lines import audit_document
 from lazyfarm.cli.boundary import EXIT_ERROR, EXIT_INTERRUPTED
-from lazyfarm.cli.documents import DOCUMENTS, EXIT_STATUSES
+from lazyfarm.cli.documents import DOCUMENTS, EXIT_STATUSES, PROGRESS, schema
 from lazyfarm.cli.human import duration, short, size
 from lazyfarm.cli.layers import LiveLayers, PlainLayers
 from lazyfarm.cli.main import app
@@ -329,7 +329,7 @@ def test_unlazy_tells_where_each_layer_came_from(farm):
             {
                 "digest": TOP.record.blob.digest,
                 "source": "registry-1.docker.io/library/debian",
-                "bytes_fetched": 20 * MIB,
+                "bytes": 20 * MIB,
                 "seconds": 1.5,
                 "joined": False,
             }
@@ -776,6 +776,26 @@ def test_exit_statuses_are_those_that_the_reference_tells():
 def test_no_shape_is_of_a_command_that_is_not_there():
     """The list of documents and the list of commands are the same."""
     assert set(DOCUMENTS) == set(commands())
+
+
+def properties(part):
+    """Yield every key that a schema names, with its own schema."""
+    if isinstance(part, dict):
+        yield from part.get("properties", {}).items()
+        for below in part.values():
+            yield from properties(below)
+    elif isinstance(part, list):
+        for below in part:
+            yield from properties(below)
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "progress"])
+def test_keys_of_documents_are_named_alike(name):
+    """No unit in a name: bytes and seconds are what all have; `error` is the command's own, `failure` all others'."""
+    for key, _ in properties(schema({**DOCUMENTS, "progress": PROGRESS}[name])):
+        assert not key.endswith(("_bytes", "_s", "_seconds")), key
+        assert not key.startswith("bytes_"), key
+        assert key != "error"
 
 
 def test_an_audit_entry_is_told_with_every_field():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 from contextlib import asynccontextmanager
@@ -18,7 +19,9 @@ from cluster.graph import encode_definition
 from cluster.job import JobId, JobSpec, JobState, LogStream, VertexEvent, VertexLog, VertexState
 from cluster.messages import SessionInfo
 from lazyfarm.cli import parts
+from lazyfarm.cli.jobs import JobLogs
 from lazyfarm.cli.main import app
+from lazyfarm.cli.output import Output
 from lazyfarm.graph import image
 from lazyfarm.jobs import FarmJobs
 from lazyfarm.records import JobDetails
@@ -240,6 +243,31 @@ def test_logs_of_one_step_are_as_it_said_them(wanted, farm):
     """Nothing is put before its lines."""
     farm.run_and_fail("aa1")
     assert run("jobs", "logs", "--vertex", wanted, "aa1").stdout == "gcc -c main.c\nwarning\nmain.c: \n"
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "variable", "shown"),
+    [
+        (True, "", "\x1b[32m100%\x1b[0m"),
+        (True, "NO_COLOR", "100%"),
+        (False, "FORCE_COLOR", "100%"),
+    ],
+)
+def test_logs_do_not_steer_who_reads_them(is_terminal, variable, shown, monkeypatch):
+    """Of a progress bar the last state, after its time; colours on a terminal that wants them, else nothing."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    stdout = io.StringIO()
+    monkeypatch.setattr(stdout, "isatty", lambda: is_terminal)
+    out = Output(as_json=False)
+    out.stdout = stdout
+    text = "\x1b]0;mine\x07 50%\r\x1b[32m100%\n"
+    JobLogs(out, None)(VertexLog(vertex=MAKE, stream=LogStream.STDOUT, text=text, wall_s=1.0))
+    assert stdout.getvalue().splitlines()[-1].endswith(f" {shown}")
+    assert stdout.getvalue().count("\x1b") == shown.count("\x1b")
 
 
 def test_logs_of_no_step_are_an_error(farm):

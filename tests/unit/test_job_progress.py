@@ -27,9 +27,10 @@ from cluster.progress import LayerPhase, ProgressItem
 from lazyfarm.cli.human import short
 from lazyfarm.cli.job_frame import JobFrame, StoreTime
 from lazyfarm.cli.job_progress import JsonProgress, LiveProgress, PlainProgress, check_mode, showing
-from lazyfarm.cli.job_view import JobView, at, visible
+from lazyfarm.cli.job_view import JobView, at
 from lazyfarm.cli.layers import watching
 from lazyfarm.cli.output import Output
+from lazyfarm.cli.terminal import visible
 
 MIB = 1 << 20
 T = 1_700_000_000.0
@@ -250,18 +251,18 @@ def test_json_is_one_object_a_line():
     documents = [json.loads(line) for line in told.getvalue().splitlines()]
     assert len(documents) == len(BUILD)
     assert {document["event"]: document.keys() for document in documents} == {
-        "vertex": {"event", "vertex", "name", "state", "error", "time"},
+        "vertex": {"event", "vertex", "name", "state", "failure", "time"},
         "log": {"event", "vertex", "stream", "text", "time"},
-        "layer": {"event", "vertex", "work", "digest", "node", "phase", "current_bytes", "total_bytes", "time"},
-        "end": {"event", "state", "error", "time"},
+        "layer": {"event", "vertex", "work", "digest", "node", "phase", "current", "total", "time"},
+        "end": {"event", "state", "failure", "time"},
     }
-    assert documents[-1]["error"] == {
+    assert documents[-1]["failure"] == {
         "type": "ProcessFailedError",
         "message": "'make' ended with exit code 2",
         "hint": ProcessFailedError((), 2, ()).hint,
     }
     assert (documents[0]["state"], documents[0]["time"]) == ("waiting", T)
-    assert "error" not in documents[0]
+    assert "failure" not in documents[0]
 
 
 def test_json_tells_what_went_wrong_with_a_layer():
@@ -502,11 +503,28 @@ def test_a_mode_that_cannot_be_is_wrong_usage(mode, as_json):
         ("a\rb\r", "b"),
         ("\x9b", ""),
         ("\x1b(B", ""),
+        ("a\x1b[2", "a"),
+        ("\x1b\x1b(B[2J", "[2J"),
+        ("a\tb", "a\tb"),
     ],
 )
 def test_lines_cannot_disturb_the_frame(line, shown):
-    """Colours, cursor movements and titles are left out."""
+    """Colours, cursor movements and titles are left out; what is left makes no other one."""
     assert visible(line) == shown
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("\x1b[1;31mred", "\x1b[1;31mred\x1b[0m"),
+        ("\x1b[2J\x1b[31m 1%\r\x1b[32m100%\x1b[0m", "\x1b[32m100%\x1b[0m"),
+        ("\x1b[\x1b(B31mno colour", "31mno colour"),
+        ("\x9b31m", ""),
+    ],
+)
+def test_colours_may_be_kept_and_nothing_else(line, shown):
+    """They end with their line, whatever the command meant."""
+    assert visible(line, colours=True) == shown
 
 
 def test_a_view_counts_what_has_its_result():
