@@ -11,6 +11,7 @@ from cluster.cache.names import find_ref
 from cluster.collect.sweep import QUARANTINE_PREFIX
 from cluster.collect.verify import Verified, batches
 from cluster.digest import Digest
+from cluster.drain import taking_work
 from cluster.errors import ActorLostError, ClusterError, InvalidArgumentError, NodeNotFoundError, first_error
 from cluster.messages import NodeRecord, VerifyRequest
 from cluster.ports import ObjectInfo, RefStore
@@ -65,9 +66,8 @@ class FarmVerify:
         wanted = await self._wanted(names) if names else None
         blobs = [blob for blob in await self._store.blobs() if wanted is None or blob.digest in wanted]
         work = batches(blobs, most=_BATCH, most_bytes=_BATCH_BYTES)
-        nodes = [node.id for node in await self._nodes() if node.alive]
-        if not nodes:
-            raise NodeNotFoundError("any")
+        # One that drains reads nothing new, and nobody but itself could read its copies: they go, or it comes back.
+        nodes = taking_work(await self._nodes())
         total = Verified()
 
         async def call(node: str, batch: Sequence[BlobRecord], *, copies: bool) -> None:

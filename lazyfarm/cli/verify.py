@@ -48,7 +48,8 @@ def verify(
 ) -> None:
     """Read the layers in the bucket and in the nodes' caches, and compare their digests.
 
-    Exit status 1 if something is missing or damaged, and was not repaired. A node's damaged copy is dropped.
+    Exit status 1 if something is missing or damaged, and was not repaired. A node's damaged copy is dropped. Nodes that
+    drain are left alone.
     """
     if quarantine and (refs or repair):
         raise typer.BadParameter("--quarantine only lists: it goes with no ref and not with --repair")

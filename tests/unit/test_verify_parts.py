@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from cluster.collect.pace import Pace
 from cluster.collect.rounds import Round, due_round
-from cluster.collect.verify import batches
+from cluster.collect.verify import Verified, batches
 from cluster.digest import digest_of
-from cluster.errors import ActorLostError, UnavailableError
+from cluster.errors import ActorLostError, NodeDrainingError, UnavailableError
+from cluster.messages import NodeRecord
 from cluster.ref import BlobRecord
-from lazyfarm.verify import _shared
+from lazyfarm.verify import FarmVerify, _shared
 
 DAY_S = 86400.0
 
@@ -63,6 +66,34 @@ async def test_what_a_lost_node_had_the_others_do():
     assert all(sum(where == node for where, _ in done) == 5 for node in ("n0", "n1", "n2"))
     with pytest.raises(ActorLostError):
         await _shared(["n1"], work, call)
+
+
+async def test_a_node_that_drains_is_left_alone():
+    """It gets nothing new to read, neither of the bucket nor of its own copies; where all drain, that is the error."""
+    asked = []
+
+    async def on_node(node, _call):
+        asked.append(node)
+        return Verified()
+
+    def verifying(*draining):
+        async def nodes():
+            return [
+                NodeRecord(id=name, ray_id=name, address="", alive=True, draining=name in draining)
+                for name in ("n0", "n1")
+            ]
+
+        async def blobs():
+            return [blob("a"), blob("b", 10**9)]
+
+        store = SimpleNamespace(blobs=blobs)
+        return FarmVerify(refs=None, store=store, nodes=nodes, on_node=on_node, deadline_s=1.0)
+
+    wanted = {"repair": False, "bytes_per_s": 0.0, "on_verified": lambda _: None}
+    await verifying("n1").verify((), **wanted)
+    assert asked == ["n0"] * 4  # two batches of its own copies, and two of the bucket
+    with pytest.raises(NodeDrainingError):
+        await verifying("n0", "n1").verify((), **wanted)
 
 
 async def test_an_error_that_is_no_nodes_own_ends_it():
