@@ -8,7 +8,7 @@ import typer
 
 from cluster.audit import AuditFilter, Operation
 from cluster.errors import InvalidArgumentError
-from lazyfarm.cli import parts
+from lazyfarm.cli import completing, parts
 from lazyfarm.cli.audit_lines import audit_document, audit_line
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.options import StateDirOption, command_app, example
@@ -34,11 +34,21 @@ def audit(
         typer.Option(metavar="DURATION", help="Only what is newer, as 90s, 12h or 7d. Default: all that is kept."),
     ] = "",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until interrupted.")] = False,
-    job: Annotated[str, typer.Option(metavar="JOB", help="Only this job's: its ID, or the start of one.")] = "",
+    job: Annotated[
+        str,
+        typer.Option(
+            metavar="JOB", help="Only this job's: its ID, or the start of one.", autocompletion=completing.jobs
+        ),
+    ] = "",
     digest: Annotated[
         str, typer.Option(metavar="DIGEST", help="Only of this blob or manifest: its digest, or the start of one.")
     ] = "",
-    operation: Annotated[str, typer.Option(metavar="NAME", help=f"Only these: {', '.join(Operation)}.")] = "",
+    operation: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help=f"Only these: {', '.join(Operation)}.", autocompletion=completing.one_of(*Operation)
+        ),
+    ] = "",
     state_dir: StateDirOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON lines, one object an entry, and nothing else, to stdout.")

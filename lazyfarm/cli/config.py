@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lazyfarm.cli import completing
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
 
@@ -30,7 +31,12 @@ def config() -> None:
 def explain_key(
     *,
     key: Annotated[
-        str, typer.Argument(metavar="[KEY]", help="SECTION.KEY, a key alone, or a section. Default: every key.")
+        str,
+        typer.Argument(
+            metavar="[KEY]",
+            help="SECTION.KEY, a key alone, or a section. Default: every key.",
+            autocompletion=completing.config_keys,
+        ),
     ] = "",
     state_dir: StateDirOption = None,
     as_json: JsonOption = False,

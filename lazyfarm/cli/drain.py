@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lazyfarm.cli import parts
+from lazyfarm.cli import completing, parts
 from lazyfarm.cli.boundary import EXIT_ERROR, reporting
 from lazyfarm.cli.human import count, duration
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
@@ -27,7 +27,15 @@ _TIMEOUT_S = 600.0
 @app.command(epilog=example("lazyfarm drain n1", "lazyfarm drain n1 --timeout 60", "lazyfarm drain n1 --undo"))
 def drain(
     *,
-    node: Annotated[str, typer.Argument(metavar="NODE", help="As `lazyfarm status` names it.", show_default=False)],
+    node: Annotated[
+        str,
+        typer.Argument(
+            metavar="NODE",
+            help="As `lazyfarm status` names it.",
+            show_default=False,
+            autocompletion=completing.nodes,
+        ),
+    ],
     timeout_s: Annotated[
         float, typer.Option("--timeout", min=0.0, metavar="SECONDS", help="For which to wait for what is under way.")
     ] = _TIMEOUT_S,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.job import VertexState
-from lazyfarm.cli import parts
+from lazyfarm.cli import completing, parts
 from lazyfarm.cli.audit_lines import audit_document, audit_line
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import count, duration, short, size
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 app = command_app()
 
 LayerArgument = Annotated[
-    str, typer.Argument(metavar="DIGEST|REF", help="A blob's digest, a ref, or an image.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="DIGEST|REF",
+        help="A blob's digest, a ref, or an image.",
+        show_default=False,
+        autocompletion=completing.refs,
+    ),
 ]
 
 
@@ -124,10 +130,20 @@ def miss(
         str,
         typer.Argument(metavar="STEP", help="Part of a step's name, or how its digest begins.", show_default=False),
     ],
-    job: Annotated[str, typer.Option("--job", metavar="JOB", help="Default: the newest.", show_default=False)] = "",
+    job: Annotated[
+        str,
+        typer.Option(
+            "--job", metavar="JOB", help="Default: the newest.", show_default=False, autocompletion=completing.jobs
+        ),
+    ] = "",
     against: Annotated[
         str,
-        typer.Option("--against", metavar="JOB", help="Compare with this earlier one. Default: the nearest."),
+        typer.Option(
+            "--against",
+            metavar="JOB",
+            help="Compare with this earlier one. Default: the nearest.",
+            autocompletion=completing.jobs,
+        ),
     ] = "",
     state_dir: StateDirOption = None,
     as_json: JsonOption = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lazyfarm.cli import parts
+from lazyfarm.cli import completing, parts
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import duration
 from lazyfarm.cli.layers import watching
@@ -28,7 +28,11 @@ def extract(
     node: Annotated[
         str | None,
         typer.Option(
-            "--node", metavar="ID", help="The node, as `lazyfarm status` names it. Default: any.", show_default=False
+            "--node",
+            metavar="ID",
+            help="The node, as `lazyfarm status` names it. Default: any.",
+            show_default=False,
+            autocompletion=completing.nodes,
         ),
     ] = None,
     all_nodes: Annotated[bool, typer.Option("--all-nodes", help="Every live node.")] = False,

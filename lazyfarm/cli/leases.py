@@ -9,7 +9,7 @@ import typer
 
 from cluster.errors import InvalidArgumentError
 from cluster.lease import LeaseId
-from lazyfarm.cli import parts
+from lazyfarm.cli import completing, parts
 from lazyfarm.cli.boundary import EXIT_ERROR, reporting
 from lazyfarm.cli.human import count, duration
 from lazyfarm.cli.options import JsonOption, RefArgument, StateDirOption, command_app, example
@@ -57,7 +57,10 @@ def list_leases(*, state_dir: StateDirOption = None, as_json: JsonOption = False
 @app.command("show", epilog=example("lazyfarm leases show pin-4f2a81c09be7d310"))
 def show_lease(
     *,
-    lease: Annotated[str, typer.Argument(metavar="LEASE", help="A lease's ID.", show_default=False)],
+    lease: Annotated[
+        str,
+        typer.Argument(metavar="LEASE", help="A lease's ID.", show_default=False, autocompletion=completing.leases),
+    ],
     state_dir: StateDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -103,7 +106,10 @@ def pin(
 @app.command("release", epilog=example("lazyfarm leases release pin-4f2a81c09be7d310"))
 def release(
     *,
-    leases: Annotated[list[str], typer.Argument(metavar="LEASE...", help="IDs of leases.", show_default=False)],
+    leases: Annotated[
+        list[str],
+        typer.Argument(metavar="LEASE...", help="IDs of leases.", show_default=False, autocompletion=completing.leases),
+    ],
     state_dir: StateDirOption = None,
     as_json: JsonOption = False,
 ) -> None:

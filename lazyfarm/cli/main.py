@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from lazyfarm.cli.completing import words_of_bash
 from lazyfarm.cli.options import example
 from lazyfarm.cli.quick import spare_pydantic
 
@@ -73,7 +74,8 @@ def lazyfarm(
 def run() -> None:
     """Run the command line and exit."""
     try:
-        app(prog_name="lazyfarm")
+        with words_of_bash():
+            app(prog_name="lazyfarm")
     except KeyboardInterrupt:  # before a command began, while it was being imported
         sys.stderr.write("interrupted\n")
         sys.exit(130)

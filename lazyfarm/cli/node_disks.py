@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from lazyfarm.cli import completing
 from lazyfarm.cli.human import count, duration, short, size
 
 if TYPE_CHECKING:
@@ -23,7 +24,11 @@ NodesOption: TypeAlias = Annotated[
 NodeOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--node", metavar="ID", help="That node's disk alone, as `lazyfarm status` names it.", show_default=False
+        "--node",
+        metavar="ID",
+        help="That node's disk alone, as `lazyfarm status` names it.",
+        show_default=False,
+        autocompletion=completing.nodes,
     ),
 ]
 

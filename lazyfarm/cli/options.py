@@ -9,6 +9,8 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from lazyfarm.cli import completing
+
 StateDirOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -25,20 +27,30 @@ PlainHttpOption: TypeAlias = Annotated[
     bool, typer.Option("--plain-http", help="Talk to the registry over plain HTTP, for this call.")
 ]
 JobArgument: TypeAlias = Annotated[
-    str, typer.Argument(metavar="JOB", help="A job's ID, or the start of one.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="JOB",
+        help="A job's ID, or the start of one.",
+        show_default=False,
+        autocompletion=completing.jobs,
+    ),
 ]
 ProgressOption: TypeAlias = Annotated[
     str,
     typer.Option(
         "--progress",
         metavar="MODE",
+        autocompletion=completing.one_of("auto", "plain", "tty", "json"),
         help="auto (tty on a terminal, else plain), plain, tty, or json: one object for each event, and nothing else.",
     ),
 ]
 RefArgument: TypeAlias = Annotated[
     str,
     typer.Argument(
-        metavar="REF", help="A ref's ID, the start of one, or an image that was pulled.", show_default=False
+        metavar="REF",
+        help="A ref's ID, the start of one, or an image that was pulled.",
+        show_default=False,
+        autocompletion=completing.refs,
     ),
 ]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lazyfarm.cli import parts
+from lazyfarm.cli import completing, parts
 from lazyfarm.cli.boundary import EXIT_ERROR, reporting
 from lazyfarm.cli.human import count, short, size
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
@@ -31,7 +31,10 @@ def verify(
     refs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[REF|IMAGE]...", help="Whose layers. Default: all that are in the bucket.", show_default=False
+            metavar="[REF|IMAGE]...",
+            help="Whose layers. Default: all that are in the bucket.",
+            show_default=False,
+            autocompletion=completing.refs,
         ),
     ] = None,
     repair: Annotated[
