@@ -6,6 +6,9 @@ nothing but itself: no script, no style, no picture from elsewhere.
 
 from __future__ import annotations
 
+import math
+import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from cluster.graph import Definition
     from cluster.job import JobRecord
 
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 #: Layers that the page lists.
 _SLOWEST = 20
 #: Where layers move that no node has: between registries and the content store.
@@ -60,18 +64,24 @@ def critical_path(view: JobView, definition: Definition) -> list[VertexView]:
     """Return the vertices that the job's end waited for, the first one first.
 
     From the target that ended last down, each time to the input that ended last: had any of them been quicker, the
-    job would have been.
+    job would have been. What an image's layers did after a step had begun, for another one, that step waited for not.
     """
-    ends = {digest: _ended_s(vertex) for digest, vertex in view.vertices.items()}
     found: list[VertexView] = []
     wanted: Sequence[Digest | None] = definition.targets
+    until_s = math.inf
     while True:
-        below = [digest for digest in wanted if digest is not None and ends.get(digest) is not None]
-        if not below:
+        ends = {
+            digest: end_s
+            for digest in wanted
+            if digest in view.vertices and (end_s := _ended_s(view.vertices[digest], until_s)) is not None
+        }
+        if not ends:
             return found[::-1]
-        latest = max(below, key=lambda digest: ends[digest] or 0.0)
-        found.append(view.vertices[latest])
-        wanted = definition.vertices[latest].inputs
+        latest = view.vertices[max(ends, key=ends.__getitem__)]
+        found.append(latest)
+        wanted = definition.vertices[latest.digest].inputs
+        if latest.started_wall_s is not None:
+            until_s = min(until_s, latest.started_wall_s)
 
 
 def timeline(view: JobView, critical: Iterable[VertexView]) -> list[Lane]:
@@ -126,6 +136,8 @@ def page(record: JobRecord, targets: Sequence[str], view: JobView, definition: D
     end_s = view.until_wall_s()
     took_s = max(end_s - (view.began_wall_s or end_s), 0.0)
     failed = view.failed
+    sources = bytes_by_source(view)
+    began_s = view.began_wall_s or end_s
     return template.render(
         record=record,
         targets=targets,
@@ -136,20 +148,41 @@ def page(record: JobRecord, targets: Sequence[str], view: JobView, definition: D
         took_s=took_s,
         end_s=end_s,
         states=Counter(vertex.state.value for vertex in view.vertices.values()),
-        critical=critical,
+        critical=[(vertex, *(at_s - began_s for at_s in _span_s(vertex, end_s))) for vertex in critical],
+        submitted=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(record.created_wall_s)),
+        moved_bytes=sum(count for source, count in sources.items() if source not in _AVOIDED.values()),
+        avoided_bytes=sum(sources.get(source, 0) for source in _AVOIDED.values()),
         lanes=timeline(view, critical),
-        sources=bytes_by_source(view),
+        sources=sources,
         slowest=_slowest(view, end_s),
         duration=duration,
+        named=_named,
         short=short,
         size=size,
     )
 
 
-def _ended_s(vertex: VertexView) -> float | None:
+def _ended_s(vertex: VertexView, until_s: float) -> float | None:
+    """Return when a vertex and its layers had ended, as far as that was by *until_s*; None: it has not ended."""
+    if vertex.ended_wall_s is None:
+        return None
     moved = [layer.ended_wall_s for layer in _moved(vertex) if layer.ended_wall_s is not None]
-    known = [*moved, *([vertex.ended_wall_s] if vertex.ended_wall_s is not None else [])]
-    return max(known, default=None)
+    return max([vertex.ended_wall_s, *(end_s for end_s in moved if end_s <= until_s)])
+
+
+def _span_s(vertex: VertexView, end_s: float) -> tuple[float, float]:
+    """Return when a vertex or its first layer began, and when the last one ended."""
+    layers = [*_moved(vertex)]
+    began = [layer.began_wall_s for layer in layers]
+    began += [vertex.started_wall_s] if vertex.started_wall_s is not None else []
+    ended = [end_s if layer.ended_wall_s is None else layer.ended_wall_s for layer in layers]
+    ended.append(end_s if vertex.ended_wall_s is None else vertex.ended_wall_s)
+    return min(began, default=ended[-1]), max(ended)
+
+
+def _named(label: str) -> str:
+    """Return what a step is called, its digests cut: a line that is mostly one can't be read."""
+    return _DIGEST.sub(lambda found: short(found[0]), label)
 
 
 def _moved(vertex: VertexView) -> Iterable[LayerView]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,6 +76,20 @@ def test_the_critical_path_is_what_the_end_waited_for():
     assert [each.digest for each in path] == [IMAGE, IDS["right"], IDS["<b>top</b>"]]
 
 
+def test_what_was_done_for_another_step_is_not_waited_for():
+    """An image whose layers are brought to a second node later did not hold up who had begun by then."""
+    late = [
+        layer(f"extract:n9:{LAYERS[0]}", LayerPhase.EXTRACTING, 108.0, 1_000_000),
+        layer(f"extract:n9:{LAYERS[0]}", LayerPhase.DONE, 109.5, 1_000_000),
+    ]
+    view = seen([*EVENTS[:-1], *late, EVENTS[-1]])
+    two = {**DEFINITION.vertices}
+    # As if the top stood on the image, too: it had begun when the image's last layer came.
+    two[IDS["<b>top</b>"]] = replace(two[IDS["<b>top</b>"]], inputs=(IMAGE, *two[IDS["<b>top</b>"]].inputs))
+    path = critical_path(view, SimpleNamespace(targets=DEFINITION.targets, vertices=two))
+    assert [each.digest for each in path] == [IMAGE, IDS["right"], IDS["<b>top</b>"]]
+
+
 def test_nothing_that_has_not_ended_is_on_the_critical_path():
     """A job that goes on has a path as far as it has got."""
     assert critical_path(seen(EVENTS[:1]), DEFINITION) == []
@@ -112,9 +128,19 @@ def test_the_page_needs_nothing_but_itself(record):
     text = page(record, ["<b>top</b>"], seen(EVENTS), DEFINITION)
     assert "&lt;b&gt;top&lt;/b&gt;" in text
     assert "<b>top</b>" not in text
-    for word in ("right", "left", "registry.example/debian", "Critical path", "n1", "n2", "10 s"):
+    words = ("right", "left", "registry.example/debian", "Critical path", "n1", "n2", "10 s", "1970-01-01 00:01:39 UTC")
+    for word in (*words, "976.6 KiB", "4.9 KiB"):  # fetched, avoided
         assert word in text
     assert not re.search(r"<script|src=|href=|https?://|url\(|@import", text)
+
+
+def test_digests_in_names_are_cut(record):
+    """An image by its digest would fill the line; the whole name is in the job's other views."""
+    named = VertexEvent(
+        vertex=IMAGE, name=f"image debian:12@{LAYERS[0]} for linux/amd64", state=VertexState.COMPLETED, wall_s=111.0
+    )
+    text = page(record, [], seen([*EVENTS[:-1], named]), DEFINITION)
+    assert f"image debian:12@{LAYERS[0][:19]} for linux/amd64" in re.sub(r"<title>.*?</title>", "", text)
 
 
 def test_a_page_of_a_job_that_nothing_is_known_of_says_so(record):
