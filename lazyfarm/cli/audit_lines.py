@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from lazyfarm.cli.human import duration, short, size
+from cluster.audit import Operation
+from lazyfarm.cli.human import count, duration, short, size
 
 if TYPE_CHECKING:
     from cluster.audit import AuditEntry
@@ -46,6 +48,22 @@ def audit_line(entry: AuditEntry, *, of_digest: bool = False) -> str:
     told += [f"as {entry.credential}"] if entry.credential else []
     told += [f"by {entry.by}"] if entry.by else []
     return " ".join(told)
+
+
+def story_lines(entries: Sequence[AuditEntry]) -> list[str]:
+    """Return what was done with one layer, in words: whoever found it there again and again is told of once.
+
+    A build asks for each layer below each of its steps, and all but the first time it is present.
+    """
+    told: dict[AuditEntry | tuple[str, ...], list[AuditEntry]] = {}
+    for entry in entries:
+        is_repeated = entry.operation == Operation.UNLAZY and entry.outcome == "present"
+        alike = (entry.who, entry.job, entry.by, entry.source)
+        told.setdefault(alike if is_repeated else entry, []).append(entry)
+    return [
+        audit_line(first, of_digest=True) + (f", and {count(len(again), 'time')} more" if again else "")
+        for first, *again in told.values()
+    ]
 
 
 #: What goes to its source, as the entry calls the other end.

@@ -8,7 +8,7 @@ import typer
 
 from cluster.job import VertexState
 from lazyfarm.cli import completing, parts
-from lazyfarm.cli.audit_lines import audit_document, audit_line
+from lazyfarm.cli.audit_lines import audit_document, audit_line, story_lines
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import count, duration, short, size
 from lazyfarm.cli.leases import document as lease_document
@@ -81,8 +81,8 @@ def pull(
             out.line(audit_line(entry))
         for layer in found.layers:
             out.line(f"{short(layer.digest)}  {_arrival(layer)}")
-            for entry in layer.entries:
-                out.line(f"  {audit_line(entry, of_digest=True)}")
+            for line in story_lines(layer.entries):
+                out.line(f"  {line}")
 
 
 def _arrival(layer: LayerStory) -> str:

@@ -43,7 +43,7 @@ from cluster.ref import BlobRecord, RefRecord, RefState, RefUsage
 from cluster.settings import FarmSettings, Running
 from lazyfarm.cli import down as down_command
 from lazyfarm.cli import driving, parts, up
-from lazyfarm.cli.audit_lines import audit_document
+from lazyfarm.cli.audit_lines import audit_document, story_lines
 from lazyfarm.cli.boundary import EXIT_ERROR, EXIT_INTERRUPTED
 from lazyfarm.cli.documents import DOCUMENTS, EXIT_STATUSES, PROGRESS, schema
 from lazyfarm.cli.human import duration, short, size
@@ -802,6 +802,21 @@ def test_an_audit_entry_is_told_with_every_field():
     """Which is how its shape lists them: it is made of the entry by name."""
     told = audit_document(AuditEntry(operation="pull"))
     check_document(("audit",), told)
+
+
+def test_who_finds_a_layer_present_again_and_again_is_told_of_once():
+    """Told where it was first so; another job's, or another's fetch, is another line."""
+    found = AuditEntry(operation="unlazy", outcome="present", job="4f2a", by="w", source="snapshot")
+    fetched = AuditEntry(operation="fetch", outcome="committed", job="4f2a", by="w", source="r", moved_bytes=5)
+    lines = story_lines(
+        [fetched, found, replace(found, wall_s=5.0), replace(found, job="77aa"), replace(fetched, fence=2), found]
+    )
+    assert [line.split("  ", 1)[1] for line in lines] == [
+        "fetch committed 5 B from r for job 4f2a by w",
+        "unlazy present from snapshot for job 4f2a by w, and 2 times more",
+        "unlazy present from snapshot for job 77aa by w",
+        "fetch committed 5 B from r for job 4f2a by w",
+    ]
 
 
 def test_a_document_with_a_key_that_is_said_nowhere_is_noticed():
