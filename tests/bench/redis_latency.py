@@ -1,4 +1,4 @@
-"""What flights and lookups cost, in Redis's own round trips of the same run."""
+"""What flights and lookups cost, in Redis's own round trips of the same run, and what a ref takes of its memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.digest import digest_of
 from cluster.flight.values import Committed, FlightEvent, Owned
 from cluster.lease import LeaseId
 from cluster.provider import ProviderHandle
-from cluster.ref import BlobRecord, RefId, RefRecord
+from cluster.ref import BlobRecord, ImageRecord, RefId, RefRecord
 from storage.connect import connect
 from storage.flights import RedisFlightStore
 from storage.keys import Keys
@@ -27,6 +27,8 @@ _ROUNDS = 2000
 _REFS = 5000
 _BULK = 500
 _REPEATS = 5
+_MEMORY_REFS = 10_000
+_CHAIN = 10
 _TTL_S = 10.0
 _WAKE_DEADLINE_S = 10.0
 
@@ -51,9 +53,67 @@ async def _measure(new_link: Callable[[], RedisLink]) -> list[Ratio]:
         gc.collect()
         gc.disable()
         try:
-            return [*await _flights(link(), link(), keys), await _lookups(link(), keys)]
+            memory = await _memory(link())
+            return [*memory, *await _flights(link(), link(), keys), await _lookups(link(), keys)]
         finally:
             gc.enable()
+
+
+async def _memory(link: RedisLink) -> list[Ratio]:
+    """Measure what Redis keeps of a ref: images of ten layers, each with its provider, held by one lease."""
+    keys = Keys("bench-memory")
+    leases, refs, lease = RedisLeaseStore(link, keys), RedisRefStore(link, keys), LeaseId("bench")
+    await leases.create(lease, ttl_s=600)
+    provider = ProviderHandle(registry="registry.example", repository="team/bench")
+    blank_bytes = await _used_bytes(link)
+    blobs: list[Descriptor] = []
+    for top in range(0, _MEMORY_REFS, _CHAIN):
+        name, records = f"registry.example/team/bench:{top}", list[RefRecord]()
+        for number in range(top, top + _CHAIN):
+            records.append(RefRecord.over(_layer(number), records[-1] if records else None, name))
+        layers = [record.blob for record in records]
+        blobs += layers
+        await refs.get_or_create(records, {layer.digest: [provider] for layer in layers}, lease_id=lease)
+        image = ImageRecord(
+            name=name,
+            manifest=_layer(-top - 1),
+            config=_layer(-top - 2),
+            platform="linux/amd64",
+            layers=tuple(layers),
+            ref=records[-1].id,
+        )
+        await refs.put_image(image, lease_id=lease)
+    lazy_bytes = await _used_bytes(link)
+    flights = RedisFlightStore(link, keys)
+    for number, layer in enumerate(blobs):
+        owned = await flights.join(f"blob:{layer.digest}", worker="owner", token=f"t{number}", ttl_s=_TTL_S)
+        assert isinstance(owned, Owned)
+        key = f"blobs/sha256/{layer.digest}/{number:032x}"
+        await flights.commit(
+            owned.fence,
+            BlobRecord(digest=layer.digest, key=key, size_bytes=layer.size_bytes, etag="e", fence=owned.fence.number),
+        )
+    present_bytes = await _used_bytes(link)
+    told = f"of Redis, {_MEMORY_REFS:,} refs in images of {_CHAIN} layers, with provider and lease"
+    return [
+        Ratio(
+            name="redis_bytes_a_lazy_ref",
+            value=(lazy_bytes - blank_bytes) / _MEMORY_REFS,
+            target=5000,
+            detail=told,
+        ),
+        Ratio(
+            name="redis_bytes_a_present_ref",
+            value=(present_bytes - blank_bytes) / _MEMORY_REFS,
+            target=8000,
+            detail=f"{told}; just committed, so the flights' own leases are among them",
+        ),
+    ]
+
+
+async def _used_bytes(link: RedisLink) -> int:
+    info: bytes = await link.execute("INFO", "memory", may_repeat=True)
+    return int(next(line for line in info.splitlines() if line.startswith(b"used_memory:")).partition(b":")[2])
 
 
 async def _flights(owner_link: RedisLink, waiter_link: RedisLink, keys: Keys) -> list[Ratio]:
