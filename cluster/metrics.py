@@ -180,6 +180,17 @@ FLIGHT_JOINS = Counter(
     by=_FLIERS,
     labels={"outcome": ("owned", "joined", "present", "aborting", "free")},
 )
+FLIGHT_ACQUIRE_SECONDS = Histogram(
+    name="lazyfarm_flight_acquire_seconds",
+    help="Seconds until who wanted to join or own a flight was told which of them it is",
+    by=_FLIERS | _SCHEDULER,
+    buckets=_REDIS_S,
+)
+FLIGHT_WAIT_SECONDS = Counter(
+    name="lazyfarm_flight_wait_seconds",
+    help="Seconds that workers waited for layers that another worker fetches; a second: how many waited on average",
+    by=_FETCH,
+)
 FLIGHT_TAKE_OVERS = Counter(
     name="lazyfarm_flight_take_overs",
     help="Flights owned anew because their owner's hold had lapsed; resumed where it had uploaded parts",

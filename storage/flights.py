@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,7 +29,14 @@ from cluster.flight.values import (
     Vacated,
 )
 from cluster.lease import LeaseId, blob_resource
-from cluster.metrics import COMMITTED_BYTES, FLIGHT_ENDS, FLIGHT_JOINS, FLIGHT_TAKE_OVERS, FLIGHT_WRITES_REFUSED
+from cluster.metrics import (
+    COMMITTED_BYTES,
+    FLIGHT_ACQUIRE_SECONDS,
+    FLIGHT_ENDS,
+    FLIGHT_JOINS,
+    FLIGHT_TAKE_OVERS,
+    FLIGHT_WRITES_REFUSED,
+)
 from cluster.ref import BlobRecord
 from storage.audit import RedisAudit, noted
 from storage.codec import Codec
@@ -92,6 +100,7 @@ class RedisFlightStore:
         return None if reply == [b"free"] else _elsewhere(reply)
 
     async def _join(self, key: str, worker: str, token: str, ttl_s: float) -> list[Any]:
+        began_s = time.monotonic()
         reply: list[Any] = await self._link.run(
             "flight_join",
             self._prefix,
@@ -105,6 +114,7 @@ class RedisFlightStore:
             tracing.current().traceparent,
             may_repeat=True,
         )
+        FLIGHT_ACQUIRE_SECONDS.observe(time.monotonic() - began_s)
         FLIGHT_JOINS.add(outcome=reply[0].decode())
         return reply
 

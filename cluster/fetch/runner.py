@@ -51,6 +51,7 @@ from cluster.flight.values import (
 from cluster.job import parse_layer_stream
 from cluster.lease import LeaseId
 from cluster.messages import LayerFetch
+from cluster.metrics import FLIGHT_WAIT_SECONDS
 from cluster.ports import AuditNotes, Authorizer, FlightRenewer, FlightStore, ProgressStore, RefStore
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.provider import DescHandler, ProviderHandle
@@ -480,6 +481,7 @@ class Unlazier:
         context.report(joined.current_bytes, joined.total_bytes)
         tracing.current().link(joined.trace)
         self._renewer.keep_waiting(key, worker=self._worker, ttl_s=self._ttl_s)
+        began_s = self._clock()
         try:
             ended = await self._hear_end(key, joined, context)
         except asyncio.CancelledError:
@@ -487,6 +489,7 @@ class Unlazier:
             raise
         finally:
             self._renewer.drop_waiting(key)
+            FLIGHT_WAIT_SECONDS.add(self._clock() - began_s)
         match ended:
             case Committed(blob=blob):
                 return _Arrival(blob=blob, bytes_fetched=0, source=f"flight of {joined.owner}", elsewhere=True)

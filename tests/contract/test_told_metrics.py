@@ -71,6 +71,7 @@ async def test_a_take_over_is_told_by_who_takes_over(redis_stores, told):
     await flights.join(KEY, worker="n2", token="3", ttl_s=TTL_S)
 
     assert {key: value for key, value in told.items() if not key[0].startswith("redis")} == {
+        ("flight_acquire_seconds",): 4,
         ("flight_joins", "owned"): 2,
         ("flight_joins", "joined"): 1,
         ("flight_joins", "present"): 1,

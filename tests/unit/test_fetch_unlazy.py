@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 
-from cluster import tracing
+from cluster import metrics, tracing
 from cluster.audit import Operation
 from cluster.digest import digest_of
 from cluster.errors import (
@@ -287,6 +287,21 @@ async def test_processes_share_one_fetch(cluster):
     assert cluster.end_of("l2") is LayerPhase.JOINED
     assert not b.renewer.waiting
     assert not a.renewer.owned
+
+
+async def test_the_wait_for_anothers_flight_is_counted(cluster, monkeypatch):
+    """By who waits, in seconds of its own clock; the owner waits for nobody."""
+    told = []
+    monkeypatch.setattr(metrics.Counter, "add", lambda counter, amount=1, **_: told.append((counter, amount)))
+    a, b = cluster.process("a"), cluster.process("b", poll_s=60.0)
+    first = await a.call("l1")
+    fetch = await a.transfers.arrival()
+    second = await b.call("l2")
+    await b.is_waiting()
+    cluster.clock.advance(2.5)
+    fetch.proceed.set()
+    await asyncio.gather(ended(first), ended(second))
+    assert [amount for metric, amount in told if metric is metrics.FLIGHT_WAIT_SECONDS] == [2.5]
 
 
 async def test_who_joins_links_to_the_span_that_fetched(cluster, monkeypatch):
