@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.server
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.errors import CircuitOpenError, ClusterError, ManifestNotFoundError
 from cluster.metrics import METRICS
 from lazyfarm.graph import image, scratch
 from storage.services.loopback import choose_ports
@@ -38,8 +40,10 @@ pytestmark = [
 ]
 
 
-def _promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=60, check=False)
+def _promtool(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["promtool", *arguments], input=stdin, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 @dataclass
@@ -63,6 +67,11 @@ class _Prometheus:
         """Evaluate an expression now."""
         return self.ask("query", query=expression)["result"]
 
+    def firing(self, alert: str) -> list[dict[str, str]]:
+        """Return the labels that an alert fires with."""
+        found = (one for one in self.ask("alerts")["alerts"] if one["state"] == "firing")
+        return [one["labels"] for one in found if one["labels"]["alertname"] == alert]
+
 
 @pytest.fixture
 def prometheus(farm, tmp_path) -> Iterator[_Prometheus]:
@@ -72,6 +81,8 @@ def prometheus(farm, tmp_path) -> Iterator[_Prometheus]:
     text = config.read_text().replace("/var/lib/lazyfarm", str(farm.state_dir)).replace("15s", "1s")
     assert str(farm.state_dir / "run/prometheus-targets.json") in text
     config.write_text(text)
+    rules = tmp_path / "configs/alerts.yml"
+    rules.write_text(re.sub(r"\bfor: \d+m\b", "for: 1s", rules.read_text()))  # nobody waits for five minutes
     assert _promtool("check", "config", str(config)).returncode == 0
     port = choose_ports(["web"], {})["web"]
     log = tmp_path / "log"
@@ -122,6 +133,22 @@ def _panels() -> dict[str, list[str]]:
 def _empty(prometheus: _Prometheus) -> list[str]:
     """Return the panels of which an expression selects nothing."""
     return [panel for panel, asked in _panels().items() if not all(map(prometheus.query, asked))]
+
+
+def _complaints(farm) -> set[str]:
+    """Return what promtool has to say of our metrics at every node's endpoint.
+
+    Without Ray's own labels (``WorkerId``), which are on all and which it doesn't like.
+    """
+    found: set[str] = set()
+    for group in json.loads((farm.state_dir / "run/prometheus-targets.json").read_text()):
+        for target in group["targets"]:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
+                told = re.sub(r'(?<=[{,])[A-Z]\w*="[^"]*",?', "", answer.read().decode())
+            assert "ray_lazyfarm" in told
+            checked = _promtool("check", "metrics", stdin=told)
+            found |= {line for line in checked.stderr.splitlines() if "lazyfarm" in line or "error" in line}
+    return found
 
 
 def _unknown(text: str, names: set[str]) -> set[str]:
@@ -191,5 +218,61 @@ async def test_all_that_alerts_and_dashboard_name_is_there(farm, registry, prome
     assert float(read[0]["value"][1]) >= sum(len(layer.data) for layer in made.layers)
     rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
     assert {rule["name"] for rule in rules if rule["health"] != "ok"} == set()
+    assert await asyncio.to_thread(_complaints, farm) == set()
     broken = named.replace("ray_lazyfarm_redis_failures_total", "ray_lazyfarm_redis_errors_total")
     assert _unknown(broken, names) == {"ray_lazyfarm_redis_errors_total"}
+
+
+class _Refuses(http.server.BaseHTTPRequestHandler):
+    """A registry that has nothing."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815 - as http.server calls it
+
+    def log_message(self, *_) -> None:
+        """Say nothing."""
+
+
+async def test_a_registry_that_is_away_fires_its_alert_until_it_is_back(farm, prometheus):
+    """As docs/operations.md has it: `doctor` tells the last failure, and any answer, be it a refusal, ends it."""
+    port = choose_ports(["registry"], {})["registry"]
+    name, host = f"127.0.0.1:{port}/away/app:1", f"127.0.0.1:{port}"
+
+    async def pulls_until(wanted: type[ClusterError]) -> None:
+        give_up_s = time.monotonic() + _HANDED_OVER_S
+        while True:
+            with pytest.raises(ClusterError) as told:
+                await driver.pull(name)
+            if told.type is wanted:
+                return
+            assert time.monotonic() < give_up_s, told.value
+            await asyncio.sleep(0.5)
+
+    async def fires(*, wanted: bool) -> None:
+        give_up_s = time.monotonic() + _HANDED_OVER_S
+        while True:
+            firing = await asyncio.to_thread(prometheus.firing, "LazyfarmRegistryGivenUp")
+            if (host in [one["registry"] for one in firing]) is wanted:
+                return
+            assert time.monotonic() < give_up_s, firing
+            await asyncio.sleep(0.5)
+
+    async with await farm.connect() as driver:
+        await pulls_until(CircuitOpenError)
+        # Nobody asks meanwhile, so it stays given up for as long as this takes.
+        await fires(wanted=True)
+        findings = (await asyncio.to_thread(farm.cli_json, "doctor", check=False))["findings"]
+        assert any(host in finding["detail"] for finding in findings if finding["ok"] != "ok"), findings
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", port), _Refuses) as back:
+            serving = asyncio.create_task(asyncio.to_thread(back.serve_forever))
+            try:
+                await pulls_until(ManifestNotFoundError)
+                await fires(wanted=False)
+            finally:
+                back.shutdown()
+                await serving
