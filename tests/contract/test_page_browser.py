@@ -117,6 +117,8 @@ window.backOf = element => {
     }
 };
 """
+#: Whether what is written in a picture is big enough to be read, however narrow the picture is.
+LEGIBLE = "[...document.querySelectorAll('svg text')].every(one => one.getBoundingClientRect().height >= 9)"
 #: Every text that is seen and stands out too little, with how much; and how many were looked at.
 FAINT = """
 (() => {
@@ -204,6 +206,7 @@ async def test_all_stands_out_and_fits(farm, pages):
                 looked, faint = json.loads(await tab.ask(FAINT))
                 assert looked > 10, path
                 assert faint == [], f"{path} in {scheme}"
+                assert await tab.ask(LEGIBLE), f"{path} at {width}"
                 assert await tab.ask("document.documentElement.scrollWidth <= innerWidth"), f"{path} at {width}"
 
 
