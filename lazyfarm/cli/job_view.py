@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster import wire
 from cluster.digest import Digest
@@ -11,6 +11,7 @@ from cluster.errors import ClusterError, ProcessFailedError, WireError
 from cluster.job import (
     JobEnded,
     JobEvent,
+    JobState,
     JobWarning,
     LogStream,
     VertexEvent,
@@ -108,6 +109,19 @@ class VertexView:
             self._busy_s = self.busy_s(wall_s)
             self._busy_since_wall_s = None
 
+    def is_open(self) -> bool:
+        """Tell whether more of it would be told, if its job went on."""
+        return not self.state.is_end or self._moving > 0
+
+    def leave(self, wall_s: float) -> None:
+        """Take it that its job ended before it did: nothing more of it is told, whoever still stops what it began."""
+        if not self.state.is_end:
+            self.state = VertexState.CANCELLED
+            self.ended_wall_s = wall_s
+        for layer in [layer for layer in self.layers.values() if layer.is_moving]:
+            self.add_layer(replace(layer.item, phase=LayerPhase.CANCELLED), wall_s)
+        self.settle(wall_s)
+
     def add_layer(self, item: ProgressItem, wall_s: float) -> LayerView:
         """Take a layer's last state."""
         layer = self.layers.get(item.item)
@@ -188,7 +202,7 @@ class JobView:
         if self.began_wall_s is None:
             self.began_wall_s = event.wall_s
         if isinstance(event, JobEnded):
-            self.end = event
+            self._end(event)
             return []
         if isinstance(event, JobWarning):
             self.warnings.append(event.text)
@@ -213,6 +227,12 @@ class JobView:
                     self._number(vertex)
         vertex.settle(event.wall_s)
         return lines
+
+    def _end(self, event: JobEnded) -> None:
+        self.end = event
+        if event.state is not JobState.DONE:
+            for vertex in self.vertices.values():
+                vertex.leave(event.wall_s)
 
     def _change(self, vertex: VertexView, event: VertexEvent) -> list[LogLine]:
         vertex.name = event.name or vertex.name

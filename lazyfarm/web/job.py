@@ -89,6 +89,8 @@ class JobStory:
         said: list[LogLine] = []
         for event in events:
             self.count += 1
+            if isinstance(event, JobEnded):  # which ends what is open
+                self._dirty |= dict.fromkeys(one.digest for one in self.view.vertices.values() if one.is_open())
             lines = self.view.handle(event)
             if isinstance(event, JobEnded | JobWarning):
                 continue

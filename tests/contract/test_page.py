@@ -309,6 +309,15 @@ async def test_every_list_filters_and_links(farm, failed, path):
     assert "href=" not in rows
 
 
+@pytest.mark.parametrize("path", [*LISTS, "/blobs/x", "/leases/x", "/refs/x", "/jobs/x/events"])
+def test_nothing_is_told_without_the_token(farm, path):
+    """Not even whether there is such a thing."""
+    farm.client.headers.pop("authorization")
+    answer = farm.client.get(path)
+    assert (answer.status_code, answer.text.count("\n")) == (401, 1)
+    assert "No token, no page" in answer.text
+
+
 async def test_what_was_avoided_at_one_registry_is_plotted_by_itself(farm):
     """The filter finds registries, and keeps the window."""
     at = {name: Traffic(not_fetched_bytes=size << 20) for name, size in (("a.example", 3), ("b.example", 5))}

@@ -289,6 +289,26 @@ def test_an_image_runs_on_while_its_layers_move():
     assert story.shown(first, 5.0).state == "cached"
 
 
+@pytest.mark.parametrize("state", [JobState.CANCELLED, JobState.FAILED])
+def test_nothing_goes_on_in_a_job_that_ended_before_all_did(state):
+    """Who stops what tells of it no more: vertices and layers are cancelled with it, and no clock ticks on."""
+    definition = graph()
+    first, second, third, last = definition.order
+    story = JobStory(definition)
+    story.take([VertexEvent(vertex=first, name="", state=VertexState.RUNNING, wall_s=1.0)])
+    story.take([layer(first, LayerPhase.FETCHING, 4)])
+    story.take([VertexEvent(vertex=second, name="", state=VertexState.CACHED, wall_s=2.0)])
+    story.forget_changes()
+    story.take([JobEnded(state=state, wall_s=3.0)])
+    changed = {vertex.digest: vertex for vertex in story.changed(9.0)}
+    assert {digest: vertex.state for digest, vertex in changed.items()} == dict.fromkeys(
+        (first, third, last), "cancelled"
+    )
+    assert (changed[first].is_busy, changed[first].busy_s) == (False, 2.0)
+    (moved,) = changed[first].layers
+    assert (moved.item.phase, moved.item.current_bytes) == (LayerPhase.CANCELLED, 4)
+
+
 def test_a_failure_is_told_with_its_hint_and_last_words():
     """The vertex's and the job's."""
     definition = graph()
