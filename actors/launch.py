@@ -139,9 +139,9 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
         finally:
             leave()
         _tell(report, actors, [])
-        page, no_page = services.up_page(config)
+        page, no_page = services.up_page(config, release=VERSION)
         _tell(report, page, no_page)
-        gateway, no_gateway = services.up_gateway(config, VERSION)
+        gateway, no_gateway = services.up_gateway(config, release=VERSION)
         _tell(report, gateway, no_gateway)
     return UpReport(
         started=(*started, *actors, *page, *gateway),

@@ -115,11 +115,12 @@ class LocalServices:
             reached = self._ray.reached_by(self._config.ray, nodes)
             return Started(reached, tuple(started), tuple(stopped))
 
-    def up_page(self, config: Config) -> tuple[list[str], list[str]]:
+    def up_page(self, config: Config, *, release: str = "") -> tuple[list[str], list[str]]:
         """Start the page unless it runs, or end one that is not wanted; return the names of what was started and ended.
 
         Args:
             config: As everything is reached. The farm's record is written: the page reads it.
+            release: Of this code: after an upgrade it starts anew.
 
         Raises:
             StartError, DeadlineExceededError: as :meth:`up_redis`.
@@ -127,14 +128,14 @@ class LocalServices:
         with self._state.lock("page", deadline_s=_LOCK_S):
             if not config.web.enabled:
                 return [], self._page.stop()
-            return ["page"] if self._page.start(config.web, actor_digest(config)) else [], []
+            return ["page"] if self._page.start(config.web, f"{actor_digest(config)}@{release}") else [], []
 
-    def up_gateway(self, config: Config, release: str) -> tuple[list[str], list[str]]:
+    def up_gateway(self, config: Config, *, release: str = "") -> tuple[list[str], list[str]]:
         """Start the gateway, as :meth:`up_page` the page; anew also where the cluster that it joined was.
 
         Args:
-            config: As everything is reached. The farm's record is written: the gateway reads it.
-            release: Of this code.
+            config: As of :meth:`up_page`.
+            release: Likewise.
 
         Raises:
             StartError, DeadlineExceededError: as :meth:`up_redis`.

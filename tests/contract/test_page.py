@@ -478,6 +478,7 @@ def test_the_process_starts_once_keeps_its_address_and_ends(farm):
         assert page.is_alive()
         other = replace(Config(), cache=replace(Config().cache, shards=5))
         assert services.up_page(other) == (["page"], [])
+        assert services.up_page(other, release="2.0") == (["page"], [])
         assert page.process.pid != before
         assert (page_url(farm.state_dir), page_link(farm.state_dir)) == (url, link)
         assert services.up_page(Config(web=WebConfig(enabled=False))) == ([], ["page"])
