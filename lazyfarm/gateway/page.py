@@ -106,12 +106,14 @@ class PageDoor:
 
     def _asked(self, request: web.Request) -> list[tuple[str, str]]:
         """Return the headers that the page is asked with; its own address as ``Host`` comes to them."""
+        # By plain HTTP it may be a server beside us that speaks TLS, which says so itself.
+        wanted, said = (_ASKED, [(FORWARDED_PROTO, "https")]) if self._is_tls else (_ASKED | {FORWARDED_PROTO}, [])
         asked = [
             (name, value)
             for name, value in request.headers.items()
-            if name.lower() in _ASKED or name.lower().startswith(_HTMX)
+            if name.lower() in wanted or name.lower().startswith(_HTMX)
         ]
-        return [*asked, (FORWARDED_PROTO, "https")] if self._is_tls else asked
+        return asked + said
 
 
 def find_page(state_dir: Path) -> str:
