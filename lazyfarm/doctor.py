@@ -6,6 +6,7 @@ trial mount, both removed at once.
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -15,13 +16,12 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from cluster.config import Config
 from cluster.errors import ClusterError, UnavailableError
@@ -36,10 +36,14 @@ from storage.services.state_dir import StateDir
 if TYPE_CHECKING:
     from lazyfarm.records import FarmRecords
 
+T = TypeVar("T")
+
 Verdict = Literal["ok", "warn", "fail"]
 
 _OLDEST_PYTHON = (3, 11)
-_PACKAGES = ("ray", "redis", "boto3", "aiohttp", "msgspec", "msgpack", "hiredis", "isal", "zstandard", "structlog")
+#: What a driver outside the cluster needs, and what a machine of the farm does.
+_LIGHT = ("aiohttp", "msgspec", "msgpack", "hiredis", "isal", "zstandard", "structlog")
+_PACKAGES = ("ray", "redis", "boto3", *_LIGHT)
 #: Where Debian keeps servers, and an ordinary user's PATH doesn't look.
 _SERVER_PATHS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 _CONNECT_S = 2.0
@@ -66,7 +70,7 @@ class Finding:
 
 def examine(state_dir: Path | str | None, environ: Mapping[str, str]) -> list[Finding]:
     """Run every check; one that can't be run is a finding, too. What needs a running farm is left out without one."""
-    findings = [_python(), _packages()]
+    findings = [_python(), _packages(_PACKAGES)]
     try:
         settings = load_settings(state_dir, None, environ)
     except ClusterError as exc:
@@ -97,6 +101,11 @@ def examine(state_dir: Path | str | None, environ: Mapping[str, str]) -> list[Fi
     return findings
 
 
+def examine_outside() -> list[Finding]:
+    """Run the checks of a machine that speaks to a farm's gateway."""
+    return [_python(), _packages(_LIGHT)]
+
+
 def _guarded(name: str, check: Callable[[FarmSettings], Iterator[Finding]], settings: FarmSettings) -> list[Finding]:
     """Run one check; its failing to run must not hide the others' findings."""
     try:
@@ -120,10 +129,10 @@ def _python() -> Finding:
     )
 
 
-def _packages() -> Finding:
+def _packages(wanted: Sequence[str]) -> Finding:
     found: list[str] = []
     missing: list[str] = []
-    for package in ("lazyfarm", *_PACKAGES):
+    for package in ("lazyfarm", *wanted):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
@@ -447,53 +456,64 @@ def _gateway(settings: FarmSettings) -> Iterator[Finding]:
         yield Finding(check="gateway", ok="fail", detail=said, advice=advice)
 
 
-@contextmanager
-def _records(settings: FarmSettings) -> Iterator[FarmRecords | None]:
-    """Open what the farm has recorded; None where there is nothing to read, which was said already."""
-    from lazyfarm.records import FarmRecords  # noqa: PLC0415 - only here
+def _recorded(settings: FarmSettings, read: Callable[[FarmRecords], Awaitable[T]]) -> T | None:
+    """Return what is read of what the farm has recorded; None where nothing can be, which was said already."""
+    from lazyfarm.records import open_records  # noqa: PLC0415 - only here
 
     address = url_address(settings.config.redis.url)
     if settings.running is None or (address is not None and not accepts(address, timeout_s=_CONNECT_S)):
-        yield None
-        return
-    records = FarmRecords(settings)
-    try:
-        yield records
-    finally:
-        records.close()
+        return None
+
+    async def connected() -> T:
+        async with open_records(settings) as records:
+            return await read(records)
+
+    return asyncio.run(connected())
 
 
 def _actors(settings: FarmSettings) -> Iterator[Finding]:
-    with _records(settings) as records:
-        if records is None:
-            return
-        nodes, actors = records.nodes(), records.actors()
-    dead = [node.id for node in nodes if not node.alive]
-    lost = [actor.name for actor in actors if actor.state != "ready"]
-    yield Finding(
-        check="nodes",
-        ok="fail" if dead or not nodes else "ok",
-        detail=f"dead: {', '.join(dead)}" if dead else f"{len(nodes)} alive",
-        advice="lazyfarm up starts the nodes of this machine again" if dead or not nodes else "",
-    )
-    yield Finding(
-        check="actors",
-        ok="fail" if lost or not actors else "ok",
-        detail=f"not ready: {', '.join(lost)}" if lost else f"{len(actors)} ready",
-        advice=f"lazyfarm up; {settings.state_dir / 'logs'} says why" if lost or not actors else "",
-    )
+    async def read(records: FarmRecords) -> list[Finding]:
+        return await find_actors(records, f"lazyfarm up; {settings.state_dir / 'logs'} says why")
+
+    yield from _recorded(settings, read) or ()
 
 
 def _registries(settings: FarmSettings) -> Iterator[Finding]:
-    with _records(settings) as records:
-        given_up = [] if records is None else records.given_up()
-    for each in given_up:
-        yield Finding(
+    yield from _recorded(settings, find_registries) or ()
+
+
+async def find_actors(records: FarmRecords, advice: str) -> list[Finding]:
+    """Look which nodes are dead and which actors are lost; *advice*: what to do about the latter."""
+    nodes, actors = await records.nodes(), await records.actors()
+    dead = [node.id for node in nodes if not node.alive]
+    lost = [actor.name for actor in actors if actor.state != "ready"]
+    return [
+        Finding(
+            check="nodes",
+            ok="fail" if dead or not nodes else "ok",
+            detail=f"dead: {', '.join(dead)}" if dead else f"{len(nodes)} alive",
+            advice="lazyfarm up starts the nodes of this machine again" if dead or not nodes else "",
+        ),
+        Finding(
+            check="actors",
+            ok="fail" if lost or not actors else "ok",
+            detail=f"not ready: {', '.join(lost)}" if lost else f"{len(actors)} ready",
+            advice=advice if lost or not actors else "",
+        ),
+    ]
+
+
+async def find_registries(records: FarmRecords) -> list[Finding]:
+    """Look which registries the cluster has given up."""
+    return [
+        Finding(
             check="registries",
             ok="warn",
             detail=f"{each.host} was given up {each.failing_s:.0f} s ago, after {each.last_failure}",
             advice="the farm tries it again by itself; see that it can be reached from every node",
         )
+        for each in await records.given_up()
+    ]
 
 
 # -- small things --------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cluster.job import JobRecord
     from lazyfarm.cli import documents
     from lazyfarm.jobs import FarmJobs
-    from lazyfarm.records import JobDetails
+    from lazyfarm.records import FarmRecords, JobDetails
 
 app = command_app()
 
@@ -41,8 +41,7 @@ def jobs() -> None:
 def list_jobs(*, state_dir: StateDirOption = None, as_json: JsonOption = False) -> None:
     """List the last 100 jobs, newest first. A job that has ended is known for a week."""
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        with parts.reading(parts.running_settings(state_dir)) as records:
-            found = records.jobs()
+        found = parts.with_records(parts.driving_settings(state_dir), lambda records: records.jobs())
         out.document({"jobs": [summary(job) for job in found]})
         now_s = time.time()
         out.table(
@@ -68,9 +67,12 @@ def list_jobs(*, state_dir: StateDirOption = None, as_json: JsonOption = False) 
 def show_job(*, job: JobArgument, state_dir: StateDirOption = None, as_json: JsonOption = False) -> None:
     """Show one job: its state, its steps with their times, and what went wrong."""
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        with parts.reading(parts.running_settings(state_dir)) as records:
-            details = records.job(job)
-            events = records.events(details.record.id)
+
+        async def read(records: FarmRecords) -> tuple[JobDetails, list[JobEvent]]:
+            details = await records.job(job)
+            return details, await records.events(details.record.id)
+
+        details, events = parts.with_records(parts.driving_settings(state_dir), read)
         view = JobView()
         for event in events:
             view.handle(event)

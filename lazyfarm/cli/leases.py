@@ -36,8 +36,7 @@ def leases() -> None:
 def list_leases(*, state_dir: StateDirOption = None, as_json: JsonOption = False) -> None:
     """List the live leases, with what each holds."""
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        with parts.reading(parts.running_settings(state_dir)) as records:
-            found = records.leases()
+        found = parts.with_records(parts.driving_settings(state_dir), lambda records: records.leases())
         out.document({"leases": [document(lease) for lease in found]})
         out.table(
             ("LEASE", "EXPIRES", "HOLDS", "LABELS"),

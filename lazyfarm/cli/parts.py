@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from cluster import tracing
 from cluster.errors import FarmNotRunningError, NotThroughGatewayError
@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from lazyfarm.drain import FarmDrain
     from lazyfarm.explain import FarmExplain
     from lazyfarm.farm import Farm
+    from lazyfarm.gateway.farm import GatewayFarm
     from lazyfarm.jobs import FarmJobs
     from lazyfarm.leases import FarmLeases
+    from lazyfarm.now import Look
     from lazyfarm.records import FarmRecords
+    from lazyfarm.status import FarmStatus
 
 T = TypeVar("T")
 P = TypeVar("P")
@@ -44,9 +47,14 @@ def running_settings(state_dir: str | None) -> FarmSettings:
         FarmNotRunningError: nothing was brought up there.
         NotThroughGatewayError: a gateway is named instead, and the command doesn't go through one.
     """
-    if gateway_url(state_dir, None, os.environ) is not None:
-        raise NotThroughGatewayError("this command")
+    raise_if_outside(state_dir)
     return _running_settings(state_dir)
+
+
+def raise_if_outside(state_dir: str | None, config: str | None = None) -> None:
+    """Raise NotThroughGatewayError where a gateway is named instead of a farm of this machine."""
+    if gateway_url(state_dir, config, os.environ) is not None:
+        raise NotThroughGatewayError("this command")
 
 
 def driving_settings(state_dir: str | None) -> FarmSettings:
@@ -67,32 +75,50 @@ def _running_settings(state_dir: str | None) -> FarmSettings:
     return settings
 
 
-@contextlib.contextmanager
-def reading(settings: FarmSettings) -> Iterator[FarmRecords]:
-    """Open the farm's records, which need only Redis.
+def with_records(settings: FarmSettings, act: Callable[[FarmRecords], Coroutine[None, None, T]]) -> T:
+    """*act* on what the farm has recorded, which needs only Redis, or its gateway; Ctrl-C cancels it.
 
     Raises:
         FarmNotRunningError: the Redis that ``up`` started is gone: the machine was restarted, say.
+        KeyboardInterrupt: it was interrupted.
     """
-    _raise_if_redis_is_gone(settings)
-    records = open_records(settings)
-    try:
-        yield records
-    finally:
-        records.close()
+    if settings.gateway:
+        from lazyfarm.gateway.records import GatewayRecords  # noqa: PLC0415 - what only drivers outside need
+
+        return _over_gateway(settings.gateway, lambda farm: act(GatewayRecords(farm)))
+    return _over_redis(settings, open_records, act)
 
 
-def open_records(settings: FarmSettings) -> FarmRecords:
+def open_records(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager[FarmRecords]:
     """Return the farm's records."""
-    from lazyfarm.records import FarmRecords  # noqa: PLC0415 - see the module
+    from lazyfarm.records import open_records  # noqa: PLC0415 - see the module
 
-    return FarmRecords(settings)
+    return open_records(settings)
+
+
+def status(settings: FarmSettings) -> FarmStatus:
+    """Return what runs; raises as :func:`with_records`."""
+    from lazyfarm.status import status_of  # noqa: PLC0415 - see the module
+
+    return with_records(settings, lambda records: status_of(settings, records))
+
+
+def with_looks(settings: FarmSettings, act: Callable[[Look], Coroutine[None, None, T]]) -> T:
+    """*act* on looks at what goes on; raises as :func:`with_records`."""
+    return _over_redis(settings, open_looks, act)
+
+
+def open_looks(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager[Look]:
+    """Return what looks at what goes on."""
+    from lazyfarm.now import open_looks  # noqa: PLC0415 - see the module
+
+    return open_looks(settings)
 
 
 def with_jobs(settings: FarmSettings, act: Callable[[FarmJobs], Coroutine[None, None, T]]) -> T:
-    """*act* on the farm's jobs; raises as :func:`with_leases`."""
+    """*act* on the farm's jobs; raises as :func:`with_records`."""
     if settings.gateway:
-        from lazyfarm.gateway.jobs import GatewayJobs  # noqa: PLC0415 - what only drivers outside need
+        from lazyfarm.gateway.jobs import GatewayJobs  # noqa: PLC0415 - as above
 
         return _over_gateway(settings.gateway, lambda farm: act(GatewayJobs(farm.builds)))
     return _over_redis(settings, open_jobs, act)
@@ -106,12 +132,7 @@ def open_jobs(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager[
 
 
 def with_leases(settings: FarmSettings, act: Callable[[FarmLeases], Coroutine[None, None, T]]) -> T:
-    """*act* on the farm's leases, which need only Redis; Ctrl-C cancels it.
-
-    Raises:
-        FarmNotRunningError: as :func:`reading`.
-        KeyboardInterrupt: it was interrupted.
-    """
+    """*act* on the farm's leases; raises as :func:`with_records`."""
     return _over_redis(settings, open_leases, act)
 
 
@@ -123,7 +144,7 @@ def open_leases(settings: FarmSettings) -> contextlib.AbstractAsyncContextManage
 
 
 def with_explain(settings: FarmSettings, act: Callable[[FarmExplain], Coroutine[None, None, T]]) -> T:
-    """*act* on what explains the farm; raises as :func:`with_leases`."""
+    """*act* on what explains the farm; raises as :func:`with_records`."""
     return _over_redis(settings, open_explain, act)
 
 
@@ -135,7 +156,7 @@ def open_explain(settings: FarmSettings) -> contextlib.AbstractAsyncContextManag
 
 
 def with_audit(settings: FarmSettings, act: Callable[[AuditReader], Coroutine[None, None, T]]) -> T:
-    """*act* on the farm's audit stream; raises as :func:`with_leases`."""
+    """*act* on the farm's audit stream; raises as :func:`with_records`."""
     if settings.gateway:
         return _over_gateway(settings.gateway, lambda farm: act(farm.audit_reader))
     return _over_redis(settings, open_audit, act)
@@ -149,7 +170,7 @@ def open_audit(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager
 
 
 def with_collection(settings: FarmSettings, act: Callable[[FarmCollection], Coroutine[None, None, T]]) -> T:
-    """*act* on the farm's collection; raises as :func:`with_leases`."""
+    """*act* on the farm's collection; raises as :func:`with_records`."""
     return _over_redis(settings, open_collection, act)
 
 
@@ -161,7 +182,7 @@ def open_collection(settings: FarmSettings) -> contextlib.AbstractAsyncContextMa
 
 
 def kept(settings: FarmSettings, ref: str) -> Kept:
-    """Return why a ref is kept; raises as :func:`with_leases`."""
+    """Return why a ref is kept; raises as :func:`with_records`."""
     if settings.gateway:
         return _over_gateway(settings.gateway, lambda farm: farm.kept(ref))
     return with_collection(settings, lambda farm: farm.kept(ref))
@@ -177,7 +198,7 @@ def page_link(settings: FarmSettings) -> str:
 
 
 def with_drain(settings: FarmSettings, act: Callable[[FarmDrain | Farm], Coroutine[None, None, T]]) -> T:
-    """*act* on what drains the farm's nodes; raises as :func:`with_leases`."""
+    """*act* on what drains the farm's nodes; raises as :func:`with_records`."""
     if settings.gateway:
         return _over_gateway(settings.gateway, act)
     return _over_redis(settings, open_drain, act)
@@ -197,12 +218,12 @@ def quarantined(settings: FarmSettings) -> list[ObjectInfo]:
     return quarantined(settings)
 
 
-def _over_gateway(url: str, act: Callable[[Farm], Coroutine[None, None, T]]) -> T:
+def _over_gateway(url: str, act: Callable[[GatewayFarm], Coroutine[None, None, T]]) -> T:
     from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - as below
 
     async def connected() -> T:
-        async with await connect(url) as farm:
-            return await act(farm)
+        async with await connect(url, keep=False) as farm:
+            return await act(cast("GatewayFarm", farm))
 
     return run_to_end(connected)
 
@@ -229,11 +250,14 @@ def _raise_if_redis_is_gone(settings: FarmSettings) -> None:
         raise FarmNotRunningError(str(settings.state_dir), f"its Redis at {address.host}:{address.port} is gone")
 
 
-async def connect(place: Path | str) -> Farm:
-    """Join the farm of a state directory or a gateway as a driver; what is made stays held after the command's end."""
+async def connect(place: Path | str, *, keep: bool = True) -> Farm:
+    """Join the farm of a state directory or a gateway as a driver; what is made stays held after the command's end.
+
+    Unless *keep* is False: then nothing of the driver is left.
+    """
     from lazyfarm.farm import Farm  # noqa: PLC0415 - see the module
 
-    return await Farm.connect(place, keep=True)
+    return await Farm.connect(place, keep=keep)
 
 
 def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Farm], Awaitable[T]]) -> T:

@@ -30,8 +30,7 @@ def refs() -> None:
 def list_refs(*, state_dir: StateDirOption = None, as_json: JsonOption = False) -> None:
     """List every ref."""
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        with parts.reading(parts.running_settings(state_dir)) as records:
-            states = records.refs()
+        states = parts.with_records(parts.driving_settings(state_dir), lambda records: records.refs())
         out.document({"refs": [summary(state) for state in states]})
         out.table(
             ("REF", "LAYER", "SIZE", "STATE", "DEPTH", "IMAGES"),
@@ -56,8 +55,7 @@ def list_refs(*, state_dir: StateDirOption = None, as_json: JsonOption = False) 
 def show_ref(*, ref: RefArgument, state_dir: StateDirOption = None, as_json: JsonOption = False) -> None:
     """Show one ref: its record, providers, leases and state."""
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        with parts.reading(parts.running_settings(state_dir)) as records:
-            details = records.ref(ref)
+        details = parts.with_records(parts.driving_settings(state_dir), lambda records: records.ref(ref))
         out.document(document(details))
         record = details.state.record
         usage = details.usage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,11 @@ from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.job_report import page
 from lazyfarm.cli.job_view import JobView
 from lazyfarm.cli.options import JobArgument, JsonOption, StateDirOption, command_app, example
+
+if TYPE_CHECKING:
+    from cluster.graph import Definition
+    from cluster.job import JobEvent
+    from lazyfarm.records import FarmRecords, JobDetails
 
 app = command_app()
 
@@ -36,10 +41,13 @@ def report(
     with reporting(as_json=as_json, state_dir=state_dir) as out:
         if output == "-" and as_json:
             raise InvalidArgumentError("--output", "-", "standard output is for the JSON document")
-        with parts.reading(parts.running_settings(state_dir)) as records:
-            details = records.job(job)
-            events = records.events(details.record.id)
-            definition = records.definition(details.record.id)
+
+        async def read(records: FarmRecords) -> tuple[JobDetails, list[JobEvent], Definition | None]:
+            details = await records.job(job)
+            found = details.record.id
+            return details, await records.events(found), await records.definition(found)
+
+        details, events, definition = parts.with_records(parts.running_settings(state_dir), read)
         view = JobView()
         for event in events:
             view.handle(event)

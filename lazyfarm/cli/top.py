@@ -3,50 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
-from lazyfarm.cli.driving import run_to_end
 from lazyfarm.cli.human import count, duration, short, size
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
 from lazyfarm.cli.output import Output
 from lazyfarm.cli.terminal import one_line
 
 if TYPE_CHECKING:
-    from cluster.job import JobRecord
-    from cluster.messages import NodeRecord
     from lazyfarm.cli import documents
-    from lazyfarm.web.flights import Flight
-    from lazyfarm.web.reading import FarmReader
+    from lazyfarm.now import Look, Now
 
 app = command_app()
 
 _EVERY_S = 1.0
 #: Lines of what there may be thousands of.
 _MOST = 15
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Now:
-    """What goes on at a moment."""
-
-    nodes: Sequence[NodeRecord]
-    #: Ops that run, by node.
-    ops: dict[str, int]
-    flights: Sequence[Flight]
-    #: Those that have not ended, each with what it is to build.
-    jobs: Sequence[tuple[JobRecord, tuple[str, ...]]]
-    now_wall_s: float
-
-    @property
-    def rate(self) -> float:
-        """Return the bytes a second of all flights."""
-        return sum(flight.rate for flight in self.flights)
 
 
 @app.command(epilog=example("lazyfarm top", "lazyfarm top --json"))
@@ -63,33 +39,16 @@ def top(
     In a pipe, and with --json, it looks once. Reads Redis only: Ray is not joined.
     """
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        from lazyfarm.web.reading import FarmReader  # noqa: PLC0415 - not for --help
 
-        settings = parts.running_settings(state_dir)
+        async def watch(look: Look) -> None:
+            if out.is_live:
+                await _watch(out, look, every_s)
+                return
+            await look()  # a rate is told of two looks
+            await asyncio.sleep(every_s)
+            show(out, await look())
 
-        async def watch() -> None:
-            reader = FarmReader(settings)
-            try:
-                if out.is_live:
-                    await _watch(out, reader, every_s)
-                    return
-                await look(reader)  # a rate is told of two looks
-                await asyncio.sleep(every_s)
-                show(out, await look(reader))
-            finally:
-                await reader.aclose()
-
-        run_to_end(watch)
-
-
-async def look(reader: FarmReader) -> Now:
-    """Return what goes on."""
-    nodes, flights, jobs, now_wall_s = await asyncio.gather(
-        reader.nodes(), reader.flights(), reader.newest_jobs(), reader.now_wall_s()
-    )
-    going = [(record, targets) for record, targets in jobs if not record.state.is_end]
-    ops = await reader.ops([node.id for node in nodes])
-    return Now(nodes=nodes, ops=ops, flights=flights, jobs=going, now_wall_s=now_wall_s)
+        parts.with_looks(parts.running_settings(state_dir), watch)
 
 
 def show(out: Output, now: Now) -> None:
@@ -147,7 +106,7 @@ def show(out: Output, now: Now) -> None:
         _more(out, len(now.jobs))
 
 
-async def _watch(out: Output, reader: FarmReader, every_s: float) -> None:
+async def _watch(out: Output, look: Look, every_s: float) -> None:
     """Show it again and again, in place of what was shown before."""
     import io  # noqa: PLC0415 - for a terminal only, as rich
 
@@ -159,7 +118,7 @@ async def _watch(out: Output, reader: FarmReader, every_s: float) -> None:
         while True:
             page = Output(as_json=False)
             page.stdout = io.StringIO()
-            show(page, await look(reader))
+            show(page, await look())
             live.update(Text(page.stdout.getvalue(), no_wrap=True, overflow="ellipsis"), refresh=True)
             await asyncio.sleep(every_s)
 

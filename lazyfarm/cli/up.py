@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.human import count
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
@@ -59,13 +60,13 @@ def up(
             out.line(f"{settings.config_file} is gone: going on with what was recorded of it")
         with out.undisturbed():
             report = bring_up(settings, nodes, out.line)
-        for done, parts in (("stopped", report.stopped), ("started", report.started)):
-            if parts:
-                out.line(f"{done}: {', '.join(parts)}")
+        for done, those in (("stopped", report.stopped), ("started", report.started)):
+            if those:
+                out.line(f"{done}: {', '.join(those)}")
         if not report.changed:
             out.line("already up: nothing was changed")
         what = {"changed": report.changed, "started": list(report.started), "stopped": list(report.stopped)}
-        show(report.settings, out, what)
+        show(parts.status(report.settings), out, what)
         out.line("")
         if (link := page_link(settings.state_dir)) and out.stdout.isatty():
             out.line(f"page: {link}")  # on a terminal alone: what is kept of a command's output holds no token

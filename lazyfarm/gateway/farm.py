@@ -101,6 +101,11 @@ class GatewayFarm(Farm):
             await self._gateway.close()
 
     @property
+    def gateway(self) -> GatewayLink:
+        """Return the connection, for what is looked at over it."""
+        return self._gateway
+
+    @property
     def session_id(self) -> str:
         """Return the ID of this driver's session."""
         return self._session_id

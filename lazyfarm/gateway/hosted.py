@@ -27,6 +27,7 @@ from cluster.gateway import (
 )
 from cluster.wire import decode, decode_error, encode, encode_error
 from lazyfarm.farm import Farm
+from lazyfarm.gateway.lookups import Lookups
 from lazyfarm.gateway.surface import Exports, Surface, Uploads
 from lazyfarm.session import Session
 from storage.blobs import S3ContentStore
@@ -362,6 +363,7 @@ class Drivers:
             farm.link, Keys(self._config.farm.name), self._store, threads=threads, hold=farm.hold_resources
         )
         uploads = Uploads(trees, self._store, self._outside)
+        lookups = Lookups(self._config, farm.link)
 
         async def stop(discard: bool) -> None:  # noqa: FBT001 - as of Driver.close
             with contextlib.suppress(ClusterError):
@@ -374,7 +376,8 @@ class Drivers:
                     del self._known[session_id]
             self._log.info("gateway.left", session=session_id, drivers=len(self._known))
 
-        driver.serve(Surface(farm, uploads, Exports(farm, self._store, self._outside), driver.close), stop)
+        exports = Exports(farm, self._store, self._outside)
+        driver.serve(Surface(farm, uploads, exports, lookups, driver.close), stop)
         return driver
 
     def dropped(self, driver: Driver) -> None:

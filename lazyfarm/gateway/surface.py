@@ -19,16 +19,19 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.gateway import AnyMethod, AnyStream, Method, Nothing, RefView, Stream
-from cluster.graph import decode_definition
-from cluster.job import JobId, encode_event
+from cluster.graph import decode_definition, encode_definition
+from cluster.job import JobEvent, JobId, encode_event
 from cluster.lease import LeaseId
 from cluster.ports import Part
 from cluster.ref import BlobRecord, RefId
 from cluster.tree import decode_tree
 from lazyfarm.builds import BuildOptions
 from lazyfarm.farm import Farm
+from lazyfarm.gateway import reads
+from lazyfarm.gateway.lookups import Lookups
 from lazyfarm.gateway.views import view_of
 from lazyfarm.job import Result
+from lazyfarm.records import FarmRecords
 from lazyfarm.ref import Ref
 from storage.blobs import S3ContentStore
 from storage.fetching import checked
@@ -184,11 +187,17 @@ class Surface:
         farm: The driver's, with its session.
         uploads: What it sends.
         exports: What it reads.
+        lookups: What it looks at.
         close: Ends its session.
     """
 
     def __init__(
-        self, farm: Farm, uploads: Uploads, exports: Exports, close: Callable[[bool], Awaitable[None]]
+        self,
+        farm: Farm,
+        uploads: Uploads,
+        exports: Exports,
+        lookups: Lookups,
+        close: Callable[[bool], Awaitable[None]],
     ) -> None:
         self._farm = farm
         self._close = close
@@ -238,6 +247,7 @@ class Surface:
         self._on(calls.CANCEL_JOB, lambda call: builds.cancel_job(JobId(call.name)))
         self._on(calls.TAG, self._tag)
         self._on_s3(uploads, exports)
+        self._on_lookups(lookups)
         self._on(calls.CLOSE, lambda call: _done(self._close(call.discard)))
 
     def _on_s3(self, uploads: Uploads, exports: Exports) -> None:
@@ -247,6 +257,16 @@ class Surface:
         self._on(calls.TREE_SENT, uploads.sent)
         self._on(calls.EXPORT, exports.ways)
         self._on(calls.DAMAGED, exports.damaged)
+
+    def _on_lookups(self, lookups: Lookups) -> None:
+        records = lookups.records
+        self._on(reads.ACTORS, lambda _: records.actors())
+        self._on(reads.GIVEN_UP, lambda _: records.given_up())
+        self._on(reads.REF_DETAILS, lambda call: records.ref(call.name))
+        self._on(reads.JOBS, lambda _: records.jobs())
+        self._on(reads.JOB_DETAILS, lambda call: records.job(call.name))
+        self._on(reads.DEFINITION, lambda call: _definition(records, JobId(call.name)))
+        self._streams(reads.TOLD, lambda call: _told_so_far(records, JobId(call.name)))
 
     def _on(self, method: Method[Q, R], handle: Callable[[Q], Awaitable[R]]) -> None:
         self.methods[method.name] = method, handle
@@ -372,12 +392,26 @@ class Surface:
 
     async def _follow_job(self, call: calls.Named) -> AsyncIterator[calls.EventTold]:
         async for event in self._farm.builds.follow_job(JobId(call.name)):
-            kind, payload = encode_event(event)
-            yield calls.EventTold(kind=kind, payload=payload)
+            yield _event(event)
 
     async def _tag(self, call: calls.TagCall) -> RefView:
         result = Result(call.job, (self._ref(call.ref),), call.config, call.inline)
         return view_of(await self._farm.tag(result, call.name, created_s=call.created_s))
+
+
+def _event(event: JobEvent) -> calls.EventTold:
+    kind, payload = encode_event(event)
+    return calls.EventTold(kind=kind, payload=payload)
+
+
+async def _told_so_far(records: FarmRecords, job: JobId) -> AsyncIterator[calls.EventTold]:
+    for event in await records.events(job):
+        yield _event(event)
+
+
+async def _definition(records: FarmRecords, job: JobId) -> bytes:
+    definition = await records.definition(job)
+    return b"" if definition is None else encode_definition(definition)
 
 
 async def _done(work: Awaitable[None]) -> Nothing:

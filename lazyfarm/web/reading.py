@@ -23,9 +23,9 @@ from cluster.messages import ActorRecord, NodeRecord
 from cluster.ref import RefId, RefState
 from cluster.settings import FarmSettings
 from cluster.traffic import Traffic
-from lazyfarm.cli.status import find_problems
 from lazyfarm.jobs import FarmJobs
 from lazyfarm.redis_only import connected
+from lazyfarm.status import find_problems
 from lazyfarm.web.blobs import BlobUse, blobs_of
 from lazyfarm.web.flights import Flight, FlightRates
 from storage.audit import RedisAudit

@@ -250,8 +250,7 @@ def _session(jobs, job_id):
 
 
 def _leases(farm):
-    with farm.records() as records:
-        return {lease.id for lease in records.leases()}
+    return {lease.id for lease in farm.leases()}
 
 
 def lazyfarm_submit(jobs, directory, *arguments):

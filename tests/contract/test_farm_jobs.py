@@ -20,7 +20,7 @@ from cluster.messages import SessionInfo
 from lazyfarm.cli.main import app
 from lazyfarm.graph import image
 from lazyfarm.jobs import FarmJobs, open_jobs
-from lazyfarm.records import FarmRecords
+from lazyfarm.records import open_records
 from lazyfarm.settings import load_settings
 from storage.job_events import RedisJobEvents
 from storage.jobs import RedisJobStore
@@ -92,20 +92,21 @@ def test_what_is_recorded_of_jobs_is_read(farm):
     farm.submit("aa1")
     farm.submit("ab2", is_detached=True)
     farm.tell("aa1", step(VertexState.RUNNING))
-    records = FarmRecords(farm.settings)
-    try:
-        assert [(job.record.id, job.targets) for job in records.jobs()] == [
+    asyncio.run(_read_records(farm.settings))
+
+
+async def _read_records(settings):
+    async with open_records(settings) as records:
+        assert [(job.record.id, job.targets) for job in await records.jobs()] == [
             ("ab2", ("[build] RUN make",)),
             ("aa1", ("[build] RUN make",)),
         ]
-        assert records.job("aa").record.id == "aa1"
-        assert [event.state for event in records.events(JobId("aa1"))] == [VertexState.RUNNING]
+        assert (await records.job("aa")).record.id == "aa1"
+        assert [event.state for event in await records.events(JobId("aa1"))] == [VertexState.RUNNING]
         with pytest.raises(JobNotFoundError):
-            records.job("x")
+            await records.job("x")
         with pytest.raises(JobNotFoundError):
-            records.events(JobId("x"))
-    finally:
-        records.close()
+            await records.events(JobId("x"))
 
 
 def test_commands_read_and_cancel(farm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -16,9 +17,10 @@ import pytest
 
 from actors import launch
 from actors.join import leave
+from cluster.lease import Lease
 from cluster.settings import FarmSettings
 from lazyfarm.farm import Farm
-from lazyfarm.records import FarmRecords
+from lazyfarm.records import open_records
 from lazyfarm.settings import load_settings
 from tests.doubles.documents import check_output, read_document
 
@@ -70,14 +72,14 @@ class RunningFarm:
         """Run the command line with ``--json`` and return its document, which is as its schema says."""
         return read_document(arguments, self.cli(*arguments, "--json", **options).stdout)
 
-    @contextmanager
-    def records(self) -> Iterator[FarmRecords]:
-        """Read what it has recorded."""
-        records = FarmRecords(self.settings)
-        try:
-            yield records
-        finally:
-            records.close()
+    def leases(self) -> list[Lease]:
+        """Return the live leases."""
+
+        async def read() -> list[Lease]:
+            async with open_records(self.settings) as records:
+                return await records.leases()
+
+        return asyncio.run(read())
 
 
 @contextmanager

@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 from rich.progress import Progress
@@ -203,16 +204,16 @@ class FakeRecords:
         self.actor_records = [SUPERVISOR]
         self.is_closed = False
 
-    def nodes(self):
+    async def nodes(self):
         return self.node_records
 
-    def actors(self):
+    async def actors(self):
         return self.actor_records
 
-    def refs(self):
+    async def refs(self):
         return list(LAYERS)
 
-    def ref(self, name):
+    async def ref(self, name):
         if name == "unknown":
             raise RefNotFoundError(name)
         usage = RefUsage(last_used_wall_s=1.7e9, usage_count=3)
@@ -220,14 +221,11 @@ class FakeRecords:
             state=TOP, chain=LAYERS, leases=("l1",), usage=usage, images=(SimpleNamespace(name=IMAGE),)
         )
 
-    def leases(self):
+    async def leases(self):
         return [
             Lease(id="l1", expires_wall_s=2.5e9, created_wall_s=1.7e9, labels={"a": "b"}, resources=("ref:x",)),
             Lease(id="l2", expires_wall_s=None, created_wall_s=1.7e9),
         ]
-
-    def close(self):
-        self.is_closed = True
 
 
 @pytest.fixture
@@ -278,7 +276,13 @@ def farm(state_dir, monkeypatch):
 @pytest.fixture
 def records(state_dir, monkeypatch):
     fake = FakeRecords()
-    monkeypatch.setattr(parts, "open_records", lambda settings: fake)
+
+    @asynccontextmanager
+    async def open_records(settings):
+        yield fake
+        fake.is_closed = True
+
+    monkeypatch.setattr(parts, "open_records", open_records)
     return fake
 
 
@@ -431,8 +435,8 @@ def test_refs_show_tells_what_a_built_layer_was_made_of(records, monkeypatch):
     blob = BOTTOM.record.blob
     need = Needed(digest=blob.digest, size_bytes=blob.size_bytes, providers=BOTTOM.providers, came_from="")
     built = replace(TOP, record=replace(TOP.record, origins=(encode_origin([need]), OPEN)))
-    details = SimpleNamespace(**(vars(records.ref("debian:12")) | {"state": built}))
-    monkeypatch.setattr(records, "ref", lambda _name: details)
+    details = SimpleNamespace(**(vars(asyncio.run(records.ref("debian:12"))) | {"state": built}))
+    monkeypatch.setattr(records, "ref", AsyncMock(return_value=details))
     told, _ = document("refs", "show", "debian:12")
     source = "registry-1.docker.io/library/debian"
     assert told["made_of"] == [[{"digest": blob.digest, "size": blob.size_bytes, "source": source}], []]

@@ -24,7 +24,7 @@ from lazyfarm.cli.main import app
 from lazyfarm.cli.output import Output
 from lazyfarm.graph import image
 from lazyfarm.jobs import FarmJobs
-from lazyfarm.records import JobDetails
+from lazyfarm.records import FarmRecords
 from storage.memory_solver import MemoryJobEvents, MemoryJobStore, SolverMemory
 from tests.doubles.documents import read_document, read_progress
 from tests.doubles.stores import FakeClock
@@ -87,31 +87,6 @@ class Farm:
         self.end(job, JobState.FAILED, ERROR)
 
 
-class Records:
-    """The blocking face of the same jobs."""
-
-    def __init__(self, farm):
-        self._jobs = farm.jobs
-
-    def jobs(self):
-        return [self._details(record) for record in asyncio.run(self._jobs.newest())]
-
-    def job(self, name):
-        return self._details(asyncio.run(self._jobs.find(name)))
-
-    def events(self, job):
-        return asyncio.run(self._jobs.told(job))
-
-    def definition(self, job):
-        return asyncio.run(self._jobs.definition(job))
-
-    def close(self):
-        pass
-
-    def _details(self, record):
-        return JobDetails(record=record, targets=asyncio.run(self._jobs.targets(record.id)))
-
-
 @pytest.fixture
 def farm(monkeypatch):
     made = Farm()
@@ -120,9 +95,13 @@ def farm(monkeypatch):
     async def open_jobs(settings):
         yield made.jobs
 
+    @asynccontextmanager
+    async def open_records(settings):
+        yield FarmRecords(None, None, None, None, made.jobs)
+
     monkeypatch.setattr(parts, "_running_settings", lambda state_dir: SimpleNamespace(gateway=""))
     monkeypatch.setattr(parts, "_raise_if_redis_is_gone", lambda settings: None)
-    monkeypatch.setattr(parts, "open_records", lambda settings: Records(made))
+    monkeypatch.setattr(parts, "open_records", open_records)
     monkeypatch.setattr(parts, "open_jobs", open_jobs)
     return made
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -15,6 +17,7 @@ from lazyfarm.cli import parts
 from lazyfarm.cli.main import app
 from lazyfarm.cli.output import Output
 from lazyfarm.cli.top import _watch
+from lazyfarm.now import look
 from lazyfarm.web import reading
 from lazyfarm.web.flights import Flight
 from tests.doubles.documents import read_document
@@ -75,7 +78,8 @@ class Reader:
 
 @pytest.fixture
 def top(monkeypatch):
-    monkeypatch.setattr(parts, "running_settings", lambda state_dir: None)
+    monkeypatch.setattr(parts, "_running_settings", lambda state_dir: SimpleNamespace(gateway=""))
+    monkeypatch.setattr(parts, "_raise_if_redis_is_gone", lambda settings: None)
     monkeypatch.setattr(reading, "FarmReader", Reader)
 
     def run(*arguments):
@@ -131,7 +135,7 @@ async def test_on_a_terminal_it_looks_again_and_again(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")
     reader = Reader(None)
-    watching = asyncio.ensure_future(_watch(out, reader, 0.01))
+    watching = asyncio.ensure_future(_watch(out, partial(look, reader), 0.01))
     await eventually(lambda: reader.looks >= 3)
     watching.cancel()
     await asyncio.wait({watching})

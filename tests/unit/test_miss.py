@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -197,7 +198,7 @@ def command(farm, monkeypatch):
     async def open_explain(settings):
         yield farm.explain
 
-    monkeypatch.setattr(parts, "running_settings", lambda state_dir: None)
+    monkeypatch.setattr(parts, "_running_settings", lambda state_dir: SimpleNamespace(gateway=""))
     monkeypatch.setattr(parts, "_raise_if_redis_is_gone", lambda settings: None)
     monkeypatch.setattr(parts, "open_explain", open_explain)
 

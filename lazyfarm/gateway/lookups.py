@@ -1,0 +1,21 @@
+"""What a gateway looks at for its drivers, in the farm's Redis."""
+
+from __future__ import annotations
+
+from cluster.config import Config
+from lazyfarm.records import FarmRecords
+from storage.keys import Keys
+from storage.link import RedisLink
+
+
+class Lookups:
+    """What one driver may look at.
+
+    Args:
+        config: The farm's.
+        link: Its Redis; whoever gives it closes it.
+    """
+
+    def __init__(self, config: Config, link: RedisLink) -> None:
+        keys = Keys(config.farm.name)
+        self.records = FarmRecords.over(link, keys)
