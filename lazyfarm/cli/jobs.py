@@ -129,7 +129,7 @@ def show_logs(
     a progress bar, its last state is told. With --json all is as it was said.
     """
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        settings = parts.running_settings(state_dir)
+        settings = parts.driving_settings(state_dir)
         logs = JobLogs(out, vertex)
 
         async def act(jobs: FarmJobs) -> JobRecord:

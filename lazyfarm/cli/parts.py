@@ -119,8 +119,9 @@ def with_jobs(settings: FarmSettings, act: Callable[[FarmJobs], Coroutine[None, 
     """*act* on the farm's jobs; raises as :func:`with_records`."""
     if settings.gateway:
         from lazyfarm.gateway.jobs import GatewayJobs  # noqa: PLC0415 - as above
+        from lazyfarm.gateway.records import GatewayRecords  # noqa: PLC0415 - as above
 
-        return _over_gateway(settings.gateway, lambda farm: act(GatewayJobs(farm.builds)))
+        return _over_gateway(settings.gateway, lambda farm: act(GatewayJobs(farm.builds, GatewayRecords(farm))))
     return _over_redis(settings, open_jobs, act)
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 
-from cluster.errors import NotThroughGatewayError
 from cluster.graph import Definition
 from cluster.job import JobEnded, JobEvent, JobId, JobRecord, JobState
 from lazyfarm.builds import Builds
+from lazyfarm.gateway.records import GatewayRecords
 from lazyfarm.jobs import ATTEND_EVERY_S, FarmJobs
 
 
 class GatewayJobs(FarmJobs):
-    """Jobs of one farm, over its gateway: one is found, followed, attended and cancelled."""
+    """Jobs of one farm, over its gateway."""
 
-    def __init__(self, builds: Builds) -> None:
+    def __init__(self, builds: Builds, records: GatewayRecords) -> None:
         # Not the base's: there is no Redis here.
         self._builds = builds
+        self._records = records
 
     async def find(self, name: str) -> JobRecord:
         """Return the job that has that ID, or the only one whose ID begins so; see the base."""
@@ -42,17 +43,17 @@ class GatewayJobs(FarmJobs):
             return await self.follow(job, on_event)
 
     async def newest(self) -> list[JobRecord]:
-        """Not from here."""
-        raise NotThroughGatewayError("the list of jobs")
+        """Return the last jobs submitted, newest first."""
+        return [job.record for job in await self._records.jobs()]
 
     async def targets(self, job: JobId) -> tuple[str, ...]:
-        """Not from here."""
-        raise NotThroughGatewayError(f"what job {job} builds")
+        """Return what people call a job's targets; see the base."""
+        return (await self._records.job(job)).targets
 
     async def definition(self, job: JobId) -> Definition | None:
-        """Not from here."""
-        raise NotThroughGatewayError(f"what job {job} builds")
+        """Return what a job is to build; see the base."""
+        return await self._records.definition(job)
 
     async def told(self, job: JobId) -> list[JobEvent]:
-        """Not from here."""
-        raise NotThroughGatewayError(f"the log of job {job}")
+        """Return a job's events so far; see the base."""
+        return await self._records.events(job)

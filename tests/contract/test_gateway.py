@@ -47,9 +47,9 @@ from cluster.errors import (
 )
 from cluster.gateway import PATH
 from cluster.graph import encode_definition
-from cluster.job import JobId, LogStream, VertexEvent, VertexLog, VertexState
+from cluster.job import JobId, JobSpec, JobState, LogStream, VertexEvent, VertexLog, VertexState
 from cluster.lease import LeaseId, ref_resource
-from cluster.messages import NodeRecord, UnlazyResult
+from cluster.messages import NodeRecord, SessionInfo, UnlazyResult
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.ref import BlobRecord, ImageRecord, RefRecord
 from lazyfarm import blocking
@@ -69,6 +69,7 @@ from storage.blobs import S3ContentStore
 from storage.connect import connect
 from storage.fetching import new_key
 from storage.job_events import RedisJobEvents
+from storage.jobs import RedisJobStore
 from storage.local_trees import LocalTrees
 from storage.presence import Presence
 from storage.registry.credentials import Credential, CredentialSource
@@ -940,6 +941,8 @@ def place(redis_servers, tmp_path_factory):
         ("jobs ls", 0),
         ("jobs show j1", 0),
         ("jobs show none", 1),
+        ("jobs logs j1", 0),
+        ("jobs logs j1 --vertex none", 1),
         ("leases ls", 0),
         ("explain kept TOP", 0),
     ],
@@ -962,3 +965,35 @@ def test_a_gateway_of_an_earlier_release_says_what_it_does_not_know(place, monke
     error = place.over("refs", "show", place.farm.top, code=1)["error"]
     assert "this gateway's release doesn't know it" in error["message"]
     assert place.over("refs", "ls") == place.beside("refs", "ls")
+
+
+def test_logs_are_followed_over_a_connection_that_drops(place):
+    """Each line comes once, whether it was said before, meanwhile or after; the job's end ends it."""
+    jobs = RedisJobStore(place.farm.links[0], place.farm.keys)
+    events = RedisJobEvents(place.farm.links[0], place.farm.keys)
+    definition = scratch().mkdir("/made").definition()
+    (vertex,) = definition.targets
+    payload, job = encode_definition(definition), JobId("followed")
+    session = SessionInfo(session_id="driver-1")
+    spec = JobSpec(id=job, definition=digest_of(payload), targets=(vertex,), session=session, is_detached=True)
+
+    def say(text):
+        place.run(events.publish(job, [VertexLog(vertex=vertex, stream=LogStream.STDOUT, text=text)]))
+
+    place.run(jobs.submit(spec, payload))
+    claims = {claimed.claim.job: claimed.claim for claimed in place.run(jobs.claim("s", ttl_s=1000.0, most=9))}
+    say("one\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", "lazyfarm", "jobs", "logs", "--follow", job],
+        env={**os.environ, **place.environ},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as following:
+        name, *lines = [following.stdout.readline(), following.stdout.readline()]
+        place.run(place.gateway.server.drop())
+        say("two\n")
+        lines.append(following.stdout.readline())
+        place.run(jobs.end(claims[job], JobState.DONE))
+        lines += following.communicate(timeout=60)[0].splitlines(keepends=True)
+    assert [line.split()[-1] for line in (name, *lines)] == [name.split()[-1], "one", "two"]
+    assert following.returncode == 0
