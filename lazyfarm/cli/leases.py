@@ -65,7 +65,7 @@ def show_lease(
 ) -> None:
     """Show one lease: who made it, until when it lives, and all that it holds."""
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        found = parts.with_leases(parts.running_settings(state_dir), lambda known: known.get(LeaseId(lease)))
+        found = parts.with_leases(parts.driving_settings(state_dir), lambda known: known.get(LeaseId(lease)))
         out.document(document(found))
         out.fields(
             [
@@ -96,7 +96,7 @@ def pin(
         ttl_s = parse_duration("--ttl", ttl) if ttl else None
         given = dict(map(_parse_label, label or ()))
         made = parts.with_leases(
-            parts.running_settings(state_dir), lambda known: known.pin_named(ref, ttl_s=ttl_s, labels=given)
+            parts.driving_settings(state_dir), lambda known: known.pin_named(ref, ttl_s=ttl_s, labels=given)
         )
         out.document(document(made))
         out.line(f"{made.id}  {made.resources[0]}  {expiry(made.expires_wall_s)}")
@@ -120,7 +120,7 @@ def release(
                 await known.release(LeaseId(lease))
                 out.line(f"{lease}  released")
 
-        parts.with_leases(parts.running_settings(state_dir), release_all)
+        parts.with_leases(parts.driving_settings(state_dir), release_all)
         out.document({"released": leases})
 
 
@@ -141,7 +141,7 @@ def leaks(
                     await known.release(leak.lease.id)
             return found
 
-        found = parts.with_leases(parts.running_settings(state_dir), find)
+        found = parts.with_leases(parts.driving_settings(state_dir), find)
         _tell_leaks(out, found, are_released=release_them)
         if found and not release_them:
             raise typer.Exit(EXIT_ERROR)

@@ -134,6 +134,10 @@ def open_jobs(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager[
 
 def with_leases(settings: FarmSettings, act: Callable[[FarmLeases], Coroutine[None, None, T]]) -> T:
     """*act* on the farm's leases; raises as :func:`with_records`."""
+    if settings.gateway:
+        from lazyfarm.gateway.pins import GatewayPins  # noqa: PLC0415 - as above
+
+        return _over_gateway(settings.gateway, lambda farm: act(GatewayPins(farm.gateway)))
     return _over_redis(settings, open_leases, act)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cluster.config import Config
+from lazyfarm.leases import FarmLeases
 from lazyfarm.records import FarmRecords
 from storage.keys import Keys
 from storage.link import RedisLink
@@ -19,3 +20,4 @@ class Lookups:
     def __init__(self, config: Config, link: RedisLink) -> None:
         keys = Keys(config.farm.name)
         self.records = FarmRecords.over(link, keys)
+        self.leases = FarmLeases.over(link, keys, config.cache)

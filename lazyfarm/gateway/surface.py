@@ -259,10 +259,13 @@ class Surface:
         self._on(calls.DAMAGED, exports.damaged)
 
     def _on_lookups(self, lookups: Lookups) -> None:
-        records = lookups.records
+        records, leases = lookups.records, lookups.leases
         self._on(reads.ACTORS, lambda _: records.actors())
         self._on(reads.GIVEN_UP, lambda _: records.given_up())
         self._on(reads.REF_DETAILS, lambda call: records.ref(call.name))
+        self._on(reads.LEASE, lambda call: leases.get(LeaseId(call.name)))
+        self._on(reads.PIN_NAMED, lambda call: leases.pin_named(call.name, ttl_s=call.ttl_s, labels=call.labels))
+        self._on(reads.LEAKS, lambda _: leases.leaks())
         self._on(reads.JOBS, lambda _: records.jobs())
         self._on(reads.JOB_DETAILS, lambda call: records.job(call.name))
         self._on(reads.DEFINITION, lambda call: _definition(records, JobId(call.name)))

@@ -845,7 +845,7 @@ def test_a_driver_outside_needs_neither_ray_nor_redis_nor_s3():
             import_module(f"lazyfarm.cli.{name}")
         for name in ("doctor", "explain", "jobs", "leases", "refs", "report", "status", "top"):
             import_module(f"lazyfarm.cli.{name}")
-        for name in ("downloads", "jobs", "records"):
+        for name in ("downloads", "jobs", "pins", "records"):
             import_module(f"lazyfarm.gateway.{name}")
         import_module("lazyfarm.export")
         for where in ("https://127.0.0.1:1", None):
@@ -944,6 +944,8 @@ def place(redis_servers, tmp_path_factory):
         ("jobs logs j1", 0),
         ("jobs logs j1 --vertex none", 1),
         ("leases ls", 0),
+        ("leases show driver-1", 0),
+        ("leases show none", 1),
         ("explain kept TOP", 0),
     ],
 )
@@ -957,6 +959,30 @@ def test_a_command_tells_the_same_over_the_gateway(place, words, code):
         "driver-1",
         "flight",
     }
+
+
+def test_leases_are_looked_after_over_the_gateway(place, monkeypatch):
+    """Pinned by name, found to leak, released: whatever one side did, the other sees."""
+    made = place.over("leases", "pin", place.farm.top[:20], "--ttl", "1h", "--label", "why=release")
+    assert made["labels"]["why"] == "release"
+    assert made["expires"] - made["created"] == pytest.approx(3600)
+    assert place.beside("leases", "show", made["id"]) == place.over("leases", "show", made["id"]) == made
+    assert place.over("leases", "release", made["id"]) == {"released": [made["id"]]}
+    assert place.over("leases", "release", made["id"], code=1)["error"]["type"] == "LeaseNotFoundError"
+    monkeypatch.setattr("cluster.collect.leaks._NEW_S", -1.0)  # also one that was made just now is looked at
+    leaked = place.run(_leak(place.farm))
+    beside = place.beside("leases", "leaks", code=1)
+    assert [leak["id"] for leak in beside["leaks"]] == [leaked]
+    assert place.over("leases", "leaks", code=1) == beside
+    place.over("leases", "leaks", "--release")
+    assert place.beside("leases", "leaks")["leaks"] == []
+
+
+async def _leak(farm):
+    """A lease of a job that nobody knows any more."""
+    lease = LeaseId("job-gone")
+    await farm.stores().leases.create(lease, ttl_s=None, labels={"job": "gone"})
+    return lease
 
 
 def test_a_gateway_of_an_earlier_release_says_what_it_does_not_know(place, monkeypatch):
