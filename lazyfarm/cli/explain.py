@@ -50,7 +50,7 @@ def wait(
 ) -> None:
     """Say whom a layer waits for: who fetches it, how fast, how long it will take, and who else waits."""
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        found = parts.with_explain(parts.running_settings(state_dir), lambda farm: farm.wait(name))
+        found = parts.with_explain(parts.driving_settings(state_dir), lambda farm: farm.wait(name))
         out.document({"layers": [_document(layer) for layer in found]})
         for layer in found:
             out.line(f"{short(layer.digest)}  {_told(layer)}")
@@ -70,7 +70,7 @@ def pull(
     Told of the audit stream, as far back as that goes; `lazyfarm audit --digest` has all of it.
     """
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        found = parts.with_explain(parts.running_settings(state_dir), lambda farm: farm.pull(name))
+        found = parts.with_explain(parts.driving_settings(state_dir), lambda farm: farm.pull(name))
         out.document(
             {
                 "pulls": [audit_document(entry) for entry in found.pulls],
@@ -153,7 +153,7 @@ def miss(
     The lowest step that differs comes first: what stands on it differs by that alone.
     """
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        settings = parts.running_settings(state_dir)
+        settings = parts.driving_settings(state_dir)
         found = parts.with_explain(settings, lambda farm: farm.miss(step, job=job, against=against))
         out.document(_miss_document(found))
         state = found.state.value if found.state else "not begun"

@@ -150,6 +150,10 @@ def open_leases(settings: FarmSettings) -> contextlib.AbstractAsyncContextManage
 
 def with_explain(settings: FarmSettings, act: Callable[[FarmExplain], Coroutine[None, None, T]]) -> T:
     """*act* on what explains the farm; raises as :func:`with_records`."""
+    if settings.gateway:
+        from lazyfarm.gateway.explain import GatewayExplain  # noqa: PLC0415 - as above
+
+        return _over_gateway(settings.gateway, lambda farm: act(GatewayExplain(farm.gateway)))
     return _over_redis(settings, open_explain, act)
 
 

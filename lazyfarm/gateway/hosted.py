@@ -363,7 +363,7 @@ class Drivers:
             farm.link, Keys(self._config.farm.name), self._store, threads=threads, hold=farm.hold_resources
         )
         uploads = Uploads(trees, self._store, self._outside)
-        lookups = Lookups(self._config, farm.link)
+        lookups = Lookups(self._config, farm.link, trees.open_tree)
 
         async def stop(discard: bool) -> None:  # noqa: FBT001 - as of Driver.close
             with contextlib.suppress(ClusterError):

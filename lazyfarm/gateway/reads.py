@@ -9,6 +9,8 @@ from cluster.collect.leaks import Leak
 from cluster.gateway import EventTold, Method, Named, Nothing, Stream
 from cluster.lease import Lease
 from cluster.messages import ActorRecord
+from lazyfarm.explain import LayerWait, PullStory
+from lazyfarm.miss import Miss
 from lazyfarm.records import JobDetails, RefDetails
 
 
@@ -19,6 +21,24 @@ class PinNamedCall:
     name: str
     ttl_s: float | None
     labels: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchCall:
+    """Tell what layers wait for, or how they came."""
+
+    name: str
+    #: Seconds between two looks at what moves.
+    watch_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissCall:
+    """Tell why a step was not found in the cache; as :meth:`lazyfarm.explain.FarmExplain.miss`."""
+
+    step: str
+    job: str
+    against: str
 
 
 ACTORS: Method[Nothing, list[ActorRecord]] = Method("actors", Nothing, list[ActorRecord])
@@ -37,3 +57,7 @@ JOB_DETAILS = Method("job-details", Named, JobDetails)
 DEFINITION = Method("definition", Named, bytes)
 #: What a job's driver was told so far, and no more.
 TOLD = Stream("told", Named, EventTold)
+
+WAIT: Method[WatchCall, list[LayerWait]] = Method("wait", WatchCall, list[LayerWait])
+PULL_STORY = Method("pull-story", WatchCall, PullStory)
+MISS = Method("miss", MissCall, Miss)

@@ -259,7 +259,7 @@ class Surface:
         self._on(calls.DAMAGED, exports.damaged)
 
     def _on_lookups(self, lookups: Lookups) -> None:
-        records, leases = lookups.records, lookups.leases
+        records, leases, explain = lookups.records, lookups.leases, lookups.explain
         self._on(reads.ACTORS, lambda _: records.actors())
         self._on(reads.GIVEN_UP, lambda _: records.given_up())
         self._on(reads.REF_DETAILS, lambda call: records.ref(call.name))
@@ -270,6 +270,9 @@ class Surface:
         self._on(reads.JOB_DETAILS, lambda call: records.job(call.name))
         self._on(reads.DEFINITION, lambda call: _definition(records, JobId(call.name)))
         self._streams(reads.TOLD, lambda call: _told_so_far(records, JobId(call.name)))
+        self._on(reads.WAIT, lambda call: explain.wait(call.name, watch_s=call.watch_s))
+        self._on(reads.PULL_STORY, lambda call: explain.pull(call.name, watch_s=call.watch_s))
+        self._on(reads.MISS, lambda call: explain.miss(call.step, job=call.job, against=call.against))
 
     def _on(self, method: Method[Q, R], handle: Callable[[Q], Awaitable[R]]) -> None:
         self.methods[method.name] = method, handle
