@@ -136,6 +136,8 @@ class Welcome:
     is_new: bool
     lease_ttl_s: float
     deadline_s: float
+    #: Of the gateway.
+    release: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

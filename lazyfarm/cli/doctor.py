@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import typer
 
 from lazyfarm.cli.boundary import EXIT_ERROR, reporting
 from lazyfarm.cli.human import count
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
+from lazyfarm.gateway.access import gateway_url
+
+if TYPE_CHECKING:
+    from lazyfarm.doctor import Finding
 
 app = command_app()
 
@@ -17,12 +22,11 @@ app = command_app()
 def doctor(*, state_dir: StateDirOption = None, as_json: JsonOption = False) -> None:
     """Look for what is wrong, here and in the farm, and say what to do. Exit 1 if something fails.
 
-    Changes nothing, and runs with or without a farm.
+    Changes nothing, and runs with or without a farm. Where LAZYFARM_URL names a gateway: the way there, and what the
+    farm says of itself.
     """
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        from lazyfarm.doctor import examine  # noqa: PLC0415 - boto3 and friends, not for --help
-
-        findings = examine(state_dir, os.environ)
+        findings = _examine(state_dir)
         out.document(
             {"findings": [{"check": f.check, "ok": f.ok, "detail": f.detail, "advice": f.advice} for f in findings]}
         )
@@ -35,3 +39,13 @@ def doctor(*, state_dir: StateDirOption = None, as_json: JsonOption = False) -> 
             if not as_json:
                 out.stderr.write(f"error: {count(len(failed), 'check')} failed: {', '.join(failed)}\n")
             raise typer.Exit(EXIT_ERROR)
+
+
+def _examine(state_dir: str | None) -> list[Finding]:
+    if (url := gateway_url(state_dir, None, os.environ)) is not None:
+        from lazyfarm.gateway.doctor import examine_gateway  # noqa: PLC0415 - what only drivers outside need
+
+        return examine_gateway(url, os.environ)
+    from lazyfarm.doctor import examine  # noqa: PLC0415 - boto3 and friends, not for --help
+
+    return examine(state_dir, os.environ)

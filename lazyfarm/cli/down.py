@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lazyfarm.cli import parts
 from lazyfarm.cli.boundary import reporting
 from lazyfarm.cli.options import JsonOption, StateDirOption, command_app, example
 from lazyfarm.settings import FarmSettings, load_running
@@ -30,6 +31,7 @@ def down(
 ) -> None:
     """End exactly what `up` started here, and keep the data. Needs no valid configuration."""
     with reporting(as_json=as_json, state_dir=state_dir) as out:
+        parts.raise_if_outside(state_dir)
         settings = load_running(state_dir, os.environ)
         with out.undisturbed():
             report = bring_down(settings, purge, out.line)

@@ -98,6 +98,8 @@ def open_records(settings: FarmSettings) -> contextlib.AbstractAsyncContextManag
 
 def status(settings: FarmSettings) -> FarmStatus:
     """Return what runs; raises as :func:`with_records`."""
+    if settings.gateway:
+        return _over_gateway(settings.gateway, lambda farm: farm.status())
     from lazyfarm.status import status_of  # noqa: PLC0415 - see the module
 
     return with_records(settings, lambda records: status_of(settings, records))
@@ -105,6 +107,8 @@ def status(settings: FarmSettings) -> FarmStatus:
 
 def with_looks(settings: FarmSettings, act: Callable[[Look], Coroutine[None, None, T]]) -> T:
     """*act* on looks at what goes on; raises as :func:`with_records`."""
+    if settings.gateway:
+        return _over_gateway(settings.gateway, lambda farm: act(farm.now))
     return _over_redis(settings, open_looks, act)
 
 
@@ -222,6 +226,8 @@ def open_drain(settings: FarmSettings) -> contextlib.AbstractAsyncContextManager
 
 def quarantined(settings: FarmSettings) -> list[ObjectInfo]:
     """Return the damaged objects that were put aside: S3 alone is asked."""
+    if settings.gateway:
+        return _over_gateway(settings.gateway, lambda farm: farm.quarantined())
     from lazyfarm.verify import quarantined  # noqa: PLC0415 - see the module
 
     return quarantined(settings)

@@ -47,7 +47,7 @@ def report(
             found = details.record.id
             return details, await records.events(found), await records.definition(found)
 
-        details, events, definition = parts.with_records(parts.running_settings(state_dir), read)
+        details, events, definition = parts.with_records(parts.driving_settings(state_dir), read)
         view = JobView()
         for event in events:
             view.handle(event)

@@ -26,7 +26,7 @@ def status(*, state_dir: StateDirOption = None, as_json: JsonOption = False) -> 
     Reads Redis only, and never joins Ray; `lazyfarm doctor` looks deeper.
     """
     with reporting(as_json=as_json, state_dir=state_dir) as out:
-        found = parts.status(parts.running_settings(state_dir))
+        found = parts.status(parts.driving_settings(state_dir))
         show(found, out)
         if found.problems:
             if not as_json:

@@ -48,7 +48,7 @@ def top(
             await asyncio.sleep(every_s)
             show(out, await look())
 
-        parts.with_looks(parts.running_settings(state_dir), watch)
+        parts.with_looks(parts.driving_settings(state_dir), watch)
 
 
 def show(out: Output, now: Now) -> None:

@@ -55,6 +55,7 @@ def up(
     after a crash it repairs; where the configuration was changed, actors start anew with it.
     """
     with reporting(as_json=as_json, state_dir=state_dir) as out:
+        parts.raise_if_outside(state_dir, config)
         settings = load_wanted(state_dir, config, os.environ)
         if settings.config_file is not None and not is_there(settings.config_file):
             out.line(f"{settings.config_file} is gone: going on with what was recorded of it")

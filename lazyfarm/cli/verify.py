@@ -58,7 +58,7 @@ def verify(
         raise typer.BadParameter("--quarantine only lists: it goes with no ref and not with --repair")
     with reporting(as_json=as_json, state_dir=state_dir) as out:
         if quarantine:
-            _tell_quarantine(out, parts.quarantined(parts.running_settings(state_dir)))
+            _tell_quarantine(out, parts.quarantined(parts.driving_settings(state_dir)))
             return
         settings = parts.driving_settings(state_dir)
         verified = parts.acting(

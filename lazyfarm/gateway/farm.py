@@ -29,19 +29,22 @@ from cluster.messages import (
     SessionInfo,
     UnlazyResult,
 )
-from cluster.ports import AuditReader, LeaseStore
+from cluster.ports import AuditReader, LeaseStore, ObjectInfo
 from cluster.progress import ProgressItem
 from cluster.provider import DescHandler
 from cluster.ref import ImageRecord, RefId, RefState
 from lazyfarm.drain import DRAIN_S
 from lazyfarm.farm import VERIFY_BYTES_PER_S, Farm
+from lazyfarm.gateway import reads
 from lazyfarm.gateway.access import Access
 from lazyfarm.gateway.audit import GatewayAudit
 from lazyfarm.gateway.builds import GatewayBuilds
 from lazyfarm.gateway.leases import GatewayLeases
 from lazyfarm.gateway.link import GatewayLink
 from lazyfarm.gateway.views import view_of
+from lazyfarm.now import Now
 from lazyfarm.ref import Ref
+from lazyfarm.status import FarmStatus
 from storage.registry.credentials import CredentialSource
 
 T = TypeVar("T")
@@ -67,6 +70,8 @@ class GatewayFarm(Farm):
         self._gateway = link
         self._access = access
         self._session_id = welcome.session_id
+        #: Of the gateway; "": one that doesn't say.
+        self.release = welcome.release
         self._leases: LeaseStore = GatewayLeases(link)
         self._builds = GatewayBuilds(self, link, access)
         self._ends: set[asyncio.Task[None]] = set()
@@ -329,6 +334,21 @@ class GatewayFarm(Farm):
         """Have a node take work again; see the base."""
         self._raise_if_closed()
         await self._gateway.call(calls.UNDRAIN, calls.Named(name=node))
+
+    async def status(self) -> FarmStatus:
+        """Return what runs, as the farm's head sees it."""
+        self._raise_if_closed()
+        return await self._gateway.call(reads.STATUS, Nothing())
+
+    async def quarantined(self) -> list[ObjectInfo]:
+        """Return the damaged objects that were put aside."""
+        self._raise_if_closed()
+        return await self._gateway.call(reads.QUARANTINED, Nothing())
+
+    async def now(self) -> Now:
+        """Return what goes on; a flight's rate is told of two looks."""
+        self._raise_if_closed()
+        return await self._gateway.call(reads.NOW, Nothing())
 
     # -- for what is built upon a farm -------------------------------------------------------------------------
 

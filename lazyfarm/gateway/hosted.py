@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from actors.version import VERSION
 from cluster.config import Config
 from cluster.errors import ClusterError, InternalError, InvalidArgumentError, UnavailableError
 from cluster.gateway import (
@@ -340,6 +341,7 @@ class Drivers:
             is_new=is_new,
             lease_ttl_s=self._config.cache.lease_ttl_s,
             deadline_s=self._config.flight.deadline_s,
+            release=VERSION,
         )
 
     async def _open(self, session_id: str, hello: Hello) -> Driver:
@@ -363,12 +365,14 @@ class Drivers:
             farm.link, Keys(self._config.farm.name), self._store, threads=threads, hold=farm.hold_resources
         )
         uploads = Uploads(trees, self._store, self._outside)
-        lookups = Lookups(self._config, farm.link, trees.open_tree)
+        lookups = Lookups(self._config, self._state_dir, farm.link, trees.open_tree)
 
         async def stop(discard: bool) -> None:  # noqa: FBT001 - as of Driver.close
             with contextlib.suppress(ClusterError):
                 await asyncio.to_thread(uploads.drop)
             threads.shutdown(wait=False)
+            with contextlib.suppress(ClusterError):
+                await lookups.aclose()
             try:
                 await farm.close(discard=discard)
             finally:

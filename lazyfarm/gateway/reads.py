@@ -9,9 +9,12 @@ from cluster.collect.leaks import Leak
 from cluster.gateway import EventTold, Method, Named, Nothing, Stream
 from cluster.lease import Lease
 from cluster.messages import ActorRecord
+from cluster.ports import ObjectInfo
 from lazyfarm.explain import LayerWait, PullStory
 from lazyfarm.miss import Miss
+from lazyfarm.now import Now
 from lazyfarm.records import JobDetails, RefDetails
+from lazyfarm.status import FarmStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +44,13 @@ class MissCall:
     against: str
 
 
+STATUS = Method("status", Nothing, FarmStatus)
 ACTORS: Method[Nothing, list[ActorRecord]] = Method("actors", Nothing, list[ActorRecord])
 GIVEN_UP: Method[Nothing, list[GivenUp]] = Method("given-up", Nothing, list[GivenUp])
+NOW = Method("now", Nothing, Now)
 REF_DETAILS = Method("ref-details", Named, RefDetails)
 
+QUARANTINED: Method[Nothing, list[ObjectInfo]] = Method("quarantined", Nothing, list[ObjectInfo])
 
 LEASE = Method("lease", Named, Lease)
 #: Each makes a lease.

@@ -260,8 +260,11 @@ class Surface:
 
     def _on_lookups(self, lookups: Lookups) -> None:
         records, leases, explain = lookups.records, lookups.leases, lookups.explain
+        self._on(reads.STATUS, lambda _: lookups.status())
         self._on(reads.ACTORS, lambda _: records.actors())
         self._on(reads.GIVEN_UP, lambda _: records.given_up())
+        self._on(reads.NOW, lambda _: lookups.now())
+        self._on(reads.QUARANTINED, lambda _: lookups.quarantined())
         self._on(reads.REF_DETAILS, lambda call: records.ref(call.name))
         self._on(reads.LEASE, lambda call: leases.get(LeaseId(call.name)))
         self._on(reads.PIN_NAMED, lambda call: leases.pin_named(call.name, ttl_s=call.ttl_s, labels=call.labels))

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from cluster import gateway as calls
 from cluster.audit import AuditEntry, Operation
+from cluster.collect.sweep import QUARANTINE_PREFIX
 from cluster.config import Config, FarmConfig, GatewayConfig, S3Config
 from cluster.descriptor import Descriptor
 from cluster.digest import digest_of, hex_of
@@ -798,6 +799,22 @@ async def test_damage_that_an_export_finds_makes_the_blob_lazy(open_gateway, ima
 
 
 @pytest.mark.s3
+async def test_what_was_put_aside_is_listed_from_outside(open_gateway, s3_config):
+    """With its size and time, as beside S3."""
+    gateway = await open_gateway(s3=s3_config)
+    store = S3ContentStore(s3_config)
+    try:
+        store.put(f"{QUARANTINE_PREFIX}damaged", b"other bytes")
+        async with await gateway.connect() as farm:
+            found = await farm.quarantined()
+        assert found == list(store.objects(QUARANTINE_PREFIX))
+        assert ("quarantine/damaged", 11) in [(each.key, each.size_bytes) for each in found]
+        store.delete(f"{QUARANTINE_PREFIX}damaged")
+    finally:
+        store.close()
+
+
+@pytest.mark.s3
 async def test_only_who_may_have_an_image_is_told_where_its_blobs_are(
     open_gateway, image, s3_config, monkeypatch, tmp_path
 ):
@@ -845,7 +862,7 @@ def test_a_driver_outside_needs_neither_ray_nor_redis_nor_s3():
             import_module(f"lazyfarm.cli.{name}")
         for name in ("doctor", "explain", "jobs", "leases", "refs", "report", "status", "top"):
             import_module(f"lazyfarm.cli.{name}")
-        for name in ("downloads", "explain", "jobs", "pins", "records"):
+        for name in ("doctor", "downloads", "explain", "jobs", "pins", "records"):
             import_module(f"lazyfarm.gateway.{name}")
         import_module("lazyfarm.export")
         for where in ("https://127.0.0.1:1", None):
@@ -952,6 +969,8 @@ def place(redis_servers, tmp_path_factory):
         ("explain miss debian --job j1", 0),
         ("explain miss none --job j1", 1),
         ("explain kept TOP", 0),
+        ("status", 1),
+        ("top --every 0.1", 0),
     ],
 )
 def test_a_command_tells_the_same_over_the_gateway(place, words, code):
@@ -971,6 +990,17 @@ def still(told):
     if isinstance(told, dict):
         return {key: still(value) for key, value in told.items() if key != "lease_left"}
     return [still(each) for each in told] if isinstance(told, list) else told
+
+
+def test_a_report_is_the_same_over_the_gateway(place, tmp_path):
+    """To the last byte."""
+    pages = []
+    for tell in (place.over, place.beside):
+        assert tell("report", "j1", "--output", str(tmp_path / "page"))["job"] == "j1"
+        pages.append((tmp_path / "page").read_bytes())
+        (tmp_path / "page").unlink()
+    assert pages[0] == pages[1]
+    assert NAME.encode() in pages[0]
 
 
 def test_leases_are_looked_after_over_the_gateway(place, monkeypatch):
@@ -997,12 +1027,36 @@ async def _leak(farm):
     return lease
 
 
+def test_commands_of_the_head_say_where_they_belong(place):
+    """Nothing is started or ended here, where a gateway is meant."""
+    for words in (["up"], ["down", "--purge"], ["gateway"]):
+        error = place.over(*words, code=1)["error"]
+        assert error["type"] == "NotThroughGatewayError"
+        assert "LAZYFARM_URL" in error["hint"]
+
+
+def test_the_doctor_looks_at_the_way_to_the_gateway(place):
+    """Address, token and releases; then what the farm says of itself."""
+    found = {finding["check"]: finding for finding in place.over("doctor", code=1)["findings"]}
+    assert (found["gateway"]["ok"], place.gateway.url in found["gateway"]["detail"]) == ("ok", True)
+    assert (found["packages"]["ok"], found["nodes"]["ok"], found["actors"]["ok"]) == ("ok", "ok", "fail")
+    refused = place.over("doctor", code=1, LAZYFARM_TOKEN_FILE="")["findings"]
+    assert (refused[-1]["check"], refused[-1]["ok"]) == ("gateway", "fail")
+    assert "LAZYFARM_TOKEN_FILE" in refused[-1]["advice"]
+
+
 def test_a_gateway_of_an_earlier_release_says_what_it_does_not_know(place, monkeypatch):
-    """A call that is new to it fails with a clear error; those that it knows work."""
+    """A call that is new to it fails with a clear error; those that it knows work, and doctor tells the releases."""
     monkeypatch.setattr(Surface, "_on_lookups", lambda surface, lookups: None)
+    monkeypatch.setattr("lazyfarm.gateway.hosted.VERSION", "")
     error = place.over("refs", "show", place.farm.top, code=1)["error"]
     assert "this gateway's release doesn't know it" in error["message"]
     assert place.over("refs", "ls") == place.beside("refs", "ls")
+    findings = place.over("doctor", code=1)["findings"]
+    assert ["its release is unknown" in finding["detail"] for finding in findings if finding["check"] == "gateway"] == [
+        True,
+        False,
+    ]
 
 
 def test_logs_are_followed_over_a_connection_that_drops(place):
