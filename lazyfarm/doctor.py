@@ -44,6 +44,8 @@ _OLDEST_PYTHON = (3, 11)
 #: What a driver outside the cluster needs, and what a machine of the farm does.
 _LIGHT = ("aiohttp", "msgspec", "msgpack", "hiredis", "isal", "zstandard", "structlog")
 _PACKAGES = ("ray", "redis", "boto3", *_LIGHT)
+#: Of the extra `otel`, which nobody needs whose farm sends no traces.
+_EXPORTER = "opentelemetry-exporter-otlp-proto-http"
 #: Where Debian keeps servers, and an ordinary user's PATH doesn't look.
 _SERVER_PATHS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 _CONNECT_S = 2.0
@@ -86,6 +88,7 @@ def examine(state_dir: Path | str | None, environ: Mapping[str, str]) -> list[Fi
         ("runc", _runc),
         ("overlayfs", _overlay),
         ("certificates", _certificates),
+        ("traces", _traces),
         ("farm", _farm),
         ("redis", _redis),
         ("s3", _s3),
@@ -142,9 +145,25 @@ def _packages(wanted: Sequence[str]) -> Finding:
             check="packages",
             ok="fail",
             detail=f"missing: {', '.join(missing)}",
-            advice="install the locked environment again: make setup",
+            advice="pip install 'lazyfarm[farm]' on machines of the farm; a driver outside needs LAZYFARM_URL",
         )
     return Finding(check="packages", ok="ok", detail=", ".join(found))
+
+
+def _traces(settings: FarmSettings) -> Iterator[Finding]:
+    if not settings.config.tracing.endpoint:
+        return
+    try:
+        detail = f"to {settings.config.tracing.endpoint}, by {_EXPORTER} {version(_EXPORTER)}"
+    except PackageNotFoundError:
+        yield Finding(
+            check="traces",
+            ok="warn",
+            detail=f"none are sent from here: {_EXPORTER} is not installed",
+            advice="pip install 'lazyfarm[otel]' on every node and with every driver, or unset tracing.endpoint",
+        )
+    else:
+        yield Finding(check="traces", ok="ok", detail=detail)
 
 
 def _state_dir(settings: FarmSettings) -> Iterator[Finding]:

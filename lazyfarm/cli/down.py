@@ -44,6 +44,8 @@ def down(
             out.line(f"removed the farm's data in {settings.state_dir}")
             if report.left:
                 out.line(f"left there, as not the farm's: {', '.join(report.left)}")
+        else:
+            out.line(f"kept the farm's data in {settings.state_dir}; `lazyfarm down --purge` removes it")
 
 
 def bring_down(settings: FarmSettings, purge: bool, report: Callable[[str], None]) -> DownReport:  # noqa: FBT001 - passed on

@@ -9,6 +9,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +64,22 @@ def test_every_finding_that_is_not_ok_says_what_to_do(environ):
     findings = examine(None, environ)
     assert by_check(findings)["configuration"].ok == "fail"
     assert [finding for finding in findings if finding.ok != "ok" and not finding.advice] == []
+
+
+def test_traces_that_are_asked_for_and_have_no_exporter_are_named(environ, monkeypatch):
+    """With the extra that has it; where none are asked for, nothing is said."""
+    assert "traces" not in by_check(examine(None, environ))
+    environ["LAZYFARM__TRACING__ENDPOINT"] = "http://127.0.0.1:1"
+    assert by_check(examine(None, environ))["traces"].ok == "ok"
+
+    def missing(package):
+        if package.startswith("opentelemetry"):
+            raise PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(doctor, "version", missing)
+    found = by_check(examine(None, environ))["traces"]
+    assert (found.ok, "lazyfarm[otel]" in found.advice) == ("warn", True)
 
 
 def test_services_that_are_gone_are_named(environ, running, tmp_path):
