@@ -1,4 +1,7 @@
-"""What the documentation tells people to type, typed: every console session of the tutorial and of the README."""
+"""What the documentation tells people to type, typed: every console session of the tutorial and of the README.
+
+And what the README has in Python, run.
+"""
 
 import json
 import os
@@ -40,16 +43,28 @@ COPY --chmod=755 make /bin/make
 FROM base AS test
 ARG VERSION
 RUN --mount=type=secret,id=token test "$(cat /run/secrets/token)" = secret && test "$VERSION" = 1.2
-FROM base
+FROM base AS app
 RUN make
 """
+#: The image of this test has neither a package manager nor a compiler.
+IN_PLACE = {
+    "apt-get update && apt-get install -y gcc": "true",
+    'tree.run("make"': 'tree.run("true"',
+    'image("debian:12")': 'image("docker.io/library/debian:12")',
+}
+
+
+def blocks(document, language):
+    """Return the blocks of a document in that language; none in another that somebody might type goes unseen."""
+    fences = re.findall(r"^ *```(.*)\n((?:.*\n)*?) *```$", (ROOT / document).read_text(), re.MULTILINE)
+    assert {name for name, _ in fences} <= {"console", "python"}, document
+    return [text for name, text in fences if name == language]
 
 
 def sessions(document):
     """Return the commands of a document's console sessions: one text a session."""
-    text = (ROOT / document).read_text()
     found = []
-    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
+    for block in blocks(document, "console"):
         lines = []
         for line in block.splitlines():
             assert line.startswith(("$ ", "> ", ">")), (
@@ -127,3 +142,18 @@ def test_the_readmes_commands_are_as_it_says(registry, place):
                 command = UNTIL_IT_SERVES.format(command=command.partition(" #")[0])
             typed(place, registry, command)
     assert list(project.glob("job-*.html"))
+    (project / "src").mkdir()
+    (project / "src/main.c").write_text("int main(void) { return 0; }\n")
+    for number, text in enumerate(blocks("README.md", "python")):
+        said = typed(place, registry, f"cat > {number}.py <<'END'\n{script(text)}\nEND\npython {number}.py")
+        assert said.strip()
+
+
+def script(text):
+    """Return a program of a block, which may be what stands inside an asynchronous function."""
+    for found, put in IN_PLACE.items():
+        text = text.replace(found, put)
+    if "asyncio.run" in text:
+        return text
+    body = "\n".join(f"    {line}" for line in text.splitlines())
+    return f"import asyncio\nasync def main():\n{body}\nasyncio.run(main())"
