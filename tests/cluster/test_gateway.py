@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import hashlib
+import json
 import os
+import re
 import secrets
 import signal
 import subprocess
 import sys
+import tarfile
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +79,15 @@ class Gateway:
         self._process.send_signal(number)
         assert self._process.wait(timeout=30) == (0 if number is signal.SIGTERM else -number)
         self._process.stdout.close()
+
+    def forget_peak(self) -> None:
+        """From here on, what it has now is the most that it had."""
+        Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
+
+    def peak_kib(self) -> int:
+        """Return the KiB of memory that it had at most."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)[1])
 
     async def connect(self, credentials=None) -> Farm:
         return await Farm.connect(
@@ -167,6 +182,71 @@ async def test_a_build_outlives_its_gateway(farm, registry, gateway, tmp_path):
             await outside.solve(image(f"{registry.host}/base:1", plain_http=True).run("exit 7"))
         assert failed.value.exit_code == 7
         assert [type(event) async for event in (await outside.job(job.id[:12])).events()][-1] is JobEnded
+
+
+#: What either side may take more for a large image than for a small one: buffers are of a size, an image is not.
+MORE_KIB = 32 * 1024
+LARGE_BYTES = 192 * 1024**2
+
+
+def test_an_image_comes_to_a_machine_outside_in_bounded_memory(registry, gateway, tmp_path):
+    """As `lazyfarm build --output` writes it: its layers straight from S3, whole, and never as a whole in memory."""
+    context = tmp_path / "context"
+    context.mkdir()
+    (context / "word").write_text(word := secrets.token_hex(8))
+    peaks = {}
+    for name, size in (("small", 10_000), ("large", LARGE_BYTES)):
+        registry.push("base", name, base := random_image(secrets.randbits(64), layers=1, layer_bytes=size))
+        (context / "Dockerfile").write_text(f"FROM {registry.host}/base:{name}\nCOPY word /word\n")
+        gateway.forget_peak()
+        written = tmp_path / f"{name}.tar"
+        driver_kib = build(gateway, tmp_path, str(context), "--output", f"type=oci,dest={written}")
+        peaks[name] = driver_kib, gateway.peak_kib()
+        with tarfile.open(written) as layout:
+            (lower, upper) = manifest(layout)["layers"]
+            assert lower["digest"] == base.layers[0].digest
+            assert sha256(layout, lower["digest"]) == lower["digest"]
+            assert word.encode() in gzip.decompress(blob(layout, upper["digest"]).read())
+        written.unlink()
+    for small, large in zip(*peaks.values(), strict=True):
+        assert large - small < MORE_KIB, peaks
+
+
+#: Runs a command and says what it took at most. From a process of its own: what a child begins with, before it becomes
+#: the command, is its parent's, and counts.
+MEASURED = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=sys.stderr)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(done.returncode)
+"""
+
+
+def build(gateway, home, *arguments) -> int:
+    """Build on a machine that has no farm; return the KiB of memory that the driver had at most."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, sys.executable, "-m", "lazyfarm", "build", *arguments],
+        env={**os.environ, **gateway.environ, "HOME": str(home), "XDG_STATE_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def blob(layout, digest):
+    return layout.extractfile(f"blobs/{digest.replace(':', '/')}")
+
+
+def manifest(layout):
+    (entry,) = json.load(layout.extractfile("index.json"))["manifests"]
+    return json.load(blob(layout, entry["digest"]))
+
+
+def sha256(layout, digest) -> str:
+    return f"sha256:{hashlib.file_digest(blob(layout, digest), 'sha256').hexdigest()}"
 
 
 def attach(gateway, job, home) -> str:
