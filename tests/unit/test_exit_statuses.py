@@ -26,7 +26,7 @@ def test_exit_statuses_are_what_the_table_says(tmp_path, monkeypatch):
         return CliRunner().invoke(app, [*words, "--state-dir", str(tmp_path)]).exit_code
 
     seen = {status("down"), status("status"), status("pull")}
-    monkeypatch.setattr(parts, "running_settings", interrupted)
+    monkeypatch.setattr(parts, "_running_settings", interrupted)
     seen.add(status("status"))
     assert seen == EXIT_STATUSES.keys() == {0, boundary.EXIT_ERROR, 2, boundary.EXIT_INTERRUPTED}
 
