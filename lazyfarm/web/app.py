@@ -171,9 +171,7 @@ class _Pages:
     async def _images(self, request: Request) -> Response:
         wanted = _Filter.of(request)
         found = wanted.among(await self._reader.images(), lambda use: (use.name,), _image_states)
-        return self._shown(
-            request, "images.html", "Images", every_s=_SLOW_S, rows=_Rows(found, request), choices=_IMAGE_STATES
-        )
+        return self._list(request, "images.html", "Images", found, every_s=_SLOW_S, choices=_IMAGE_STATES)
 
     async def _blobs(self, request: Request) -> Response:
         wanted = _Filter.of(request)
@@ -182,9 +180,7 @@ class _Pages:
             lambda blob: (blob.digest, blob.source, *blob.images),
             lambda blob: (blob.state, blob.kind, "held" if blob.is_in_use else "unheld"),
         )
-        return self._shown(
-            request, "blobs.html", "Blobs", every_s=_SLOW_S, rows=_Rows(found, request), choices=_BLOB_STATES
-        )
+        return self._list(request, "blobs.html", "Blobs", found, every_s=_SLOW_S, choices=_BLOB_STATES)
 
     async def _blob(self, request: Request) -> Response:
         digest = request.path_params["blob"]
@@ -215,14 +211,7 @@ class _Pages:
             lambda lease: (lease.id, *lease.labels.keys(), *lease.labels.values(), *lease.resources),
             lambda lease: ("expires" if lease.expires_wall_s else "pinned",),
         )
-        return self._shown(
-            request,
-            "leases.html",
-            "Leases",
-            every_s=_SLOW_S,
-            rows=_Rows(found, request),
-            choices=("expires", "pinned"),
-        )
+        return self._list(request, "leases.html", "Leases", found, every_s=_SLOW_S, choices=("expires", "pinned"))
 
     async def _lease(self, request: Request) -> Response:
         name = request.path_params["lease"]
@@ -231,53 +220,23 @@ class _Pages:
             return self._missing(request, f"There is no lease {name}: it lapsed or was let go of, or never was.")
         wanted = _Filter.of(request)
         held = [one.partition(":")[::2] for one in wanted.among(lease.resources, lambda one: (one,))]
-        return self._shown(
-            request,
-            "lease.html",
-            f"Lease {lease.id}",
-            every_s=_SLOW_S,
-            lease=lease,
-            rows=_Rows(held, request),
-            choices=(),
-        )
+        return self._list(request, "lease.html", f"Lease {lease.id}", held, every_s=_SLOW_S, lease=lease)
 
     async def _audit(self, request: Request) -> Response:
         wanted = _Filter.of(request)
         found = wanted.among(await self._reader.trail(), _said_of_entry, lambda entry: (entry.operation,))
-        return self._shown(
-            request,
-            "audit.html",
-            "Audit",
-            every_s=_LIVE_S,
-            rows=_Rows(found, request),
-            most=TRAIL,
-            choices=tuple(Operation),
-            choices_of="What",
-        )
+        choices = tuple(Operation)
+        return self._list(request, "audit.html", "Audit", found, choices=choices, choices_of="What", most=TRAIL)
 
     async def _flights(self, request: Request) -> Response:
         wanted = _Filter.of(request)
         flights = wanted.among(await self._reader.flights(), lambda one: (one.key, one.owner), lambda one: (one.state,))
-        return self._shown(
-            request,
-            "flights.html",
-            "Flights",
-            every_s=_LIVE_S,
-            rows=_Rows(flights, request),
-            choices=("running", "stopping"),
-        )
+        return self._list(request, "flights.html", "Flights", flights, choices=("running", "stopping"))
 
     async def _registries(self, request: Request) -> Response:
         wanted = _Filter.of(request)
         found = wanted.among(await self._reader.registries(), lambda one: (one.budget.host,), lambda one: (one.state,))
-        return self._shown(
-            request,
-            "registries.html",
-            "Registries",
-            every_s=_LIVE_S,
-            rows=_Rows(found, request),
-            choices=("ready", "reduced", "failed"),
-        )
+        return self._list(request, "registries.html", "Registries", found, choices=("ready", "reduced", "failed"))
 
     async def _avoided(self, request: Request) -> Response:
         window = request.query_params.get("window", "")
@@ -313,7 +272,7 @@ class _Pages:
             if wanted.allows(record.state.value) and wanted.holds(record.id, *targets, *record.spec.labels.values())
         ]
         choices = tuple(one.value for one in JobState)
-        return self._shown(request, "jobs.html", "Jobs", every_s=_LIVE_S, rows=_Rows(found, request), choices=choices)
+        return self._list(request, "jobs.html", "Jobs", found, choices=choices)
 
     # -- jobs -------------------------------------------------------------------------------------------------
 
@@ -413,6 +372,21 @@ class _Pages:
 
     def _render(self, template: str, **values: object) -> str:
         return self._templates.get_template(template).render(**values)
+
+    def _list(
+        self,
+        request: Request,
+        template: str,
+        title: str,
+        found: Sequence[object],
+        *,
+        every_s: int = _LIVE_S,
+        choices: tuple[str, ...] = (),
+        **values: object,
+    ) -> Response:
+        """Answer with a part of a list, which has a filter; *choices* are the states that it has."""
+        rows = _Rows(found, request)
+        return self._shown(request, template, title, every_s=every_s, rows=rows, choices=choices, **values)
 
     def _shown(self, request: Request, template: str, title: str, *, every_s: int, **values: object) -> Response:
         """Answer with a page; or, to one that looks again, with what is new of it, or with nothing where nothing is."""
