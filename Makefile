@@ -61,6 +61,10 @@ soak: packages environment ## Break a farm at random for MINUTES=… by SEED=…
 demo: packages environment ## Show what lazyfarm does and check every number; IMAGE=… for an image of yours
 	$(bin)/python -m tests.demo $(if $(IMAGE),--image $(IMAGE))
 
+.PHONY: pictures
+pictures: packages packages-test environment ## Take the README's pictures of the page anew, of a real farm
+	LAZYFARM_PICTURES=docs $(bin)/python -m pytest -q tests/cluster/test_page.py -k pictured
+
 .PHONY: docs
 docs: environment ## Make the documentation a site in build/docs; a link that leads nowhere is an error
 	$(bin)/sphinx-build -q -W --keep-going -b html docs build/docs

@@ -6,11 +6,12 @@ import json
 import os
 import secrets
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
 from cluster.errors import DigestMismatchError
-from lazyfarm.graph import image
+from lazyfarm.graph import image, merge
 from storage.services.page import page_link, page_url
 from tests.doubles.browser import browser, has_browser
 from tests.doubles.builds import BuildFarm
@@ -132,7 +133,12 @@ async def test_a_layer_that_fails_is_shown_with_its_error_and_what_to_do(farm, b
         async with looking(farm, at=path) as late:
             told = await story(late)
             assert await late.ask("document.querySelector('[sse-connect]')") is None
+            await late.ask(f"document.querySelector('.layer.failed a[href=\"/blobs/{bulk.digest}\"]').click()")
+            await late.until("[...document.querySelectorAll('.trail .failed')].length > 0")
+            trail = await late.text(".trail")
     assert told == live
+    for part in ("unlazy failed", "fetch failed", "DigestMismatchError", job.id[:12]):
+        assert part in trail
     assert bulk.digest[:19] in told["layers"]
     for part in (str(failed.value), failed.value.hint):
         assert part in told["job"]
@@ -149,6 +155,37 @@ async def story(tab):
         })"""
     )
     return json.loads(found)
+
+
+async def test_a_build_is_pictured_while_its_layers_come(farm, registry, registry_proxy, tmp_path):
+    """As the README shows it, in light and dark: layers of one image at once done, on their way and unpacked.
+
+    ``LAZYFARM_PICTURES=docs`` puts the pictures there: ``make pictures``.
+    """
+    words = secrets.token_hex(8)
+    bulk = [build_layer({f"bulk-{size}": secrets.token_bytes(size << 20)}) for size in (3, 5, 7)]
+    registry.push("base", "12", build_image([*shell_image(words).layers, *bulk], label=words))
+    name = f"{registry_proxy.host}/base:12"
+    base = image(name, plain_http=True).named(f"FROM {name}")
+    build = base.run("echo 1").named("[build 2/4] RUN install-deps").run("echo 2").named("[build 3/4] RUN make")
+    assets = base.run("echo 3").named("[assets 2/3] RUN render").run("echo 4").named("[assets 3/3] RUN make docs")
+    registry_proxy.bytes_per_s = _SLOW_BYTES_PER_S
+    folder = Path(os.environ.get("LAZYFARM_PICTURES", tmp_path))
+    async with await farm.connect() as driver:
+        job = await driver.submit(merge([build, assets]).named("[stage-2 1/1] merge"))
+        async with looking(farm, at=f"/jobs/{job.id}") as tab:
+            await tab.until(f"{SOME} && {UNPACKED} > 0 && document.querySelectorAll('.layer.fetching').length >= 3")
+            for scheme, file in (("light", "page.png"), ("dark", "page-dark.png")):
+                await tab.look_like(scheme=scheme, width=1200, height=760)
+                await tab.screenshot(folder / file)
+            assert await tab.ask("document.querySelectorAll('.layer.fetching').length") >= 3
+            await job.cancel()
+            await tab.until(ENDED.format("cancelled"))
+            assert await tab.ask("document.querySelector('.layer.fetching')") is None
+    light, dark = ((folder / file).read_bytes() for file in ("page.png", "page-dark.png"))
+    assert light[:8] == dark[:8] == b"\x89PNG\r\n\x1a\n"
+    assert light != dark
+    assert max(len(light), len(dark)) < 200_000  # each is a part of every clone
 
 
 async def test_it_is_used_with_a_keyboard_on_any_screen(farm, base):
@@ -174,7 +211,18 @@ async def test_it_is_used_with_a_keyboard_on_any_screen(farm, base):
                 await tab.look_like(scheme=scheme, width=360, height=700)
                 back[scheme] = await tab.ask("getComputedStyle(document.body).backgroundColor")
             assert back["light"] != back["dark"]
-            for path in ("/", "/jobs", "/refs", "/images", "/flights", "/registries", "/avoided"):
+            for path in (
+                "/",
+                "/jobs",
+                "/images",
+                "/refs",
+                "/blobs",
+                "/leases",
+                "/flights",
+                "/registries",
+                "/avoided",
+                "/audit",
+            ):
                 await tab.open(page_url(farm.state_dir) + path)
                 assert await tab.ask("document.documentElement.scrollWidth <= innerWidth"), path
 
