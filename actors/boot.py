@@ -30,7 +30,7 @@ from cluster.fetch.access import AccessControl
 from cluster.messages import ActorRecord
 from cluster.metrics import ACTOR_STARTS
 from cluster.ports import ProgressStore
-from cluster.topology import Kind
+from cluster.topology import Kind, version_of
 from storage.audit import RedisAudit
 from storage.blobs import S3ContentStore
 from storage.bucket_caches import BucketCaches, Probers
@@ -71,6 +71,11 @@ class Boot:
     ray_id: str = ""
     #: Number of a shard.
     index: int = 0
+
+    @property
+    def version(self) -> str:
+        """Return the release it serves, its name's: Ray restarts it with the code that is installed by then."""
+        return version_of(self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,6 @@ from actors.node_collection import collect_node_forever
 from actors.scrubbing import scrub_copies_forever, scrub_forever
 from actors.session_host import SessionAuthorizer, SessionServer
 from actors.shell import answers
-from actors.version import VERSION
 from cluster.audit import Operation, error_of, fault_entry, handle_of, outcome_of
 from cluster.audit_calls import call_entry, push_entries, read_entry
 from cluster.cache.ring import ShardRing
@@ -363,7 +362,7 @@ class FetchWorker(SessionServer):
             refs=parts.stores.refs,
             small=parts.stored,
             keeper=parts.keeper,
-            get_by_blob=_ShardRefs(parts, session, farm=parts.config.farm.name),
+            get_by_blob=_ShardRefs(parts, session, farm=parts.config.farm.name, version=self._starter.boot.version),
         )
 
     @answers("resolve", ResolveRequest)
@@ -639,10 +638,11 @@ class FetchWorker(SessionServer):
 class _ShardRefs:
     """Makes refs through the shard of the chain they belong to."""
 
-    def __init__(self, parts: _Parts, session: SessionInfo, *, farm: str) -> None:
+    def __init__(self, parts: _Parts, session: SessionInfo, *, farm: str, version: str) -> None:
         self._parts = parts
         self._session = session
         self._farm = farm
+        self._version = version
 
     async def __call__(
         self,
@@ -654,7 +654,7 @@ class _ShardRefs:
         image_ref: str,
     ) -> Sequence[RefState]:
         shard = CacheShardHandle.of_index(
-            self._parts.ring.shard_of(_top_of(descriptors)), farm=self._farm, version=VERSION
+            self._parts.ring.shard_of(_top_of(descriptors)), farm=self._farm, version=self._version
         )
         # The manifest read just now is proof enough, but for what is here and came from elsewhere: then the shard asks
         # the registry, and whom to log in as. The driver is there for this worker; so this worker is for the shard.

@@ -26,7 +26,7 @@ from cluster.config_record import actor_digest, differing_keys
 from cluster.errors import FarmNotRunningError, StartError
 from cluster.messages import ActorRecord, NodeRecord
 from cluster.settings import FarmSettings, Running
-from cluster.topology import NUMBERED, ON_EACH_NODE, Kind, NodeView, numbers, supervisor_name
+from cluster.topology import NUMBERED, ON_EACH_NODE, Kind, NodeView, numbers, supervisor_name, unlike, version_of
 from cluster.wire import encode
 from storage.blobs import S3ContentStore
 from storage.connect import check_policy, connect, connect_sync
@@ -56,8 +56,10 @@ class UpReport:
 
     #: Parts that were started or repaired.
     started: tuple[str, ...]
-    #: Parts that were ended: nodes that are wanted no more, actors that had another configuration.
+    #: Parts that were ended: nodes that are wanted no more, actors that had another configuration or release.
     stopped: tuple[str, ...] = ()
+    #: Other releases, whose actors go on for the drivers that use them.
+    others: tuple[str, ...] = ()
     settings: FarmSettings
 
     @property
@@ -77,15 +79,20 @@ class DownReport:
     left: tuple[str, ...] = ()
 
 
-def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _line: None) -> UpReport:
+def up(
+    settings: FarmSettings, *, nodes: int | None, retire: bool = False, report: Report = lambda _line: None
+) -> UpReport:
     """Start what the farm lacks and wait until all of it answers. Idempotent; repairs what was killed.
 
     Actors that run with another configuration than is wanted now are ended and started anew. What is recorded
     for drivers changes in between: none ever reads a configuration that actors run without.
 
+    Actors of other releases go on: drivers that joined before an upgrade use them until they leave.
+
     Args:
         settings: The farm.
         nodes: Ray nodes on this machine; None: as configured where that was changed, else as many as run.
+        retire: End actors of other releases, once this one's are ready; jobs that they build go on at these.
         report: Told of each step in one line.
 
     Raises:
@@ -136,16 +143,20 @@ def up(settings: FarmSettings, *, nodes: int | None, report: Report = lambda _li
             write_running(settings.state_dir, running)
             expected = None if wanted.ray.address else frozenset(f"n{index}" for index in range(count))
             actors = _up_actors(config, settings.state_dir, expected)
+            former = _former(config)
+            if retire:
+                _retire(config, former)
         finally:
             leave()
-        _tell(report, actors, [])
+        _tell(report, actors, former if retire else [])
         page, no_page = services.up_page(config, release=VERSION)
         _tell(report, page, no_page)
         gateway, no_gateway = services.up_gateway(config, release=VERSION)
         _tell(report, gateway, no_gateway)
     return UpReport(
         started=(*started, *actors, *page, *gateway),
-        stopped=(*stopped, *retired, *no_page, *no_gateway),
+        stopped=(*stopped, *retired, *(former if retire else ()), *no_page, *no_gateway),
+        others=() if retire else tuple(sorted({version_of(name) for name in former})),
         settings=replace(settings, running=running),
     )
 
@@ -212,18 +223,30 @@ def _retire_elsewhere(settings: FarmSettings, before: Running | None, now: Runni
 def _retire_outdated(config: Config) -> list[str]:
     """End this release's actors unless all have *config*; return their names. The process has joined the cluster.
 
-    All of them: where one has another, they don't belong together any more. Their callers call again.
+    All of them: where one has another, they don't belong together any more. Their callers call again. Where all have
+    it, those alone that a node started with another release's code: it may have this one's by now.
     """
     digest = actor_digest(config)
     space = namespace(config.farm.name)
-    ours = [name for name in _named_actors(space) if name.endswith(f"@{VERSION}")]
-    said = {actor.name: actor.config for actor in asyncio.run(_presence(config))[1]}
+    ours = [name for name in _named_actors(space) if version_of(name) == VERSION]
+    records = asyncio.run(_presence(config))[1]
+    said = {actor.name: actor.config for actor in records}
     name = supervisor_name(VERSION)
     if all(said.get(name, digest) == digest for name in ours) and _supervisor_digest(name, space) in (None, digest):
-        return []
-    _end_actors(ours, space)
-    asyncio.run(_forget(config, ours))
+        ours = sorted({actor.name for actor in unlike(records, VERSION)}.intersection(ours))
+    _retire(config, ours)
     return ours
+
+
+def _former(config: Config) -> list[str]:
+    """Return the actors of other releases, in the order in which they are to end."""
+    return [name for name in _named_actors(namespace(config.farm.name)) if version_of(name) != VERSION]
+
+
+def _retire(config: Config, names: Sequence[str]) -> None:
+    """End actors, and have them told of no more."""
+    _end_actors(names, namespace(config.farm.name))
+    asyncio.run(_forget(config, names))
 
 
 def _supervisor_digest(name: str, space: str) -> str | None:
@@ -337,7 +360,11 @@ async def _wait_ready(config: Config, expected: frozenset[str] | None) -> set[st
         told = {(node.id, node.ray_id) for node in nodes if node.alive}
         names = {name for name, _ in told}
         places = {ray_id for _, ray_id in told}
-        current = [actor for actor in actors if actor.version == VERSION]
+        # By name: an older release's actor that Ray restarts runs this release's code, too.
+        current = [actor for actor in actors if version_of(actor.name) == VERSION]
+        if wrong := [actor for actor in unlike(current, VERSION) if actor.state == "ready"]:
+            there = ", ".join(sorted({f"node {actor.node} has release {actor.version}" for actor in wrong}))
+            raise StartError(wrong[0].name, f"{there}, not {VERSION}: install that, and `lazyfarm up` again", "")
         ready = [a for a in current if a.state == "ready" and a.config == digest and a.ray_id in places]
         on_nodes = {kind: {a.node for a in ready if a.kind == kind.value} for kind in ON_EACH_NODE}
         counted = {kind: sum(a.kind == kind.value for a in ready) for kind in NUMBERED}

@@ -131,7 +131,7 @@ class SolverScheduler(SessionServer):
         sessions = JobSessions(self._sessions, config, prefix=f"scheduler-{token}")
         holds = Holds(stores.leases, prefix=f"hold-{token}", ttl_s=config.cache.lease_ttl_s)
         placement = Placement(stores.presence, stores.whereabouts, ops_per_node=config.build.ops_per_node)
-        workers = Workers(placement, farm=config.farm.name)
+        workers = Workers(placement, farm=config.farm.name, version=boot.version)
         key_store: ImportedKeys[ImportedResult] = ImportedKeys(RedisKeyStore(stores.link, keys))
         events = _FencedEvents(RedisJobEvents(stores.link, keys), self._runs)
         caches = RemoteCaches(

@@ -15,7 +15,6 @@ from actors.boot import Boot, Starter, Stores, build_stores
 from actors.metrics import show_circuits
 from actors.nodes import live_nodes, observe_nodes, worth_telling
 from actors.options import namespace, options
-from actors.version import VERSION
 from cluster.config_record import actor_digest
 from cluster.errors import ClusterError, InternalError
 from cluster.messages import NodeRecord
@@ -107,7 +106,9 @@ class Supervisor:
         observed = await asyncio.to_thread(observe_nodes)
         actors = await self._observe_actors(stores)
         draining = [node.id for node in await stores.presence.nodes() if node.draining]
-        steps = reconcile(live_nodes(observed), actors, numbers=numbers(config), version=VERSION, draining=draining)
+        # An older release's, restarted after an upgrade, runs the new code and goes on with the older one's actors.
+        version = self._starter.boot.version
+        steps = reconcile(live_nodes(observed), actors, numbers=numbers(config), version=version, draining=draining)
         for step in steps:
             await asyncio.to_thread(self._perform, step)
             if isinstance(step, Retire):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from cluster.config import Config
+from cluster.messages import ActorRecord
 
 
 class Kind(Enum):
@@ -100,6 +101,16 @@ def supervisor_name(version: str) -> str:
     return f"{Kind.SUPERVISOR.value}@{version}"
 
 
+def version_of(name: str) -> str:
+    """Return the release that an actor of the farm serves."""
+    return name.rpartition("@")[2]
+
+
+def unlike(actors: Sequence[ActorRecord], version: str) -> list[ActorRecord]:
+    """Return the actors of a release that run another one's code: where they started, that is what is installed."""
+    return [actor for actor in actors if version_of(actor.name) == version != actor.version]
+
+
 def reconcile(
     nodes: Sequence[NodeView],
     actors: Collection[ActorView],
@@ -140,7 +151,7 @@ def reconcile(
     steps: list[Step] = [
         Retire(name=a.name)
         for a in sorted(known.values(), key=lambda a: a.name)
-        if a.name.endswith(f"@{version}")
+        if version_of(a.name) == version
         and a.name.startswith(_PLACED)
         and a.ray_id
         and a.ray_id not in places.get(a.name, ())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 app = command_app()
 
 
-@app.command(epilog=example("lazyfarm up --nodes 3", "lazyfarm up --config production.toml"))
+@app.command(epilog=example("lazyfarm up --nodes 3", "lazyfarm up --config production.toml", "lazyfarm up --retire"))
 def up(
     *,
     nodes: Annotated[
@@ -46,13 +46,21 @@ def up(
             show_default=False,
         ),
     ] = None,
+    retire: Annotated[
+        bool,
+        typer.Option(
+            "--retire",
+            help="After an upgrade: end the actors of other releases, and with them what drivers of those still do.",
+        ),
+    ] = False,
     state_dir: StateDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Start what is missing, and wait for it: Redis, S3, Ray, the supervisor and the actors, the page, the gateway.
 
     What the configuration names by address is used, not started. Once all runs this does nothing, and says so;
-    after a crash it repairs; where the configuration was changed, actors start anew with it.
+    after a crash it repairs; where the configuration was changed, actors start anew with it. After an upgrade it
+    starts the new release's actors beside those of the old one.
     """
     with reporting(as_json=as_json, state_dir=state_dir) as out:
         parts.raise_if_outside(state_dir, config)
@@ -60,10 +68,12 @@ def up(
         if settings.config_file is not None and not is_there(settings.config_file):
             out.line(f"{settings.config_file} is gone: going on with what was recorded of it")
         with out.undisturbed():
-            report = bring_up(settings, nodes, out.line)
+            report = bring_up(settings, nodes, retire, out.line)
         for done, those in (("stopped", report.stopped), ("started", report.started)):
             if those:
                 out.line(f"{done}: {', '.join(those)}")
+        if report.others:
+            out.line(f"actors of {', '.join(report.others)} go on for drivers of it; `lazyfarm up --retire` ends them")
         if not report.changed:
             out.line("already up: nothing was changed")
         what = {"changed": report.changed, "started": list(report.started), "stopped": list(report.stopped)}
@@ -74,8 +84,13 @@ def up(
         out.line(f"state and logs: {report.settings.state_dir} ({count(len(report.started), 'part')} started)")
 
 
-def bring_up(settings: FarmSettings, nodes: int | None, report: Callable[[str], None]) -> UpReport:
+def bring_up(
+    settings: FarmSettings,
+    nodes: int | None,
+    retire: bool,  # noqa: FBT001 - as the option
+    report: Callable[[str], None],
+) -> UpReport:
     """Start what is missing."""
     from actors.launch import up as launch  # noqa: PLC0415 - Ray: not for --help, nor for a faulty configuration
 
-    return launch(settings, nodes=nodes, report=report)
+    return launch(settings, nodes=nodes, retire=retire, report=report)

@@ -122,7 +122,7 @@ class FakeWorkers(Workers):
     """Workers of nodes, each one made when it is first asked for."""
 
     def __init__(self, placement: Placement) -> None:
-        super().__init__(placement, farm="test")
+        super().__init__(placement, farm="test", version="1")
         self.fetchers = {}
         self.performers = {}
 

@@ -456,14 +456,15 @@ def test_leases_ls_tells_expiry_and_resources(records):
 @pytest.fixture
 def launched(records, running, state_dir, monkeypatch):
     """Stands in for actors.launch; says what it was asked."""
-    calls = SimpleNamespace(changed=True, nodes=None, purge=None)
+    calls = SimpleNamespace(changed=True, nodes=None, retire=None, purge=None)
 
-    def bring_up(settings, nodes, report):
-        calls.nodes = nodes
+    def bring_up(settings, nodes, retire, report):
+        calls.nodes, calls.retire = nodes, retire
         report("redis: started")
         up_settings = FarmSettings(state_dir=state_dir, wanted=settings.wanted, running=running)
         print("(raylet) The node with node id: f00 has been marked dead")  # as Ray does, whenever it likes
-        return UpReport(started=("redis",) if calls.changed else (), settings=up_settings)
+        others = () if retire else ("0.0.9",)
+        return UpReport(started=("redis",) if calls.changed else (), others=others, settings=up_settings)
 
     def bring_down(settings, purge, report):
         calls.purge = purge
@@ -484,6 +485,14 @@ def test_up_tells_what_status_tells(launched):
     assert told == {**document("status")[0], "changed": True, "started": ["redis"], "stopped": []}
 
 
+def test_up_tells_of_another_release_and_retires_it_when_it_is_told_to(launched):
+    """An upgrade leaves the old one's actors to its drivers; who knows that they have left ends them."""
+    assert "actors of 0.0.9 go on for drivers of it; `lazyfarm up --retire` ends them" in run("up").stdout
+    assert launched.retire is False
+    assert "0.0.9" not in run("up", "--retire").stdout
+    assert launched.retire is True
+
+
 def test_up_again_says_that_nothing_was_changed(launched):
     """Idempotent, and it says so."""
     assert "already up" not in run("up").stdout
@@ -499,6 +508,7 @@ def test_down_tells_what_was_stopped(launched):
     """And purges only when it is told to; then it names what is left, which is not the farm's."""
     assert document("down") == ({"stopped": ["redis"]}, 0)
     assert launched.purge is False
+    assert "`lazyfarm down --purge` removes it" in run("down").stdout
     assert "notes.txt" in run("down", "--purge").stdout
     assert launched.purge is True
 

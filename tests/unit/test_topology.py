@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.messages import ActorRecord
 from cluster.topology import (
     ActorView,
     Kind,
@@ -14,6 +15,7 @@ from cluster.topology import (
     scheduler_name,
     shard_name,
     supervisor_name,
+    unlike,
     worker_name,
 )
 
@@ -110,6 +112,17 @@ def test_what_is_not_ours_is_left_alone(nodes, actors, shards):
     for actor in actors:
         if not actor.name.endswith(f"@{VERSION}") or actor.name == supervisor_name(VERSION):
             assert world.actors[actor.name] == actor
+
+
+def test_a_node_that_lacks_the_upgrade_is_found_and_nobody_else():
+    """What serves this release must run its code; what serves the older one may run either, as it was restarted."""
+    started = [(worker_name("n1", "2"), "2"), (worker_name("n2", "2"), "1")]
+    restarted = [(worker_name("n1", "1"), "2"), (worker_name("n2", "1"), "1")]
+    actors = [
+        ActorRecord(name=name, kind=Kind.FETCH_WORKER.value, node="", pid=1, state="ready", version=version, ray_id="")
+        for name, version in (*started, *restarted)
+    ]
+    assert [actor.name for actor in unlike(actors, "2")] == [worker_name("n2", "2")]
 
 
 def test_a_new_cluster_gets_workers_and_shards():
