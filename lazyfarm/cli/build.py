@@ -75,6 +75,15 @@ def build(
             show_default=False,
         ),
     ] = None,
+    build_context: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--build-context",
+            metavar="NAME=DIR|docker-image://IMAGE",
+            help="What FROM and --from find under a name, instead of a stage or image. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     secret: Annotated[
         list[str] | None,
         typer.Option(
@@ -165,6 +174,7 @@ def build(
                 network=_network(network),
                 plain_http=plain_http or (),
                 labels=image_labels,
+                contexts=build_args.build_contexts(build_context or ()),
             ),
             secrets=build_args.secrets(secret or (), environ),
             outputs=build_args.outputs(output or (), tag or (), push=push),

@@ -42,6 +42,25 @@ def build_args(texts: Sequence[str], environ: Mapping[str, str]) -> dict[str, st
     return args
 
 
+def build_contexts(texts: Sequence[str]) -> dict[str, str]:
+    """Return build contexts from ``NAME=WHERE``.
+
+    Raises:
+        InvalidArgumentError: one is not of that form, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, where = text.partition("=")
+        if not name.strip() or not where:
+            raise InvalidArgumentError(
+                "--build-context", repr(text), "write it as NAME=DIR, or NAME=docker-image://IMAGE"
+            )
+        if name in found:
+            raise InvalidArgumentError("--build-context", repr(text), f"the name {name} is given twice")
+        found[name] = where
+    return found
+
+
 def labels(texts: Sequence[str]) -> dict[str, str]:
     """Return labels from ``NAME=VALUE``, or ``NAME`` for an empty value.
 

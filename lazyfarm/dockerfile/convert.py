@@ -45,7 +45,7 @@ from lazyfarm.dockerfile.instructions import (
 from lazyfarm.dockerfile.mounts import MountPlace, read_mount
 from lazyfarm.dockerfile.parser import Heredoc, parse_opener
 from lazyfarm.dockerfile.refused import RefusedError
-from lazyfarm.dockerfile.stages import StageSource, StageTable, platform_args
+from lazyfarm.dockerfile.stages import LocalSource, NamedContext, StageSource, StageTable, platform_args
 
 #: Arguments that commands get without an ARG, where they are given.
 _PROXIES = frozenset({"http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy"})
@@ -96,6 +96,8 @@ class BuildOptions:
     plain_http: frozenset[str] = frozenset()
     #: Labels of the image, over those that the Dockerfile gives it.
     labels: Mapping[str, str] = field(default_factory=dict)
+    #: By :func:`lazyfarm.dockerfile.stages.context_key`: what takes the place of stages and images of these names.
+    contexts: Mapping[str, NamedContext] = field(default_factory=dict)
 
     @property
     def epoch_s(self) -> int | None:
@@ -146,7 +148,8 @@ async def convert(
     if dockerfile.syntax and not _SYNTAX.match(dockerfile.syntax):
         raise DockerfileError(dockerfile.file, 1, f"the frontend {dockerfile.syntax} is not supported")
     epoch_s = options.epoch_s
-    table = StageTable(dockerfile, options.args, platform_args(options.platform, options.build_platform))
+    platforms = platform_args(options.platform, options.build_platform)
+    table = StageTable(dockerfile, options.args, platforms, options.contexts)
     target = table.target(options.target)
     order = table.needed(target)
     bases: dict[tuple[str, Platform], Base] = {}
@@ -154,18 +157,21 @@ async def convert(
     for index in order:
         start = dockerfile.stages[index].start
         platform = table.platform(index, options.platform)
-        found = table.base(index)
+        replaced = table.replaced(index)
+        found = table.base(index) if replaced is None else replaced
         build = _Build(dockerfile=dockerfile, table=table, options=options, context=context, stages=stages)
         if found is None:
             stage = _Stage(build, start, platform, graph.scratch(), StageConfig.scratch(platform))
         elif isinstance(found, StageSource):
             stage = stages[found.index].child(start)
+        elif isinstance(found, LocalSource):
+            stage = _Stage(build, start, platform, found.state, StageConfig.scratch(platform))
         else:
             key = found.reference.name, platform
             if key not in bases:
                 bases[key] = await resolve(found.reference, platform)
             stage = _Stage.upon(build, start, platform, bases[key])
-        for instruction in dockerfile.stages[index].instructions:
+        for instruction in dockerfile.stages[index].instructions if replaced is None else ():
             stage.add(instruction)
         stages[index] = stage
     config = stages[target].config
@@ -318,6 +324,8 @@ class _Stage:
         found = self._build.table.source(text, line)
         if isinstance(found, StageSource):
             return self._build.stages[found.index].state
+        if isinstance(found, LocalSource):
+            return found.state
         return self._build.image(found.reference, self._build.options.platform)
 
     def _step(self, state: graph.State, instruction: Instruction) -> None:

@@ -10,23 +10,34 @@ from __future__ import annotations
 
 import os
 import platform as machine
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from cluster.errors import DockerfileError, InvalidArgumentError, InvalidPatternError, ScanError
+from cluster.errors import (
+    DockerfileError,
+    InvalidArgumentError,
+    InvalidPatternError,
+    InvalidReferenceError,
+    ScanError,
+)
 from cluster.graph import Network
 from cluster.patterns import PatternMatcher, read_ignore_file
-from cluster.reference import ImageReference, Platform, default_platform, parse_platform
+from cluster.reference import ImageReference, Platform, default_platform, parse_platform, parse_reference
 from lazyfarm import graph
 from lazyfarm.dockerfile.convert import Base, BuildOptions, Converted, convert
 from lazyfarm.dockerfile.instructions import Dockerfile, parse_dockerfile
+from lazyfarm.dockerfile.stages import SCRATCH, ImageSource, LocalSource, NamedContext, context_key
 
 #: What a Dockerfile is called that is read from standard input.
 STDIN = "-"
 _NAME = "Dockerfile"
 _IGNORE_FILE = ".dockerignore"
+_IMAGE_SCHEME = "docker-image://"
+#: What buildx takes besides directories and images.
+_OTHER_CONTEXT = re.compile(r"[a-z][a-z0-9+.-]*://|target:|[\w.-]+@[\w.-]+:", re.IGNORECASE)
 
 
 class ResolvedImage(Protocol):
@@ -71,6 +82,7 @@ async def dockerfile_graph(
     network: Network | str = Network.HOST,
     plain_http: Iterable[str] = (),
     labels: Mapping[str, str] | None = None,
+    contexts: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> Converted:
     """Return the graph and the image config of what a Dockerfile builds. Nothing runs, and no layer is fetched.
 
@@ -84,6 +96,8 @@ async def dockerfile_graph(
         network: What commands see of the network where the Dockerfile doesn't say.
         plain_http: Registries, as ``HOST[:PORT]``, that are spoken to without TLS.
         labels: Labels of the image, over those in the Dockerfile.
+        contexts: What FROM, ``COPY --from`` and ``RUN --mount=from=`` find under these names, instead of stages and
+            images of them: a directory, without what its own ``.dockerignore`` leaves out, or ``docker-image://IMAGE``.
 
     Raises:
         DockerfileError: the Dockerfile, or the ignore file, can't be meant or is not supported; with the line.
@@ -91,7 +105,13 @@ async def dockerfile_graph(
         ClusterError: a base can't be found.
     """
     options = build_options(
-        target=target, args=args, platform=platform, network=network, plain_http=plain_http, labels=labels
+        target=target,
+        args=args,
+        platform=platform,
+        network=network,
+        plain_http=plain_http,
+        labels=labels,
+        contexts=contexts,
     )
     return await convert_source(farm, read_source(directory, file), options)
 
@@ -104,6 +124,7 @@ def build_options(
     network: Network | str = Network.HOST,
     plain_http: Iterable[str] = (),
     labels: Mapping[str, str] | None = None,
+    contexts: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> BuildOptions:
     """Return checked options; arguments and errors as :func:`dockerfile_graph`."""
     here = default_platform(machine.machine())
@@ -120,9 +141,41 @@ def build_options(
         network=seen,
         plain_http=frozenset(plain_http),
         labels=dict(labels or {}),
+        contexts=_named_contexts(contexts or {}),
     )
     _ = options.epoch_s  # raises where it is none
     return options
+
+
+def _named_contexts(contexts: Mapping[str, str | os.PathLike[str]]) -> dict[str, NamedContext]:
+    found: dict[str, NamedContext] = {}
+    for name, value in contexts.items():
+        what = f"the build context {name}"
+        try:
+            key = context_key(name)
+        except InvalidReferenceError as exc:
+            raise InvalidArgumentError("the name of a build context", repr(name), exc.reason) from exc
+        if name.lower() == SCRATCH:
+            raise InvalidArgumentError("the name of a build context", repr(name), "it is the empty image")
+        if key in found:
+            raise InvalidArgumentError(what, repr(os.fspath(value)), "another has that name, or means the same image")
+        found[key] = _named_context(what, value)
+    return found
+
+
+def _named_context(what: str, value: str | os.PathLike[str]) -> NamedContext:
+    text = os.fspath(value)
+    if isinstance(value, str) and text.startswith(_IMAGE_SCHEME):
+        try:
+            return ImageSource(reference=parse_reference(text.removeprefix(_IMAGE_SCHEME)))
+        except InvalidReferenceError as exc:
+            raise InvalidArgumentError(what, repr(text), exc.reason) from exc
+    if isinstance(value, str) and _OTHER_CONTEXT.match(text):
+        raise InvalidArgumentError(what, repr(text), f"it is a directory of this machine, or {_IMAGE_SCHEME}IMAGE")
+    root = Path(text).expanduser()
+    if not text or not root.is_dir():
+        raise InvalidArgumentError(what, repr(text), "there is no such directory")
+    return LocalSource(state=_local(root, [root / _IGNORE_FILE]))
 
 
 # -- what is read -----------------------------------------------------------------------------------------
@@ -156,8 +209,13 @@ def read_source(
     else:
         dockerfile = parse_dockerfile(_read(path), str(path))
         ignore_files = [path.with_name(path.name + _IGNORE_FILE), root / _IGNORE_FILE]
+    return BuildSource(dockerfile=dockerfile, context=_local(root, ignore_files))
+
+
+def _local(root: Path, ignore_files: Iterable[Path]) -> graph.State:
+    """Return a directory without what the first of the ignore files that is there leaves out."""
     found = next((one for one in ignore_files if one.is_file()), None)
-    return BuildSource(dockerfile=dockerfile, context=graph.local(root, exclude=_read_ignored(found) if found else ()))
+    return graph.local(root, exclude=_read_ignored(found) if found else ())
 
 
 def _read(path: Path) -> bytes:

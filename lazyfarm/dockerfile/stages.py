@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from cluster.errors import DockerfileError, InvalidPlatformError, InvalidReferenceError
 from cluster.reference import ImageReference, Platform, parse_platform, parse_reference
+from lazyfarm import graph
 from lazyfarm.dockerfile.expand import expand
 from lazyfarm.dockerfile.instructions import Copy, Dockerfile, From, Run
 from lazyfarm.dockerfile.refused import RefusedError
@@ -29,6 +31,26 @@ class ImageSource:
     reference: ImageReference
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSource:
+    """A directory that the build names."""
+
+    state: graph.State
+
+
+#: What a build names besides its own directory.
+NamedContext = ImageSource | LocalSource
+
+
+def context_key(name: str) -> str:
+    """Return what contexts are found by: as in BuildKit, ``debian`` is ``docker.io/library/debian:latest``.
+
+    Raises:
+        InvalidReferenceError: no stage and no image can be called so.
+    """
+    return parse_reference(name.lower()).name
+
+
 def platform_args(target: Platform, build: Platform) -> dict[str, str]:
     """Return the arguments that say for what, and on what, is built."""
     return {
@@ -46,18 +68,26 @@ def platform_args(target: Platform, build: Platform) -> dict[str, str]:
 class StageTable:
     """A Dockerfile's stages by name and number."""
 
-    def __init__(self, dockerfile: Dockerfile, args: Mapping[str, str], platforms: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        dockerfile: Dockerfile,
+        args: Mapping[str, str],
+        platforms: Mapping[str, str],
+        contexts: Mapping[str, NamedContext] = MappingProxyType({}),
+    ) -> None:
         """Evaluate the global arguments.
 
         Args:
             dockerfile: The Dockerfile.
             args: The build arguments given.
             platforms: See :func:`platform_args`; *args* overrides them.
+            contexts: By :func:`context_key`; they take the place of stages and images of these names.
 
         Raises:
             DockerfileError: a global argument's default can't be expanded.
         """
         self._file = dockerfile
+        self._contexts = contexts
         #: What FROM may use, and a stage's ARG without a default.
         self.globals = {name: args.get(name, value) for name, value in platforms.items()}
         for arg in dockerfile.global_args:
@@ -84,7 +114,12 @@ class StageTable:
         known = ", ".join(sorted(self._names)) or "none has a name"
         raise DockerfileError(self._file.file, stages[-1].start.line, f"there is no stage {name!r} (stages: {known})")
 
-    def base(self, index: int) -> StageSource | ImageSource | None:
+    def replaced(self, index: int) -> NamedContext | None:
+        """Return the context that takes the place of a stage, with all that it does."""
+        name = self._file.stages[index].start.name
+        return self._context(name) if name else None
+
+    def base(self, index: int) -> StageSource | NamedContext | None:
         """Return what a stage is built upon; None for nothing.
 
         Raises:
@@ -99,7 +134,7 @@ class StageTable:
         earlier = [at for at in range(index) if self._file.stages[at].start.name == base.lower()]
         if earlier:
             return StageSource(index=earlier[-1])
-        return None if base == SCRATCH else self._image(base, start.line)
+        return None if base == SCRATCH else self._context(base) or self._image(base, start.line)
 
     def platform(self, index: int, default: Platform) -> Platform:
         """Return a stage's platform.
@@ -119,7 +154,7 @@ class StageTable:
         except InvalidPlatformError as exc:
             raise DockerfileError(self._file.file, start.line, str(exc)) from exc
 
-    def source(self, text: str, line: int) -> StageSource | ImageSource:
+    def source(self, text: str, line: int) -> StageSource | NamedContext:
         """Return what a ``--from`` names.
 
         Raises:
@@ -134,7 +169,7 @@ class StageTable:
             if int(text) >= len(self._file.stages):
                 raise DockerfileError(self._file.file, line, f"there is no stage {text}; the first one is 0")
             return StageSource(index=int(text))
-        return self._image(text, line)
+        return self._context(text) or self._image(text, line)
 
     def needed(self, target: int) -> list[int]:
         """Return the stages that *target* needs, each after those that it needs itself, it the last.
@@ -163,6 +198,8 @@ class StageTable:
 
     def _needs(self, index: int) -> Iterator[tuple[int, int]]:
         """Yield the stages that one needs, each with the line that says so."""
+        if self.replaced(index) is not None:
+            return
         start: From = self._file.stages[index].start
         base = self.base(index)
         if isinstance(base, StageSource):
@@ -179,6 +216,12 @@ class StageTable:
                 found = self.source(name, instruction.line)
                 if isinstance(found, StageSource):
                     yield found.index, instruction.line
+
+    def _context(self, name: str) -> NamedContext | None:
+        try:
+            return self._contexts.get(context_key(name))
+        except InvalidReferenceError:
+            return None
 
     def _image(self, text: str, line: int) -> ImageSource:
         try:

@@ -15,7 +15,7 @@ from cluster.cache_options import parse_cache_source, parse_cache_target
 from cluster.config import Config
 from cluster.digest import digest_of
 from cluster.errors import ManifestNotFoundError
-from cluster.graph import RunOp
+from cluster.graph import LocalOp, RunOp
 from cluster.job import JobEnded, JobState, VertexEvent, VertexState
 from cluster.messages import LayerPush, PushResult
 from cluster.progress import LayerPhase, ProgressItem
@@ -183,6 +183,23 @@ def test_people_see_progress_and_what_came_of_it(farm, context):
     assert lines[-1].endswith("1 layer, 1 lazy, 20.0 MiB")
 
 
+def test_a_build_context_is_what_the_dockerfile_finds(farm, context, tmp_path):
+    """An image instead of the base that is written, and a directory beside the one that is built."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "lib.c").write_text("int f;")
+    dockerfile = "FROM debian:12\nCOPY --from=lib / /lib\n"
+    contexts = (
+        "--build-context",
+        f"lib={tmp_path}/lib",
+        "--build-context",
+        "debian:12=docker-image://r.example/debian:1",
+    )
+    result = run(context, "-f", "-", *contexts, stdin=dockerfile)
+    assert result.exit_code == 0, result.output
+    assert [asked[0] for asked in farm.resolved] == ["r.example/debian:1"]
+    assert sum(isinstance(vertex.op, LocalOp) for vertex in farm.definition.vertices.values()) == 1
+
+
 def test_options_reach_the_graph_and_the_job(farm, context, tmp_path, monkeypatch):
     """Arguments, secrets, labels, caches, platform, registries."""
     monkeypatch.setenv("TOKEN", "hunter2")
@@ -280,6 +297,10 @@ def test_arguments_that_nobody_asks_for_are_warned_of(farm, context):
         (["--platform", "x"], "InvalidPlatformError"),
         (["--network", "bridge"], "InvalidArgumentError"),
         (["--build-arg", "=x"], "InvalidArgumentError"),
+        (["--build-context", "lib"], "InvalidArgumentError"),
+        (["--build-context", "=."], "InvalidArgumentError"),
+        (["--build-context", "lib=/nosuch"], "InvalidArgumentError"),
+        (["--build-context", "lib=.", "--build-context", "lib=/"], "InvalidArgumentError"),
         (["--build-arg", "SOURCE_DATE_EPOCH=x"], "InvalidArgumentError"),
         (["--secret", "id=nosuch"], "InvalidArgumentError"),
         (["-t", "UPPER"], "InvalidReferenceError"),

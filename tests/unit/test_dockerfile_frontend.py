@@ -179,6 +179,88 @@ def test_what_is_wrong_with_an_ignore_file_is_told_with_its_line(context, data):
 # -- before bases are known -----------------------------------------------------------------------
 
 
+@pytest.fixture
+def other(tmp_path_factory):
+    """Another directory to copy from, which leaves something out."""
+    directory = tmp_path_factory.mktemp("other")
+    for name, text in {"lib.c": "int f;", "draft.c": "", ".dockerignore": "draft.c\n.dockerignore\n"}.items():
+        (directory / name).write_text(text)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["FROM scratch", "COPY --from=lib / /"],
+        ["FROM lib", "COPY --from=LIB / /"],
+        ["FROM debian", "RUN --mount=from=lib,target=/m make"],
+        ["FROM gone AS lib", "RUN not-this", "FROM scratch", "COPY --from=lib / /"],
+        ["FROM gone AS lib", "COPY --from=gone-too / /", "FROM lib AS app", "COPY --from=0 / /"],
+    ],
+    ids=["copy", "base", "mount", "stage", "base-and-number"],
+)
+async def test_a_named_directory_is_found_by_its_name(context, other, lines):
+    """Wherever a stage or an image may be named; a stage that is called so is not built, nor its base asked for."""
+    write(context, *lines)
+    images = Images()
+    converted = await dockerfile_graph(images, context, contexts={"lib": other})
+    assert sent(converted) == ["lib.c"]
+    assert not [asked for asked in images.asked if "gone" in asked[0]]
+    assert await check_source(read_source(context), build_options(contexts={"lib": str(other)}))
+
+
+async def test_a_named_image_takes_the_place_of_another(context):
+    """However its name is written; for the stage's platform, and without TLS where that is said of its registry."""
+    write(context, "FROM --platform=linux/arm64 debian", "COPY --from=docker.io/library/tools:latest /x /")
+    images = Images()
+    contexts = {"debian": "docker-image://mirror:5000/debian:12", "tools": "docker-image://mirror:5000/tools"}
+    converted = await dockerfile_graph(images, context, contexts=contexts, plain_http=["mirror:5000"])
+    assert images.asked == [("mirror:5000/debian:12", "linux/arm64", True)]
+    assert {(op.reference.partition("@")[0], op.plain_http) for op in ops(converted, ImageOp)} == {
+        ("mirror:5000/debian:12", True),
+        ("mirror:5000/tools:latest", True),
+    }
+    write(context, "FROM debian:12")
+    await dockerfile_graph(images, context, contexts=contexts)
+    assert images.asked[-1][0] == "docker.io/library/debian:12"
+
+
+async def test_a_stage_that_is_replaced_may_be_the_target(context):
+    """Then the image is what takes its place, config and all; so the stage's own faults are none."""
+    write(context, "FROM scratch AS app", "ONBUILD RUN x")
+    contexts = {"APP": "docker-image://mirror/app"}
+    converted = await dockerfile_graph(Images(A="1"), context, target="app", contexts=contexts)
+    assert json.loads(converted.config)["config"]["Env"] == ["A=1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("a b", ".", "the name of a build context can't be 'a b'"),
+        ("scratch", ".", "the empty image"),
+        ("lib", "", "no such directory"),
+        ("lib", "/nosuch", "the build context lib can't be '/nosuch': there is no such directory"),
+        ("lib", __file__, "no such directory"),
+        ("lib", "docker-image://", "the build context lib can't be 'docker-image://'"),
+        ("lib", "oci-layout:///x", "docker-image://IMAGE"),
+        ("lib", "https://example.com/x.git", "docker-image://IMAGE"),
+        ("lib", "target:base", "docker-image://IMAGE"),
+    ],
+)
+def test_a_context_that_can_not_be_is_told_in_a_line(name, value, told):
+    """Before anything is asked for."""
+    with pytest.raises(InvalidArgumentError) as caught:
+        build_options(contexts={name: value})
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_contexts_for_one_image_are_refused(context):
+    """The two names mean the same: one of them would be overlooked."""
+    with pytest.raises(InvalidArgumentError, match="another has that name"):
+        build_options(contexts={"debian": context, "docker.io/library/debian:latest": context})
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
