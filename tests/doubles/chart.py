@@ -71,7 +71,9 @@ def _manifests(values: Mapping[str, Any]) -> list[str]:
     return [text for name, text in sorted(render(values).items()) if name.endswith(".yaml") and text.strip()]
 
 
-#: Fields of ray.io/v1 by KubeRay's API reference, with what they hold; no package has its schemas.
+#: Fields of ray.io/v1 with what they hold, since no package has its schemas. They agree with KubeRay's API reference
+#: (docs/reference/api.md) of 1.5, where ``authOptions``, ``upgradeStrategy``, ``resources`` and ``labels`` are new; all
+#: else is in that of 1.4, too.
 _FIELDS: dict[str, dict[str, type]] = {
     "cluster": {
         "autoscalerOptions": dict,
@@ -83,23 +85,28 @@ _FIELDS: dict[str, dict[str, type]] = {
         "managedBy": str,
         "rayVersion": str,
         "suspend": bool,
+        "upgradeStrategy": dict,
         "workerGroupSpecs": list,
     },
     "head": {
         "enableIngress": bool,
         "headService": dict,
+        "labels": dict,
         "rayStartParams": dict,
+        "resources": dict,
         "serviceType": str,
         "template": dict,
     },
     "workers": {
         "groupName": str,
         "idleTimeoutSeconds": int,
+        "labels": dict,
         "maxReplicas": int,
         "minReplicas": int,
         "numOfHosts": int,
         "rayStartParams": dict,
         "replicas": int,
+        "resources": dict,
         "scaleStrategy": dict,
         "suspend": bool,
         "template": dict,
