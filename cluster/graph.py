@@ -11,7 +11,7 @@ to an older farm that ignored the field, the vertex would be other work under th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -147,6 +147,9 @@ class RunOp:
     secrets: tuple[SecretMount, ...] = ()
     tmpfs: tuple[TmpfsMount, ...] = ()
     limits: Limits = Limits()
+    #: Variables that say by which way the command gets to what it fetches: no part of what it is, so of no digest and
+    #: no cache key. Those in *env* go before them. Equal commands of two builds are one, which takes either's way.
+    proxy_env: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +237,8 @@ _TAGS: dict[type[Op], tuple[str, int]] = {cls: (kind, version) for kind, (versio
 _ACTIONS: dict[str, type[FileAction]] = {"copy": CopyAction, "mkdir": MakeDirectory, "mkfile": MakeFile}
 _ACTION_TAGS: dict[type[FileAction], str] = {cls: kind for kind, cls in _ACTIONS.items()}
 
+_RUN_FIELDS = tuple(one.name for one in fields(RunOp) if one.name != "proxy_env")
+
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -259,10 +264,13 @@ class Vertex:
 
 
 def _tagged(op: Op) -> tuple[str, int, object]:
-    """Return an op's kind, version and body."""
+    """Return an op's kind, version and body, as far as it is what the op does."""
     if isinstance(op, FileOp):
         # msgspec doesn't tell dataclasses of a union apart.
         return *_TAGS[FileOp], {"actions": [(_ACTION_TAGS[type(action)], action) for action in op.actions]}
+    if isinstance(op, RunOp):
+        # As it was before it had this field, so that what is cached stays so, and nodes of two releases agree.
+        return *_TAGS[RunOp], {name: getattr(op, name) for name in _RUN_FIELDS}
     return *_TAGS[type(op)], op
 
 
@@ -499,8 +507,8 @@ def decode_vertex(data: bytes) -> Vertex:
 
 
 def _row(vertex: Vertex) -> _Row:
-    kind, version, fields = _tagged(vertex.op)
-    return _Row(vertex.digest, kind, version, fields, vertex.inputs)
+    kind, version, body = _tagged(vertex.op)
+    return _Row(vertex.digest, kind, version, vertex.op if isinstance(vertex.op, RunOp) else body, vertex.inputs)
 
 
 def _op(row: _Row, name: str) -> Op:

@@ -189,6 +189,7 @@ class State:
         memory_bytes: int = 0,
         cpus: float = 0.0,
         pids: int = 0,
+        proxy_env: Mapping[str, str] | None = None,
     ) -> State:
         """Run a command in this filesystem; the result is the filesystem with what it changed.
 
@@ -203,6 +204,8 @@ class State:
             memory_bytes: What it may use; 0: no limit.
             cpus: Likewise, for example 1.5.
             pids: Likewise, processes and threads.
+            proxy_env: More variables, such as ``HTTP_PROXY``, that are no part of what the command is: with others it
+                is the same command, and what it made is found again. Where *env* has one of them, that one counts.
 
         Raises:
             BuildArgumentError: an argument that can't be meant.
@@ -217,7 +220,8 @@ class State:
         sources, binds = _numbered([one for one in given if isinstance(one, _Bind)])
         op = RunOp(
             args=command,
-            env=tuple(sorted((_variable(step, k), _text(step, f"env {k}", v)) for k, v in (env or {}).items())),
+            env=_environment(step, "env", env),
+            proxy_env=_environment(step, "proxy_env", proxy_env),
             cwd=_rooted(step, "cwd", cwd),
             user=_text(step, "user", user),
             hostname=_text(step, "hostname", hostname),
@@ -557,6 +561,10 @@ def _choice(step: str, what: str, enum: type[_Choice], value: str | _Choice) -> 
     except ValueError:
         choices = ", ".join(one.value for one in enum)
         raise BuildArgumentError(step, f"{what} is {_shown(value)}, not one of {choices}") from None
+
+
+def _environment(step: str, what: str, env: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((_variable(step, k), _text(step, f"{what} {k}", v)) for k, v in (env or {}).items()))
 
 
 def _variable(step: str, name: object) -> str:

@@ -47,7 +47,8 @@ from lazyfarm.dockerfile.parser import Heredoc, parse_opener
 from lazyfarm.dockerfile.refused import RefusedError
 from lazyfarm.dockerfile.stages import LocalSource, NamedContext, StageSource, StageTable, platform_args
 
-#: Arguments that commands get without an ARG, where they are given.
+#: Arguments that commands get without an ARG, where they are given, in small letters and in capitals: programs look
+#: for either. They are in no cache key then.
 _PROXIES = frozenset({"http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy"})
 #: The time that a build is to be of (reproducible-builds.org): commands get it without an ARG, and the image has it.
 EPOCH_ARG = "SOURCE_DATE_EPOCH"
@@ -366,15 +367,15 @@ class _Stage:
         args = self._command(run.command)
         if run.heredocs:
             args = self._with_heredocs(run, mounts)
-        unasked = {
-            name: value
-            for name, value in self._build.options.args.items()
-            if name.lower() in _PROXIES or (name == EPOCH_ARG and value)
-        }
+        given = self._build.options.args
+        epoch = {EPOCH_ARG: given[EPOCH_ARG]} if given.get(EPOCH_ARG) else {}
+        proxies = {name: value for name, value in given.items() if name.lower() in _PROXIES}
+        both = {spelled: value for name, value in proxies.items() for spelled in (name.lower(), name.upper())}
         networks = {"default": self._build.options.network, "none": Network.NONE, "host": Network.HOST}
         state = self.state.run(
             args,
-            env=unasked | self._env,
+            env=epoch | self._env,
+            proxy_env=both | proxies,
             cwd=self.config.directory,
             user=self.config.user,
             mounts=mounts,

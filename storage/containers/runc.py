@@ -114,7 +114,7 @@ class Runc:
         runtime, cgroups = await to_the_end(asyncio.to_thread(self._prepare))
         cgroups.check(op.limits)
         used = op_secrets.given(op, secrets)
-        env = dict(op.env) | op_secrets.environment(used)
+        env = dict(op.proxy_env) | dict(op.env) | op_secrets.environment(used)
         container = _Container(
             op=op, root=root, binds=binds, runtime=runtime, cgroups=cgroups, home=self._bundles, state=self._state
         )

@@ -127,13 +127,15 @@ async def test_a_command_runs_in_its_root(runc, root):
         root,
         "/bin/sh",
         "-c",
-        'echo "$0 $GREETING $PATH"; echo $$; cat /proc/sys/kernel/hostname; echo made > /new; rm /etc/group; id -u',
+        'echo "$0 $GREETING $PATH $http_proxy"; echo $$; cat /proc/sys/kernel/hostname; '
+        "echo made > /new; rm /etc/group; id -u",
         "zero",
         env=(("GREETING", "hello world"), ("GREETING", "hello")),
+        proxy_env=(("GREETING", "proxy"), ("http_proxy", "p")),
         hostname="box",
     )
 
-    assert said == "zero hello /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n1\nbox\n0\n"
+    assert said == "zero hello /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin p\n1\nbox\n0\n"
     assert (root / "new").read_text() == "made\n"
     assert not (root / "etc/group").exists()
 

@@ -198,11 +198,10 @@ class TestVariables:
         built = await build(
             "ARG g=global\nARG o=global\nARG n\nFROM base\n"
             "ARG g\nARG o=own\nARG d=default\nARG n\nARG x=$g-${d}\nRUN x",
-            args={"d": "given", "unused": "1", "HTTP_PROXY": "p"},
+            args={"d": "given", "unused": "1"},
         )
 
         assert built.last.op.env == (
-            ("HTTP_PROXY", "p"),
             ("PATH", DEFAULT_PATH),
             ("d", "given"),
             ("g", "global"),
@@ -211,6 +210,28 @@ class TestVariables:
         )
         assert built.converted.unused_args == ("unused",)
         assert "Env" not in built.run
+
+    async def test_a_proxy_is_given_and_is_no_part_of_the_step(self, build):
+        """In small letters and capitals, without an ARG; with any the step is the same, and none is in the image."""
+        text = "FROM base\nENV NO_PROXY=own\nRUN x"
+        built = await build(text, args={"HTTP_PROXY": "p", "https_proxy": "q", "no_proxy": "n", "All_Proxy": "a"})
+
+        assert built.last.op.proxy_env == (
+            *(("ALL_PROXY", "a"), ("All_Proxy", "a"), ("HTTPS_PROXY", "q"), ("HTTP_PROXY", "p"), ("NO_PROXY", "n")),
+            *(("all_proxy", "a"), ("http_proxy", "p"), ("https_proxy", "q"), ("no_proxy", "n")),
+        )
+        assert built.last.op.env == (("NO_PROXY", "own"), ("PATH", DEFAULT_PATH))
+        assert built.converted.unused_args == ()
+        assert built.run["Env"] == ["NO_PROXY=own"]
+        assert built.last.digest == (await build(text)).last.digest
+
+    async def test_a_proxy_that_is_asked_for_is_a_part_of_the_step(self, build):
+        """An ARG of its name makes it an argument like others, as in BuildKit."""
+        text = "FROM base\nARG HTTP_PROXY\nRUN x"
+        built = await build(text, args={"HTTP_PROXY": "p"})
+
+        assert ("HTTP_PROXY", "p") in built.last.op.env
+        assert built.last.digest != (await build(text, args={"HTTP_PROXY": "q"})).last.digest
 
     async def test_global_arguments_are_not_seen_before_they_are_declared(self, build):
         """A stage says what it uses."""

@@ -108,6 +108,15 @@ def test_digests_stay_as_they_are():
     assert BASE.digest == "sha256:f377efa42d6f192eba01cd274545d1ba261fda9ce39f4c5386ce7ad1e79e5dea"
 
 
+def test_the_way_of_a_command_to_the_network_is_in_no_digest():
+    """Nor does what was cached before there was such a thing get another one."""
+    there = replace(MAKE, proxy_env=(("HTTP_PROXY", "p"),))
+
+    assert op_digest(there) == op_digest(MAKE)
+    assert Vertex(there, (BASE.digest,)).digest == RUN.digest
+    assert RUN.digest == "sha256:5d2084925851c1e28c37d14f4760306df6fb646947319a74390d8bf810ac9163"
+
+
 # -- definitions --------------------------------------------------------------------------------------
 
 
@@ -214,6 +223,7 @@ FULL = definition(
             secrets=(SecretMount(id="s", env="S"),),
             tmpfs=(TmpfsMount(target="/t"),),
             limits=Limits(cpus=1.5),
+            proxy_env=(("HTTP_PROXY", "p"),),
         ),
         (BASE.digest, LOCAL.digest),
     ),
@@ -322,7 +332,8 @@ def ops(state):
 
 def test_steps_become_vertices():
     """A chain of steps is a chain of vertices over the image, with what each was given."""
-    state = image("debian").run("make", env={"B": "2", "A": "1"}, cwd="src", network="host", cpus=2)
+    proxies = {"https_proxy": "q", "http_proxy": "p"}
+    state = image("debian").run("make", env={"B": "2", "A": "1"}, cwd="src", network="host", cpus=2, proxy_env=proxies)
 
     assert ops(state) == [
         ImageOp(reference="docker.io/library/debian:latest"),
@@ -332,6 +343,7 @@ def test_steps_become_vertices():
             cwd="/src",
             network=Network.HOST,
             limits=Limits(cpus=2.0),
+            proxy_env=(("http_proxy", "p"), ("https_proxy", "q")),
         ),
     ]
 
@@ -449,6 +461,7 @@ def test_a_local_directory_that_is_missing_is_told(tmp_path):
         lambda base: base.run("a\udc80"),
         lambda base: base.run("a", env={"A=": "x"}),
         lambda base: base.run("a", env={"A": 1}),
+        lambda base: base.run("a", proxy_env={"A": 1}),
         lambda base: base.run("a", cwd=""),
         lambda base: base.run("a", network="bridge"),
         lambda base: base.run("a", cpus=-1),
