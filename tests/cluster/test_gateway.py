@@ -124,6 +124,9 @@ async def test_a_private_image_is_pulled_moved_and_pushed_from_outside(farm, gat
             pushed = await outside.push(ref, f"{private.host}/team/copy:1")
             assert {layer.bytes for layer in pushed.layers} == {0}
             assert [node.id for node in await outside.nodes()] == [node.id for node in await outside.nodes()] != []
+        status = json.loads(await asyncio.to_thread(run, gateway, tmp_path, "status"))
+        assert status == farm.cli_json("status")
+        assert {actor["kind"] for actor in status["actors"]} >= {"supervisor", "fetch-worker"}
         async with await gateway.connect({private.host: (HTPASSWD_USER, "wrong")}) as outside:
             with pytest.raises(RegistryError) as refused:
                 await outside.pull(name)
@@ -176,7 +179,7 @@ async def test_a_build_outlives_its_gateway(farm, registry, gateway, tmp_path):
             VertexState.COMPLETED,
         ]
         assert len(result.ref.layers) == len(base.layers) + 1  # the command wrote nothing
-        followed = await asyncio.to_thread(attach, gateway, job.id, tmp_path)
+        followed = await asyncio.to_thread(run, gateway, tmp_path, "attach", job.id)
         assert '"state": "done"' in followed
         with pytest.raises(ProcessFailedError) as failed:
             await outside.solve(image(f"{registry.host}/base:1", plain_http=True).run("exit 7"))
@@ -249,10 +252,10 @@ def sha256(layout, digest) -> str:
     return f"sha256:{hashlib.file_digest(blob(layout, digest), 'sha256').hexdigest()}"
 
 
-def attach(gateway, job, home) -> str:
-    """Follow a job by the command line, as on a machine that has no farm."""
+def run(gateway, home, *words) -> str:
+    """Run a command as on a machine that has no farm; return what it says."""
     done = subprocess.run(
-        [sys.executable, "-m", "lazyfarm", "attach", "--json", job],
+        [sys.executable, "-m", "lazyfarm", *words, "--json"],
         env={**os.environ, **gateway.environ, "HOME": str(home), "XDG_STATE_HOME": str(home)},
         capture_output=True,
         text=True,
