@@ -12,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,12 +22,15 @@ import pytest
 from cluster.lease import LeaseId
 from storage.connect import connect
 from storage.farm_file import read_running
+from storage.flights import RedisFlightStore
+from storage.keys import Keys
 from storage.services.process import FARM_MARK, marked_pids
 from tests.doubles.at_rest import in_files, in_gcs, in_processes, in_redis
 from tests.doubles.documents import read_document
 from tests.doubles.farm import RunningFarm
 from tests.doubles.hosts import Network
 from tests.doubles.registry import random_image
+from tests.doubles.registry_faults import Hang, blobs, registry_fault_proxy
 
 pytestmark = [pytest.mark.cluster, pytest.mark.registry, pytest.mark.timeout(240)]
 
@@ -226,7 +230,7 @@ def test_a_job_that_is_stopped_leaves_no_lease(jobs, tmp_path):
     command = ["submit", "--no-wait", "--submission-id", job_id, "--runtime-env-json", environment]
     done = jobs.ray(*command, "--working-dir", ".", "--", "python", "driver.py", cwd=directory)
     assert done.returncode == 0, done.stdout
-    lease = LeaseId(f"driver-{_session(jobs, job_id)}")
+    lease = LeaseId(f"driver-{_told(jobs, job_id, 'session')}")
     assert lease in _leases(jobs.farm)
 
     assert jobs.ray("stop", job_id).returncode == 0
@@ -237,20 +241,96 @@ def test_a_job_that_is_stopped_leaves_no_lease(jobs, tmp_path):
         time.sleep(0.2)
 
 
-def _session(jobs, job_id):
-    """Wait until the driver of a job has joined the farm, and return its session's ID."""
+def _told(jobs, job_id, word):
+    """Wait until a driver has said something, and return the word after it."""
     give_up_s = time.monotonic() + SOON_S
     while True:
         status, text = jobs.get(f"/api/jobs/{job_id}/logs")
         words = (json.loads(text)["logs"] if status == 200 else "").split()
-        if "session" in words[:-1]:
-            return words[words.index("session") + 1]
+        if word in words[:-1]:
+            return words[words.index(word) + 1]
         assert time.monotonic() < give_up_s, (jobs.details(job_id), text)
         time.sleep(0.2)
 
 
 def _leases(farm):
     return {lease.id for lease in farm.leases()}
+
+
+#: Submits a job of the farm's, and waits for it.
+BUILDING = """
+import asyncio, os, sys
+from lazyfarm import Farm
+from lazyfarm.graph import image
+
+async def main(name, is_detached):
+    async with await Farm.connect(credentials={}) as farm:
+        graph = image(name, plain_http=True).mkfile("/made", name)
+        job = await farm.solve(graph, detached=is_detached).submitted()
+        print("session", farm.session_id, "pid", os.getpid(), "build", job.id, "", flush=True)
+        await job
+
+asyncio.run(main(sys.argv[1], sys.argv[2] == "detached"))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_driver_that_dies_leaves_its_detached_job_and_nothing_else(jobs, registry, tmp_path):
+    """Killed or stopped, while a layer comes: lease, job and flight are gone after the grace, but a detached job's."""
+    directory = write_driver(tmp_path / "work", BUILDING)
+    environment = json.dumps({"env_vars": {"LAZYFARM__CACHE__LEASE_TTL_S": "3"}})
+    layer, silence = {}, Hang()
+    with registry_fault_proxy(registry.url) as proxy, ThreadPoolExecutor(3) as clients:
+        proxy.script(silence, of=lambda seen: blobs(seen) and seen.digest in layer.values(), times=None)
+
+        def begin(how):
+            repository, made = f"dying/{secrets.token_hex(4)}", random_image(secrets.randbits(64), layers=1)
+            layer[how] = made.layers[0].digest
+            registry.push(repository, "1", made)
+            command = ["submit", "--no-wait", "--submission-id", f"{how}-{tag}", "--runtime-env-json", environment]
+            name, kind = f"{proxy.host}/{repository}:1", how.partition("-")[0]
+            done = jobs.ray(*command, "--working-dir", ".", "--", "python", "driver.py", name, kind, cwd=directory)
+            assert done.returncode == 0, done.stdout
+            said = {word: _told(jobs, f"{how}-{tag}", word) for word in ("session", "pid", "build")}
+            return {f"driver-{said['session']}", f"job-{said['build']}"}, int(said["pid"]), said["build"]
+
+        tag = secrets.token_hex(4)
+        cases = ("attached-killed", "attached-stopped", "detached-killed")
+        (killed, killed_pid, _), (stopped, _, _), (detached, detached_pid, job) = clients.map(begin, cases)
+        _until(lambda: _flights(jobs.farm) >= set(layer.values()))
+        assert killed | stopped | detached <= _leases(jobs.farm)
+
+        os.kill(killed_pid, signal.SIGKILL)
+        os.kill(detached_pid, signal.SIGKILL)
+        assert jobs.ray("stop", f"attached-stopped-{tag}").returncode == 0
+        goes_on = {f"job-{job}"}
+        _until(lambda: (killed | stopped | detached) & _leases(jobs.farm) == goes_on)
+        _until(lambda: _flights(jobs.farm) & set(layer.values()) == {layer["detached-killed"]})
+        for lease in sorted(lease for lease in killed | stopped if lease.startswith("job-")):
+            assert jobs.farm.cli_json("jobs", "show", lease.removeprefix("job-"))["state"] == "cancelled"
+
+        silence.proceed.set()
+        _until(lambda: jobs.farm.cli_json("jobs", "show", job)["state"] == "done")
+
+
+def _until(found):
+    give_up_s = time.monotonic() + 2 * SOON_S
+    while not found():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.2)
+
+
+def _flights(farm):
+    """Return the digests of all layers that are being fetched."""
+
+    async def look():
+        link = connect(farm.settings.config.redis)
+        try:
+            return await RedisFlightStore(link, Keys(farm.settings.config.farm.name)).under_way()
+        finally:
+            await link.close()
+
+    return {key.partition(":")[2] for key in asyncio.run(look())}
 
 
 def lazyfarm_submit(jobs, directory, *arguments):
@@ -274,21 +354,28 @@ def lazyfarm_submit(jobs, directory, *arguments):
 
 
 def test_submit_shows_what_a_driver_prints_and_exits_as_it_does(jobs, tmp_path):
-    """The short form; as a document, too. What can't be submitted is said in one line."""
+    """The short form, as a document, too, and from within a job. What can't be submitted is said in one line."""
     directory = write_driver(
         tmp_path / "work",
         """
-        import os, sys
+        import asyncio, os, sys
+        from pathlib import Path
         from lazyfarm.blocking import Farm
+        from lazyfarm.settings import load_running
+        from lazyfarm.submission import submit
 
         with Farm.connect() as farm:
             print("nodes", len(farm.nodes()), os.environ["WORD"], *sys.argv[1:])
+            settings = load_running(None, os.environ)
+            begun = asyncio.run(submit(settings, "next.py", working_dir=Path.cwd()))
+            print("next", begun.status, len(farm.nodes()))
         sys.exit(int(sys.argv[1]))
         """,
     )
+    (directory / "next.py").touch()
     done = lazyfarm_submit(jobs, directory, "--env", "WORD=hello", "driver.py", "0", "--json")
     assert done.returncode == 0, done.stderr
-    assert "nodes 3 hello 0 --json" in done.stdout.splitlines()
+    assert {"nodes 3 hello 0 --json", "next PENDING 3"} <= set(done.stdout.splitlines())
 
     job_id = f"short-{secrets.token_hex(4)}"
     failed = lazyfarm_submit(jobs, directory, "--json", "--id", job_id, "--env", "WORD=hello", "driver.py", "7")
