@@ -6,8 +6,11 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ import pytest
 from cluster.config import S3Config
 from storage.services.loopback import choose_ports
 from tests.doubles.container import Container, container
-from tests.doubles.debian import debian_image
+from tests.doubles.debian import bootstrapped_image, debian_image
 from tests.doubles.oci_layout import run_tool
 from tests.doubles.redis import redis_binaries, redis_server
 from tests.doubles.registry import random_image
@@ -84,13 +87,36 @@ def context():
 
 
 @pytest.fixture
+def downloads():
+    """A directory that is served over HTTP on this machine, for what is in no package index; and its URL."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with tempfile.TemporaryDirectory(prefix="lf-wheels-") as directory:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=directory))
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield Path(directory), f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
 def built(farm, registry, context):
     """Build the image and push it; return its file system on this machine, and its config."""
     registry.push("debian", "1", debian_image(*PACKAGES))
+    args = ("--build-arg", f"BASE={registry.host}/debian:1", "--build-arg", "FROM=context")
+    return build_image(farm, registry, context, *args)
+
+
+def build_image(farm, registry, directory, *args):
+    """Build an image and push it; return its file system on this machine, and its config."""
     name = f"{registry.host}/lazyfarm:1"
-    args = ("--build-arg", f"BASE={registry.host}/debian:1", "--build-arg", "FROM=context", "-t", name, "--push")
-    made = farm.cli_json("build", *args, str(context), timeout_s=400)
-    (node,) = farm.cli_json("extract", made["ref"], timeout_s=200)["nodes"]
+    made = farm.cli_json("build", *args, "-t", name, "--push", str(directory), timeout_s=700)
+    (node,) = farm.cli_json("extract", made["ref"], timeout_s=300)["nodes"]
     config = json.loads(run_tool("skopeo", "inspect", "--tls-verify=false", "--config", f"docker://{name}"))
     return Path(node["path"]), config["config"]
 
@@ -164,3 +190,30 @@ def test_what_a_farm_has_built_is_a_farm_of_two_nodes(nodes, registry):
 
     assert node.stop() == 0
     assert head.stop() == 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_an_image_of_debians_packages_and_a_package_index_runs(farm, registry, downloads):
+    """As people build it: upon Debian's own base, with what apt and pip fetch. Its programs are there and start."""
+    directory, url = downloads
+    wheel = shutil.copy(build_wheel(directory), directory)
+    registry.push("debian", "bookworm", bootstrapped_image(directory))
+    args = ("--build-arg", f"LAZYFARM=lazyfarm[farm] @ {url}/{Path(wheel).name}", "--build-context")
+    base = f"debian:bookworm-slim=docker-image://{registry.host}/debian:bookworm"
+    root, config = build_image(farm, registry, IMAGE, *args, base)
+
+    with tempfile.TemporaryDirectory(prefix="lf-disk-") as disk:
+        volumes = {Path(disk): "/var/lib/lazyfarm"}
+        with container(root, config, "sleep", "1000", env={}, volumes=volumes) as node:
+            for command in (
+                ("lazyfarm", "--version"),
+                ("ray", "--version"),
+                ("runc", "--version"),
+                ("setfattr", "--version"),
+                ("wget", "--version"),
+                ("ip", "-V"),
+                ("ps", "--version"),
+            ):
+                done = node.run(*command)
+                assert done.returncode == 0, f"{command}: {done.stderr}"
