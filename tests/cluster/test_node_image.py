@@ -58,17 +58,20 @@ class Nodes:
 
     def node(self) -> Container:
         """Run another node."""
-        return self._run("two", "node", 2, first=(f"{self._address(1)}:{self.gcs_port}",))
+        return self._run("two", "node", 2, first=(f"{self._address(1)}:{self.gcs_port}",), drain_s=UP_S)
 
     @staticmethod
     def _address(index: int) -> str:
         return f"127.0.77.{index}"
 
-    def _run(self, name: str, role: str, index: int, *options: str, first: tuple[str, ...] = ()) -> Container:
+    def _run(
+        self, name: str, role: str, index: int, *options: str, first: tuple[str, ...] = (), drain_s: float = 0
+    ) -> Container:
         disk = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="lf-disk-")))
         ports = [f"--metrics-export-port={choose_ports(['metrics'], {})['metrics']}"]
         args = (role, *first, f"--node-ip-address={self._address(index)}", *options, *RAY, *ports)
         env = {"LAZYFARM_NODE": name, "RAY_AUTH_TOKEN_PATH": "/etc/lazyfarm/ray-token"}
+        env["LAZYFARM_DRAIN_S"] = f"{drain_s:g}"
         volumes = {disk: "/var/lib/lazyfarm", self.settings: "/etc/lazyfarm"}
         return self.stack.enter_context(container(self.root, self.config, *args, env=env, volumes=volumes))
 
@@ -188,7 +191,8 @@ def test_what_a_farm_has_built_is_a_farm_of_two_nodes(nodes, registry):
     copied = head.json("lazyfarm", "extract", "--node", "two", json.loads(made.stdout)["ref"])["nodes"][0]["path"]
     assert node.run("cat", f"{copied}/copy").stdout == node.run("cat", f"{copied}/words").stdout != ""
 
-    assert node.stop() == 0
+    assert node.stop(UP_S) == 0
+    assert "two has drained" in node.log.read_text()
     assert head.stop() == 0
 
 

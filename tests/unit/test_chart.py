@@ -152,6 +152,18 @@ def test_a_node_keeps_its_name_only_where_it_keeps_its_disk():
             assert any(variable["name"] == "LAZYFARM_NODE" for variable in container["env"]) is is_named
 
 
+def test_a_node_has_time_to_end_what_it_does_where_it_can_drain():
+    """By its name, so not one with a disk of its own; the head doesn't, and who wants no drain has none."""
+    without = {**LEAST, "workers": {"drainSeconds": 0}}
+    for values, wanted in ((LEAST, "300"), (ALL, None), (without, None)):
+        spec = of_kind(documents(values), "RayCluster")["spec"]
+        for group, drain_s in ((spec["headGroupSpec"], None), *((one, wanted) for one in spec["workerGroupSpecs"])):
+            pod = group["template"]["spec"]
+            env = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
+            assert env.get("LAZYFARM_DRAIN_S") == drain_s
+            assert pod["terminationGracePeriodSeconds"] == 30 + int(drain_s or 0)
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
@@ -159,6 +171,7 @@ def test_a_node_keeps_its_name_only_where_it_keeps_its_disk():
         ({"redis": {"url": "redis://:hunter2@redis:6379"}}, "url"),
         ({"s3": {"endpoint": "s3.internal"}}, "endpoint"),
         ({"workers": {"replica": 3}}, "replica"),
+        ({"workers": {"drainSeconds": -1}}, "drainSeconds"),
         ({"node": {"volume": {"emptyDir": {}, "ephemeral": {}}}}, "volume"),
         ({"page": {"service": {"enabled": True}, "ingress": {"enabled": True, "host": "x"}}}, "in the clear"),
         ({"gateway": {"enabled": True}}, "in the clear"),

@@ -71,6 +71,8 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* A Pod of the cluster. Takes the root, what is the role's own (`of`), and the role: head or node. */}}
 {{- define "lazyfarm.pod" -}}
 {{- $root := .root -}}
+{{- $drain := 0 -}}
+{{- if and (eq .role "node") (not $root.Values.node.volume) }}{{ $drain = .of.drainSeconds }}{{ end -}}
 metadata:
   labels:
     {{- include "lazyfarm.labels" $root | nindent 4 }}
@@ -88,7 +90,7 @@ metadata:
 spec:
   serviceAccountName: {{ include "lazyfarm.name" $root }}
   automountServiceAccountToken: false
-  terminationGracePeriodSeconds: {{ $root.Values.terminationGracePeriodSeconds }}
+  terminationGracePeriodSeconds: {{ add $root.Values.terminationGracePeriodSeconds $drain }}
   {{- with $root.Values.imagePullSecrets }}
   imagePullSecrets:
     {{- toYaml . | nindent 4 }}
@@ -124,6 +126,10 @@ spec:
           valueFrom:
             fieldRef:
               fieldPath: spec.nodeName
+        {{- end }}
+        {{- if $drain }}
+        - name: LAZYFARM_DRAIN_S
+          value: {{ $drain | quote }}
         {{- end }}
         - name: RAY_AUTH_MODE
           value: token
