@@ -205,7 +205,8 @@ class State:
             cpus: Likewise, for example 1.5.
             pids: Likewise, processes and threads.
             proxy_env: More variables, such as ``HTTP_PROXY``, that are no part of what the command is: with others it
-                is the same command, and what it made is found again. Where *env* has one of them, that one counts.
+                is the same command, and what it made is found again. Where *env* has one of them, that one counts. One
+                with a user or a password is refused: graphs are at rest in Redis.
 
         Raises:
             BuildArgumentError: an argument that can't be meant.
@@ -221,7 +222,7 @@ class State:
         op = RunOp(
             args=command,
             env=_environment(step, "env", env),
-            proxy_env=_environment(step, "proxy_env", proxy_env),
+            proxy_env=_proxies(step, proxy_env),
             cwd=_rooted(step, "cwd", cwd),
             user=_text(step, "user", user),
             hostname=_text(step, "hostname", hostname),
@@ -565,6 +566,16 @@ def _choice(step: str, what: str, enum: type[_Choice], value: str | _Choice) -> 
 
 def _environment(step: str, what: str, env: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((_variable(step, k), _text(step, f"{what} {k}", v)) for k, v in (env or {}).items()))
+
+
+def _proxies(step: str, env: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+    given = _environment(step, "proxy_env", env)
+    for name, value in given:
+        authority = value.rpartition("://")[2].partition("/")[0]
+        if "@" in authority:  # the value itself is not told: errors are logged
+            reason = f"{name} holds a user or a password, which would rest in Redis with the graph"
+            raise BuildArgumentError(step, f"{reason}: name a proxy that asks for none, one on the nodes for example")
+    return given
 
 
 def _variable(step: str, name: object) -> str:

@@ -451,6 +451,15 @@ def test_a_local_directory_that_is_missing_is_told(tmp_path):
         local(tmp_path / "nowhere").definition()
 
 
+@pytest.mark.parametrize("proxy", ["http://user:pass@proxy:3128", "user@proxy:3128", "http://:tok@proxy/"])
+def test_a_proxy_with_a_password_is_refused_and_not_repeated(proxy):
+    """A graph is at rest in Redis; an error is in logs."""
+    with pytest.raises(BuildArgumentError, match="HTTP_PROXY holds a user or a password") as refused:
+        image("debian").run("make", proxy_env={"HTTP_PROXY": proxy})
+    assert proxy not in str(refused.value)
+    image("debian").run("make", proxy_env={"HTTP_PROXY": "http://proxy:3128/@x", "no_proxy": "a.example,.b"})
+
+
 @pytest.mark.parametrize(
     "step",
     [
