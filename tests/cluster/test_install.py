@@ -233,7 +233,7 @@ def has(place):
     return subprocess.check_output([place.venv / "bin" / "python", "-c", _HAS], text=True).split()
 
 
-def test_a_farm_is_upgraded_while_it_works_and_taken_away(place, registry):
+def test_a_farm_is_upgraded_while_it_works_back_again_and_taken_away(place, registry):
     """From the code of an earlier time. Refs, leases, pins and jobs are kept; both releases work side by side."""
     with collecting() as collector, registry_fault_proxy(registry.url) as proxy:
         _upgraded(place, registry, proxy, collector)
@@ -319,6 +319,28 @@ def _upgraded(farm, registry, proxy, collector):
     assert {name.partition("@")[2] for name in ended} == {PREVIOUS_VERSION}
     assert farm.releases() == {VERSION}
     assert farm.json("up")["changed"] is False
+
+    # And back: without the settings that the older one doesn't know.
+    farm.environ.clear()
+    plain = farm.venv.parent / "plain.toml"
+    plain.touch()
+    farm.json("up", "--config", str(plain))
+    install(farm.venv, previous, "--no-deps", extras="")
+    farm.json("up")
+    assert farm.releases() == {PREVIOUS_VERSION, VERSION}
+    kept(farm, lazy_ref, present_ref, pinned, extracted)
+    with farm.driver() as older:
+        assert older.hear() == "here"
+        assert older.ask("solve", ours).startswith("sha256:")
+
+    # What comes back meanwhile under the newer name has the older code, as on a node that was not upgraded yet.
+    shard = f"cache-shard-0@{VERSION}"
+    before = farm.actors()[shard]
+    os.kill(before, signal.SIGKILL)
+    until(lambda: farm.actors().get(shard, before) != before)
+    install(farm.venv, this, "--no-deps")
+    assert shard in farm.json("up")["stopped"]
+    assert farm.releases() == {PREVIOUS_VERSION, VERSION}
 
     mark = (farm.state_dir / "farm-id").read_text().strip()
     assert marked_pids({FARM_MARK: mark})
