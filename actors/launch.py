@@ -230,10 +230,14 @@ def _retire_outdated(config: Config) -> list[str]:
     space = namespace(config.farm.name)
     ours = [name for name in _named_actors(space) if version_of(name) == VERSION]
     records = asyncio.run(_presence(config))[1]
-    said = {actor.name: actor.config for actor in records}
+    others = {actor.name for actor in unlike(records, VERSION)}
+    # Another release's code has other keys, and so another digest of the same configuration.
+    said = {actor.name: actor.config for actor in records if actor.name not in others}
     name = supervisor_name(VERSION)
-    if all(said.get(name, digest) == digest for name in ours) and _supervisor_digest(name, space) in (None, digest):
-        ours = sorted({actor.name for actor in unlike(records, VERSION)}.intersection(ours))
+    if all(said.get(name, digest) == digest for name in ours) and (
+        name in others or _supervisor_digest(name, space) in (None, digest)
+    ):
+        ours = sorted(others.intersection(ours))
     _retire(config, ours)
     return ours
 

@@ -339,7 +339,7 @@ def _upgraded(farm, registry, proxy, collector):
     os.kill(before, signal.SIGKILL)
     until(lambda: farm.actors().get(shard, before) != before)
     install(farm.venv, this, "--no-deps")
-    assert shard in farm.json("up")["stopped"]
+    assert farm.json("up")["stopped"] == [shard]
     assert farm.releases() == {PREVIOUS_VERSION, VERSION}
 
     mark = (farm.state_dir / "farm-id").read_text().strip()
