@@ -18,7 +18,7 @@ from cluster.config import Config
 from cluster.descriptor import Descriptor
 from cluster.drain import UnderWay
 from cluster.errors import ClusterError, InternalError, NotAnImageError, NotThroughGatewayError, UnavailableError
-from cluster.gateway import Answered, Asked, Nothing, RefView, Welcome
+from cluster.gateway import Answered, Asked, Nothing, RefView, Stream, Welcome
 from cluster.lease import Lease, LeaseId
 from cluster.messages import (
     ExtractResult,
@@ -47,6 +47,8 @@ from lazyfarm.ref import Ref
 from lazyfarm.status import FarmStatus
 from storage.registry.credentials import CredentialSource
 
+Q = TypeVar("Q")
+R = TypeVar("R")
 T = TypeVar("T")
 
 #: Seconds that leaving may take; then the gateway finds out by itself.
@@ -238,14 +240,13 @@ class GatewayFarm(Farm):
             filters=tuple(filters),
             dry_run=dry_run,
         )
-        result: Pruned | None = None
-        async for told in self._gateway.stream(calls.PRUNE, call):
+
+        def tell(told: calls.PruneTold) -> Pruned | None:
             if told.removed is not None:
                 on_removed(told.removed)
-            result = told.result or result
-        if result is None:
-            raise InternalError("the gateway told no end of a prune")
-        return result
+            return told.result
+
+        return await self._to_its_end(calls.PRUNE, call, tell)
 
     async def node_usage(self, node: str | None = None) -> list[NodeUsageResult]:
         """Return what lies on nodes' disks; see the base."""
@@ -282,15 +283,14 @@ class GatewayFarm(Farm):
         """Read blobs that are present, and compare their digests; see the base."""
         self._raise_if_closed()
         call = calls.VerifyCall(refs=refs, repair=repair, bytes_per_s=bytes_per_s)
-        result: Verified | None = None
-        async for told in self._gateway.stream(calls.VERIFY, call):
+
+        def tell(told: calls.VerifyTold) -> Verified | None:
             if told.is_end:
-                result = told.verified
-            else:
-                on_verified(told.verified)
-        if result is None:
-            raise InternalError("the gateway told no end of verifying")
-        return result
+                return told.verified
+            on_verified(told.verified)
+            return None
+
+        return await self._to_its_end(calls.VERIFY, call, tell)
 
     async def kept(self, ref: str) -> Kept:
         """Return why a ref is kept; see the base."""
@@ -320,15 +320,14 @@ class GatewayFarm(Farm):
     ) -> UnderWay:
         """Have a node get nothing new, and wait until it has ended what it has; see the base."""
         self._raise_if_closed()
-        result: UnderWay | None = None
-        async for told in self._gateway.stream(calls.DRAIN, calls.DrainCall(node=node, timeout_s=timeout_s)):
+
+        def tell(told: calls.DrainTold) -> UnderWay | None:
             if told.is_end:
-                result = told.left
-            else:
-                on_left(told.left)
-        if result is None:
-            raise InternalError("the gateway told no end of a drain")
-        return result
+                return told.left
+            on_left(told.left)
+            return None
+
+        return await self._to_its_end(calls.DRAIN, calls.DrainCall(node=node, timeout_s=timeout_s), tell)
 
     async def undrain(self, node: str) -> None:
         """Have a node take work again; see the base."""
@@ -373,6 +372,15 @@ class GatewayFarm(Farm):
     async def hold_resources(self, resources: Sequence[str]) -> None:
         """Not from here: the gateway holds what this driver sends."""
         raise NotThroughGatewayError(f"a hold of {', '.join(resources)}")
+
+    async def _to_its_end(self, stream: Stream[Q, T], call: Q, tell: Callable[[T], R | None]) -> R:
+        """Tell of each item of a call; return what *tell* makes of the last one."""
+        result: R | None = None
+        async for told in self._gateway.stream(stream, call):
+            result = tell(told)
+        if result is None:
+            raise InternalError(f"the gateway told no end of {stream.name}")
+        return result
 
     def _lease(self) -> LeaseId:
         self._raise_if_closed()
