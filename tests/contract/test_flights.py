@@ -536,6 +536,7 @@ async def test_a_waiter_is_renewed_until_dropped(stores, renewer):
     await join(stores, "n1")
     renewer.keep_waiting(KEY, worker="n1", ttl_s=0.3)
     renewer.keep(fence, ttl_s=0.3, on_lost=lambda: None)
+    await state_until(stores, lambda state: state["lease_remaining_s"] < TTL_S / 2)  # the first has come
     for _ in range(10):
         # Less than its third: the two are renewed side by side, and the other's renewal is what can be seen.
         stores.pass_time(0.05)
