@@ -29,7 +29,6 @@ from cluster.ref import RefState
 from cluster.topology import Kind
 from cluster.traffic import blob_sizes
 from storage.circuits import Circuits
-from storage.limits import RedisHostLimiter
 
 #: What every metric says of who keeps it. Ray leaves the worker's ID away, and would make one series of two actors'.
 _OWN = ("farm", "node", "actor")
@@ -105,17 +104,18 @@ def export_metrics(kind: Kind, *, farm: str, node: str, actor: str) -> RayMetric
 # -- what the supervisor sees ----------------------------------------------------------------------------------------
 
 
-async def show_circuits(limiter: RedisHostLimiter, circuits: Circuits, shown: set[str]) -> set[str]:
-    """Show of each registry that is known whether the cluster has given it up; return whose state is shown now.
+async def show_circuits(circuits: Circuits, named: frozenset[str]) -> frozenset[str]:
+    """Show of each registry that the cluster ever gave up whether it has now; return those that are shown by name.
 
-    Of one of *shown* that was forgotten meanwhile it is shown that it isn't: a gauge stands at what it was set to.
+    Those of *named* stay; the first ones beside have a name, too. Of all others together it is shown whether any is
+    given up: by a label's bound alone one would be hidden by the next, which is well.
     """
-    budgets, given_up = await asyncio.gather(limiter.budgets(), circuits.given_up())
-    is_open = {one.host for one in given_up}
-    known = shown | is_open | {budget.host for budget in budgets}
-    for host in known:
+    is_open = {one.host for one in await circuits.given_up()}
+    named |= frozenset(sorted(is_open - named)[: MOST_OPEN - 1 - len(named)])
+    for host in named:
         REGISTRY_CIRCUIT_OPEN.set(host in is_open, registry=host)
-    return known
+    REGISTRY_CIRCUIT_OPEN.set(not is_open <= named, registry=OTHER)
+    return named
 
 
 # -- what a fetch worker did -----------------------------------------------------------------------------------------

@@ -79,10 +79,10 @@ class Supervisor:
 
     async def _show_circuits_forever(self, stores: Stores) -> None:
         circuits = Circuits(stores.link, Keys(self._starter.boot.config.farm.name))
-        shown: set[str] = set()
+        named: frozenset[str] = frozenset()
         while True:
             with contextlib.suppress(ClusterError):  # Redis is away: what was shown last stands
-                shown = await show_circuits(stores.limiter, circuits, shown)
+                named = await show_circuits(circuits, named)
             await asyncio.sleep(_CIRCUITS_S)
 
     def _built(self) -> Stores:

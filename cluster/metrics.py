@@ -229,7 +229,7 @@ REGISTRY_WAIT_SECONDS = Histogram(
 )
 REGISTRY_CIRCUIT_OPEN = Gauge(
     name="lazyfarm_registry_circuit_open",
-    help="Whether the cluster has given a registry's host up, 1 or 0, of those that were asked of late",
+    help="Whether a registry's host is given up, 1 or 0, of those that ever were; of many, `other` is any of the rest",
     by=_SUPERVISOR,
     labels={"registry": ()},
 )

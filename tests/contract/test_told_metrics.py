@@ -14,6 +14,7 @@ from cluster.digest import digest_of
 from cluster.errors import CircuitOpenError, LeaseLostError, StaleFenceError, UnavailableError
 from cluster.flight.values import UploadState
 from cluster.lease import LeaseId, blob_resource
+from cluster.metrics import MOST_OPEN, OTHER
 from cluster.quota import Budget, Quota, RequestKind
 from cluster.ref import BlobRecord
 from storage.blobs import S3ContentStore
@@ -134,11 +135,14 @@ async def test_a_registry_that_is_given_up_is_told(redis_farm, told):
                 await limiter.failed(slot, "no answer")
         redis_farm.pass_time(2.0)
     assert told["registry_circuit_opened",] == 1
-    shown = await show_circuits(limiter, circuits, set())
-    assert (shown, told["registry_circuit_open", host]) == ({host}, 1)
+    named = await show_circuits(circuits, frozenset())
+    assert (named, told["registry_circuit_open", host], told["registry_circuit_open", OTHER]) == ({host}, 1, 0)
+    many = frozenset(f"r{number}.example" for number in range(MOST_OPEN - 1))
+    assert await show_circuits(circuits, many) == many
+    assert told["registry_circuit_open", OTHER] == 1
     redis_farm.pass_time(7200.0)  # by then the host is forgotten
-    assert await show_circuits(limiter, circuits, shown) == {host}
-    assert told["registry_circuit_open", host] == 0
+    assert await show_circuits(circuits, named) == {host}
+    assert told["registry_circuit_open", host] == told["registry_circuit_open", OTHER] == 0
 
 
 async def test_the_wait_for_what_a_registry_allows_is_told_by_its_kind(redis_farm, told):
