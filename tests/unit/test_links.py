@@ -30,7 +30,7 @@ def _dead(page: Path) -> list[str]:
     for link in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        if re.match(r"\w+:", link):
+        if re.match(r"\w+:", link) or target.name in _MADE:
             continue
         if not target.exists() or (anchor and target.suffix == ".md" and anchor not in _anchors(target)):
             found.append(link)
