@@ -124,6 +124,7 @@ def test_the_readmes_commands_are_as_it_says(registry, place):
     root, _ = place
     project = root / "project"
     project.mkdir()
+    (root / "lib").mkdir()
     (project / "Dockerfile").write_text(DOCKERFILE.replace("docker.io", registry.host))
     (project / "make").write_text("#!/bin/sh\necho made\n")
     typed(place, registry, f"cd {project}; lazyfarm up --nodes 1")
