@@ -94,10 +94,6 @@ class FarmRecords:
         states = await self._refs.get(await self._refs.list_refs())
         return [state for state in states if state is not None]
 
-    async def images(self) -> list[ImageRecord]:
-        """Return every image that was resolved, by name."""
-        return await self._refs.images()
-
     async def ref(self, name: str) -> RefDetails:
         """Return what is known of a ref, by ID, first digits, or image.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.messages import ActorRecord, NodeRecord
@@ -37,22 +37,38 @@ class FarmStatus:
 async def status_of(settings: FarmSettings, records: FarmRecords) -> FarmStatus:
     """Return what runs."""
     nodes, actors = await asyncio.gather(records.nodes(), records.actors())
+    return await asyncio.to_thread(look_at, settings, nodes, actors)
+
+
+def look_at(settings: FarmSettings, nodes: Sequence[NodeRecord], actors: Sequence[ActorRecord]) -> FarmStatus:
+    """Return what runs, of what is recorded and of who answers; blocks. That Redis does is known: it was read from."""
     config = settings.config
+    # Where no Ray jobs go, nothing takes any that the farm would know of.
+    jobs = settings.running.ray_jobs_url if settings.running else ""
+    page, gateway = page_url(settings.state_dir), gateway_address(settings.state_dir)
+    asked = {
+        "ray": ray_address(config.ray.address),
+        "s3": url_address(config.s3.endpoint),
+        "jobs": url_address(jobs),
+        "page": url_address(page),
+        "gateway": url_address(gateway),
+    }
     return FarmStatus(
         nodes=tuple(nodes),
         actors=tuple(actors),
         redis=config.redis.url,
         s3=config.s3.endpoint,
         ray=config.ray.address,
-        jobs=_jobs_url(settings),
-        page=page_url(settings.state_dir),
-        gateway=gateway_address(settings.state_dir),
-        problems=tuple(await asyncio.to_thread(find_problems, settings, nodes, actors)),
+        jobs=jobs,
+        page=page,
+        gateway=gateway,
+        problems=tuple(_problems(nodes, actors, asked)),
     )
 
 
-def find_problems(settings: FarmSettings, nodes: Sequence[NodeRecord], actors: Sequence[ActorRecord]) -> list[str]:
-    """Return what is wrong, each as one clause; blocks. That Redis answers is known: it was read from."""
+def _problems(
+    nodes: Sequence[NodeRecord], actors: Sequence[ActorRecord], asked: Mapping[str, Address | None]
+) -> list[str]:
     problems = [] if any(node.alive for node in nodes) else ["no node is alive"]
     problems += [f"node {node.id} is dead" for node in nodes if not node.alive]
     if {node.state for node in nodes if node.alive} == {"draining"}:
@@ -62,24 +78,7 @@ def find_problems(settings: FarmSettings, nodes: Sequence[NodeRecord], actors: S
         problems.append("no supervisor runs")
     problems += [
         f"{name} at {address.host}:{address.port} accepts no connection"
-        for name, address in _addresses(settings)
-        if not accepts(address, timeout_s=_CONNECT_S)
+        for name, address in asked.items()
+        if address is not None and not accepts(address, timeout_s=_CONNECT_S)
     ]
     return problems
-
-
-def _addresses(settings: FarmSettings) -> list[tuple[str, Address]]:
-    config = settings.config
-    found = [
-        ("ray", ray_address(config.ray.address)),
-        ("s3", url_address(config.s3.endpoint)),
-        ("jobs", url_address(_jobs_url(settings))),
-        ("page", url_address(page_url(settings.state_dir))),
-        ("gateway", url_address(gateway_address(settings.state_dir))),
-    ]
-    return [(name, address) for name, address in found if address is not None]
-
-
-def _jobs_url(settings: FarmSettings) -> str:
-    """Return where `ray job submit` goes; "" where nothing takes jobs that the farm would know of."""
-    return settings.running.ray_jobs_url if settings.running else ""

@@ -8,7 +8,7 @@ from cluster.graph import Definition, decode_definition
 from cluster.job import JobEvent, JobId, decode_event
 from cluster.lease import Lease
 from cluster.messages import ActorRecord, NodeRecord
-from cluster.ref import ImageRecord, RefState
+from cluster.ref import RefState
 from lazyfarm.gateway import reads
 from lazyfarm.gateway.farm import GatewayFarm
 from lazyfarm.records import FarmRecords, JobDetails, RefDetails
@@ -37,10 +37,6 @@ class GatewayRecords(FarmRecords):
     async def refs(self) -> list[RefState]:
         """Return every ref."""
         return await self._farm.refs()
-
-    async def images(self) -> list[ImageRecord]:
-        """Return every image that was resolved."""
-        return await self._farm.images()
 
     async def ref(self, name: str) -> RefDetails:
         """Return what is known of a ref."""

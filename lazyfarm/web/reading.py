@@ -25,7 +25,7 @@ from cluster.settings import FarmSettings
 from cluster.traffic import Traffic
 from lazyfarm.jobs import FarmJobs
 from lazyfarm.redis_only import connected
-from lazyfarm.status import find_problems
+from lazyfarm.status import look_at
 from lazyfarm.web.blobs import BlobUse, blobs_of
 from lazyfarm.web.flights import Flight, FlightRates
 from storage.audit import RedisAudit
@@ -218,11 +218,11 @@ class FarmReader:
         )
         ops = await self.ops([node.id for node in nodes])
         working, flying = Counter(actor.node for actor in actors), Counter(flight.node for flight in flights)
-        problems, disks = await asyncio.to_thread(lambda: (find_problems(self.settings, nodes, actors), self._disks()))
+        status, disks = await asyncio.to_thread(lambda: (look_at(self.settings, nodes, actors), self._disks()))
         config = self.settings.config
         services = (("Redis", config.redis.url), ("S3", config.s3.endpoint), ("Ray", config.ray.address))
         return FarmNow(
-            problems=tuple(problems),
+            problems=status.problems,
             nodes=tuple(
                 NodeNow(record=node, actors=working[node.id], ops=ops.get(node.id, 0), flights=flying[node.id])
                 for node in nodes

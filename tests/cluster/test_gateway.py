@@ -227,16 +227,8 @@ sys.exit(done.returncode)
 
 def build(gateway, home, *arguments) -> int:
     """Build on a machine that has no farm; return the KiB of memory that the driver had at most."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, sys.executable, "-m", "lazyfarm", "build", *arguments],
-        env={**os.environ, **gateway.environ, "HOME": str(home), "XDG_STATE_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    measured = ("-c", MEASURED, sys.executable, "-m", "lazyfarm", "build", *arguments)
+    return int(python(gateway, home, *measured, timeout_s=200))
 
 
 def blob(layout, digest):
@@ -254,12 +246,17 @@ def sha256(layout, digest) -> str:
 
 def run(gateway, home, *words) -> str:
     """Run a command as on a machine that has no farm; return what it says."""
+    return python(gateway, home, "-m", "lazyfarm", *words, "--json", timeout_s=60)
+
+
+def python(gateway, home, *arguments, timeout_s) -> str:
+    """Run Python as on a machine that has no farm; return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "lazyfarm", *words, "--json"],
+        [sys.executable, *arguments],
         env={**os.environ, **gateway.environ, "HOME": str(home), "XDG_STATE_HOME": str(home)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout_s,
         check=False,
     )
     assert done.returncode == 0, done.stderr
