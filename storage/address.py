@@ -99,6 +99,8 @@ def redis_address(config: RedisConfig) -> RedisAddress:
             password = _read_password(config.password_file)
         except OSError as exc:
             faults.append(f"redis.password_file: {exc.strerror} ({config.password_file})")
+        except UnicodeDecodeError:
+            faults.append(f"redis.password_file: it is not UTF-8 text ({config.password_file})")
     context: ssl.SSLContext | None = None
     if url.is_tls:
         try:

@@ -68,9 +68,12 @@ class FileCredentials(Credentials):
 def _read(path: Path) -> tuple[str, str, str | None]:
     """Return key ID, secret and, of temporary keys, their token."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8").splitlines()
     except OSError as exc:
         raise ConfigError("s3.credentials_file", (f"{path}: {exc.strerror}",)) from exc
+    except UnicodeDecodeError:
+        # Without its cause, which quotes what may be a secret.
+        raise ConfigError("s3.credentials_file", (f"{path}: it is not UTF-8 text",)) from None
     said = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in lines)}
     if missing := [name for name in _NEEDED if not said.get(name)]:
         raise ConfigError("s3.credentials_file", tuple(f"{path}: has no line `{name} = …`" for name in missing))

@@ -83,9 +83,12 @@ def _is_loopback(host: str) -> bool:
 
 def _read(name: str, path: Path) -> str:
     try:
-        return path.expanduser().read_text()
+        return path.expanduser().read_text("utf-8")
     except OSError as exc:
         raise InvalidArgumentError(name, str(path), exc.strerror or str(exc)) from exc
+    except UnicodeDecodeError:
+        # Without its cause, which quotes what may be a secret.
+        raise InvalidArgumentError(name, str(path), "it is not UTF-8 text") from None
 
 
 def _trust(ca_file: Path | str | None) -> ssl.SSLContext:
