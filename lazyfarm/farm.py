@@ -1,109 +1,62 @@
-"""Farm: what a driver script uses. Asynchronous, and a blocking twin from the same methods."""
+"""Farm: what a driver script uses. Asynchronous, and a blocking twin from the same methods.
+
+A driver of the cluster has a :class:`lazyfarm.joined.farm.JoinedFarm`, one outside it a
+:class:`lazyfarm.gateway.farm.GatewayFarm`.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-import random
 import secrets
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self, TypeVar, cast
+from typing import BinaryIO, Self
 
-from actors.handles import CacheShardHandle, FetchWorkerHandle, SessionServerHandle
-from actors.traces import start_driver_traces
-from actors.version import VERSION
 from cluster import tracing
-from cluster.audit import AuditEntry, AuditFilter
-from cluster.cache.names import find_ref
-from cluster.cache.ring import ShardRing
+from cluster.audit import AuditEntry
 from cluster.cache_options import CacheSource, CacheTarget, parse_cache_source, parse_cache_target
 from cluster.collect.runner import Pruned
 from cluster.collect.stock import Kept, Usage
 from cluster.collect.values import Item
 from cluster.collect.verify import Verified
-from cluster.config import Config
 from cluster.descriptor import Descriptor
-from cluster.digest import Digest
-from cluster.drain import UnderWay, taking_work
-from cluster.errors import (
-    ActorLostError,
-    FarmClosedError,
-    FarmNotRunningError,
-    NodeDrainingError,
-    NodeNotFoundError,
-    NotAnImageError,
-    NotInstalledError,
-    PageNotRunningError,
-    first_error,
-)
+from cluster.drain import UnderWay
+from cluster.errors import FarmClosedError
 from cluster.graph import Definition
 from cluster.lease import Lease, LeaseId
 from cluster.messages import (
-    ExtractRequest,
     ExtractResult,
-    GetByBlobRequest,
-    GetRequest,
-    NodePruneRequest,
     NodePruneResult,
     NodeRecord,
-    NodeUsageRequest,
     NodeUsageResult,
-    PullRequest,
-    PushRequest,
     PushResult,
-    RefsResult,
-    SessionInfo,
-    UnlazyRequest,
     UnlazyResult,
 )
 from cluster.ports import AuditReader, LeaseStore
-from cluster.progress import LayerPhase, ProgressItem
-from cluster.provider import DescHandler, registries_of
-from cluster.ref import ImageRecord, RefId, RefRecord, RefState
+from cluster.progress import ProgressItem
+from cluster.provider import DescHandler
+from cluster.ref import ImageRecord, RefId, RefState
 from cluster.reference import parse_reference
 from lazyfarm.builds import BuildOptions, Builds, ResolvedImage
-from lazyfarm.collection import FarmCollection, keep_policy
-from lazyfarm.drain import DRAIN_S, FarmDrain
+from lazyfarm.drain import DRAIN_S
 from lazyfarm.gateway.access import Access, gateway_url
 from lazyfarm.graph import Resolved, State
 from lazyfarm.job import EventCallback, Job, Result
 from lazyfarm.lease import FarmLease
-from lazyfarm.leases import FarmLeases
 from lazyfarm.operation import Operation, ProgressCallback
 from lazyfarm.outputs import Output
 from lazyfarm.ref import Ref
-from lazyfarm.session import Session
 from lazyfarm.settings import load_settings
-from lazyfarm.verify import FarmVerify
-from storage.audit import RedisAudit
-from storage.collect import RedisCollectStore
-from storage.connect import connect
-from storage.keys import Keys
-from storage.leases import RedisLeaseStore
-from storage.link import RedisLink
-from storage.presence import Presence
-from storage.progress import RedisProgressStore
-from storage.refs import RedisRefStore
 from storage.registry.credentials import CredentialSource
-from storage.services.page import page_link
 
-T = TypeVar("T")
-
-#: Seconds for which a call is made again while the actor it goes to is being restarted.
-_RETRY_S = 30.0
-_RETRY_PAUSE_S = 0.5
-#: That a look at a node's disk may take: cache mounts are measured after each use.
-_NODE_USAGE_S = 600.0
 #: Bytes a second that verifying reads, if nobody says otherwise: a farm's builds go on beside it.
 VERIFY_BYTES_PER_S = 100 * 1024.0**2
 
 
-class Farm:
+class Farm(ABC):
     """A running farm, joined as a driver.
 
     ::
@@ -111,43 +64,21 @@ class Farm:
         async with await Farm.connect() as farm:
             ref = await farm.pull("debian:12")
             print((await ref.extract()).path)
+
+    Args:
+        name: The farm's, for messages.
+        lease_ttl_s: Seconds that a lease lives without renewal, if nobody says otherwise.
     """
 
-    def __init__(self, config: Config, state_dir: Path, session: Session) -> None:
-        self._config = config
-        self._state_dir = state_dir
-        self._session = session
-        self._link = connect(config.redis)
-        keys = Keys(config.farm.name)
-        self._audit = RedisAudit(self._link, keys, config.audit, by=session.session_id)
-        self._refs = RedisRefStore(self._link, keys, self._audit)
-        self._leases: LeaseStore = RedisLeaseStore(self._link, keys)
-        self._pins = FarmLeases.over(self._link, keys, config.cache)
-        self._collection = FarmCollection.over(self._link, keys, config.collect, self._audit)
-        self._presence = Presence(self._link, keys)
-        self._drain = FarmDrain.over(self._link, keys)
-        self._verify = FarmVerify(
-            refs=self._refs,
-            store=RedisCollectStore(self._link, keys),
-            nodes=self._presence.nodes,
-            on_node=self._on_worker,
-            deadline_s=config.flight.deadline_s,
-        )
-        self._progress = RedisProgressStore(self._link, keys)
-        self._ring = ShardRing(config.cache.shards)
-        self._handles: dict[str, FetchWorkerHandle] = {}
-        self._builds = Builds(self, config, session, self._link, self._audit)
-        self._ends: set[asyncio.Task[None]] = set()
+    def __init__(self, name: str, *, lease_ttl_s: float) -> None:
+        self._name = name
+        self._lease_ttl_s = lease_ttl_s
         self._is_closed = False
-
-    def __repr__(self) -> str:
-        return f"<Farm {self._config.farm.name} in {self._state_dir}{', closed' if self._is_closed else ''}>"
 
     # -- joining and leaving -------------------------------------------------------------------------------
 
-    @classmethod
+    @staticmethod
     async def connect(
-        cls,
         state_dir: Path | str | None = None,
         *,
         config: Path | str | None = None,
@@ -156,7 +87,7 @@ class Farm:
         token: str | None = None,
         token_file: Path | str | None = None,
         ca_file: Path | str | None = None,
-    ) -> Self:
+    ) -> Farm:
         """Join a farm; or, from outside its cluster, its gateway: ``Farm.connect("https://farm.example.com:8443")``.
 
         Args:
@@ -177,29 +108,16 @@ class Farm:
             GatewayRefusedError, GatewayNotTrustedError, UnavailableError: the gateway's token or certificate is not
                 what it should be, or it doesn't answer.
         """
+        found = source_of(credentials)
         if (url := gateway_url(state_dir, config, os.environ)) is not None:
             from lazyfarm.gateway.farm import GatewayFarm  # noqa: PLC0415 - what only drivers outside need
 
             access = Access.of(url, os.environ, token=token, token_file=token_file, ca_file=ca_file)
-            return cast("Self", await GatewayFarm.open(access, credentials=source_of(credentials), keep=keep))
-        settings = load_settings(Path(state_dir) if state_dir else None, Path(config) if config else None, os.environ)
-        wanted = settings.config
-        if not (wanted.redis.url and wanted.ray.address):
-            raise FarmNotRunningError(str(settings.state_dir), "nothing was brought up there")
-        try:
-            from actors.join import join_in_time  # noqa: PLC0415 - Ray, which drivers outside the cluster have not
-        except ModuleNotFoundError as exc:
-            raise NotInstalledError(exc.name or "Ray") from exc
+            return await GatewayFarm.open(access, credentials=found, keep=keep)
+        from lazyfarm.joined.farm import JoinedFarm  # noqa: PLC0415 - what drivers outside have no packages for
 
-        start_driver_traces(wanted)
-        session = Session(wanted, source_of(credentials), keep_s=wanted.cache.keep_s if keep else None)
-        try:
-            await asyncio.to_thread(session.open)
-            await join_in_time(wanted, state_dir=str(settings.state_dir))
-            return cls(wanted, settings.state_dir, session)
-        except BaseException:
-            await asyncio.to_thread(session.close, discard=True)
-            raise
+        settings = load_settings(Path(state_dir) if state_dir else None, Path(config) if config else None, os.environ)
+        return await JoinedFarm.open(settings, credentials=found, keep=keep)
 
     async def __aenter__(self) -> Self:
         return self
@@ -209,24 +127,18 @@ class Farm:
     ) -> None:
         await self.close(discard=error is not None)
 
+    @abstractmethod
     async def close(self, *, discard: bool = False) -> None:
         """Give back what this driver holds, and leave. The process stays connected to Ray, which is Ray's way.
 
         Args:
             discard: Also give back what was to be kept: the work failed, or was cancelled.
         """
-        if self._is_closed:
-            return
-        self._is_closed = True
-        if self._ends:
-            await asyncio.wait(self._ends, timeout=1.0)
-        await asyncio.to_thread(self._session.close, discard=discard)
-        await self._link.close()
 
     @property
+    @abstractmethod
     def session_id(self) -> str:
         """Return the ID of this driver's session."""
-        return self._session.session_id
 
     # -- refs ------------------------------------------------------------------------------------------------
 
@@ -245,25 +157,7 @@ class Farm:
         """
         return Operation(self, lambda stream: self.pull_told(image, platform, stream, plain_http=plain_http), progress)
 
-    @tracing.begins("pull")
-    async def pull_told(self, image: str, platform: str | None, stream: str | None, *, plain_http: bool) -> Ref:
-        """Resolve an image, and tell a progress stream of it."""
-        reference = parse_reference(image)
-        request = PullRequest(
-            session=await self._info([reference.host], stream),
-            image=image,
-            platform=platform,
-            plain_http=plain_http,
-            lease_id=self._lease(),
-        )
-        result = await self._on_worker(
-            None, lambda worker: worker.pull(request, timeout_s=self._config.flight.deadline_s)
-        )
-        handle = reference.handle(plain_http=plain_http)
-        handlers = [DescHandler(digest=layer.digest, provider=handle) for layer in result.image.layers]
-        return Ref(self, result.layers, result.image, handlers)
-
-    @tracing.begins("get")
+    @abstractmethod
     async def get(self, ref: str) -> Ref:
         """Look up a ref by ID, by the first digits of its ID, or by the name or digest of its image.
 
@@ -271,19 +165,6 @@ class Farm:
             RefNotFoundError, AmbiguousRefError: it names none, or several.
             NeedsRemoteProvidersError: this driver has no access to some of its blobs.
         """
-        self._raise_if_closed()
-        image, ref_id = await find_ref(self._refs, ref)
-        if ref_id is None:
-            return Ref(self, (), image)
-        chain = await self._refs.chain(ref_id)
-        registries = registries_of(h for state in chain for h in state.may_be_asked)
-        request = GetRequest(
-            session=await self._info(registries, None), ref_id=ref_id, handlers=(), lease_id=self._lease()
-        )
-        result = await self._on_shard(
-            ref_id, lambda shard: shard.get(request, timeout_s=self._config.ray.call_timeout_s)
-        )
-        return Ref(self, result.layers, image)
 
     @tracing.begins("get by blob")
     async def get_by_blob(
@@ -307,52 +188,16 @@ class Farm:
         if parent is not None:
             parent.raise_if_released()
         return await self.get_by_blob_under(
-            lease.id if lease is not None else self._lease(), descriptor, parent, handlers, image_ref
+            lease.id if lease is not None else self.lease_id(), descriptor, parent, handlers, image_ref
         )
 
-    async def get_by_blob_under(
-        self,
-        lease_id: LeaseId,
-        descriptor: Descriptor,
-        parent: Ref | None,
-        handlers: Sequence[DescHandler],
-        image_ref: str | None,
-    ) -> Ref:
-        """Make or find the ref of one layer, held by a lease."""
-        registries = registries_of(h.provider for h in handlers)
-        if parent is not None:
-            registries |= registries_of(h for state in parent.layers for h in state.may_be_asked)
-        (known,) = await self._refs.providers([descriptor.digest])
-        registries |= registries_of(known)
-        passed = (*(parent.handlers if parent is not None else ()), *handlers)
-        below = parent.layers if parent is not None else ()
-        top = RefRecord.over(descriptor, below[-1].record if below else None)
-        request = GetByBlobRequest(
-            session=await self._info(registries, None),
-            descriptors=(descriptor,),
-            parent=below[-1].record.id if below else None,
-            handlers=passed,
-            lease_id=lease_id,
-            image_ref=image_ref,
-        )
-        result: RefsResult = await self._on_shard(
-            top.id, lambda shard: shard.get_by_blob(request, timeout_s=self._config.ray.call_timeout_s)
-        )
-        return Ref(self, (*below, *result.layers), None, passed)
-
+    @abstractmethod
     async def refs(self) -> list[RefState]:
         """Return every ref, most recently used first."""
-        self._raise_if_closed()
-        return [state for state in await self._refs.get(await self._refs.list_refs()) if state is not None]
 
+    @abstractmethod
     async def images(self) -> list[ImageRecord]:
         """Return every image that was resolved, by name."""
-        self._raise_if_closed()
-        return await self._refs.images()
-
-    async def states(self, ref_ids: Sequence[RefId]) -> list[RefState | None]:
-        """Return the records of refs, in bulk."""
-        return await self._refs.get(ref_ids)
 
     def push(
         self,
@@ -380,24 +225,6 @@ class Farm:
             found = await self.get(ref) if isinstance(ref, str) else ref
         found.raise_if_released()
         return await self.push_told(found, target, stream, plain_http=plain_http)
-
-    async def push_told(self, found: Ref, target: str, stream: str | None, *, plain_http: bool) -> PushResult:
-        """Push a ref's image, and tell a progress stream of it."""
-        reference = parse_reference(target)
-        if found.record is None:
-            raise NotAnImageError(found.id)
-        registries = registries_of(h for state in found.layers for h in state.may_be_asked) | {reference.host}
-        request = PushRequest(
-            session=await self._info(registries, stream),
-            image=found.record,
-            target=target,
-            plain_http=plain_http,
-            lease_id=self._lease(),
-        )
-        result: PushResult = await self._on_worker(
-            None, lambda worker: worker.push(request, timeout_s=self._config.flight.deadline_s)
-        )
-        return result
 
     # -- builds ----------------------------------------------------------------------------------------------------
 
@@ -452,7 +279,7 @@ class Farm:
             cache_to=[parse_cache_target(each) if isinstance(each, str) else each for each in cache_to],
             detached=detached,
         )
-        return self._builds.solve(graph, options, secrets=secrets or {}, on_event=on_event)
+        return self.builds.solve(graph, options, secrets=secrets or {}, on_event=on_event)
 
     async def submit(
         self,
@@ -490,7 +317,7 @@ class Farm:
             InvalidReferenceError: *name* doesn't parse. InvalidArgumentError: *result* has several targets.
         """
         self._raise_if_closed()
-        return await self._builds.tag(result, name, created_s=created_s)
+        return await self.builds.tag(result, name, created_s=created_s)
 
     async def export(
         self,
@@ -517,17 +344,17 @@ class Farm:
             NotAnImageError: a ref of no image. ExportError: it can't be written there.
         """
         self._raise_if_closed()
-        await self._builds.export(result, output, names=names, stdout=stdout, progress=progress)
+        await self.builds.export(result, output, names=names, stdout=stdout, progress=progress)
 
     async def job(self, job: str) -> Job:
         """Return the job of an ID, whoever submitted it; JobNotFoundError if there is none."""
         self._raise_if_closed()
-        return await self._builds.find(job)
+        return await self.builds.find(job)
 
     async def resolve(self, image: str, *, platform: str | None = None, plain_http: bool = False) -> ResolvedImage:
         """Read what an image's name stands for now, and its config. No ref is made."""
         self._raise_if_closed()
-        return await self._builds.resolve(image, platform=platform, plain_http=plain_http)
+        return await self.builds.resolve(image, platform=platform, plain_http=plain_http)
 
     # -- leases and nodes --------------------------------------------------------------------------------------
 
@@ -545,10 +372,11 @@ class Farm:
             InvalidArgumentError: *ttl_s* is not above 0.
         """
         self._raise_if_closed()
-        lease = FarmLease(self._leases, LeaseId(f"user-{secrets.token_hex(8)}"))
-        async with lease.held(ttl_s=self._config.cache.lease_ttl_s if ttl_s is None else ttl_s, labels=labels):
+        lease = FarmLease(self.lease_store, LeaseId(f"user-{secrets.token_hex(8)}"))
+        async with lease.held(ttl_s=self._lease_ttl_s if ttl_s is None else ttl_s, labels=labels):
             yield lease
 
+    @abstractmethod
     async def pin(self, ref: Ref, *, ttl_s: float | None = None, labels: Mapping[str, str] | None = None) -> Lease:
         """Keep a ref, and all that it stands on, when this driver has long gone; a lazy one stays lazy.
 
@@ -561,20 +389,21 @@ class Farm:
             RefReleasedError: *ref* was released. RefNotFoundError: it is gone.
             InvalidArgumentError: *ttl_s* is not above 0.
         """
-        self._raise_if_closed()
-        ref.raise_if_released()
-        return await self._pins.pin([ref.id], ttl_s=ttl_s, labels=labels)
 
+    @abstractmethod
     async def unpin(self, lease_id: LeaseId) -> None:
         """Let go of what :meth:`pin` keeps; LeaseNotFoundError where no live lease has that ID."""
-        self._raise_if_closed()
-        await self._pins.release(lease_id)
 
+    async def leases(self) -> list[Lease]:
+        """Return the live leases."""
+        self._raise_if_closed()
+        return await self.lease_store.leases()
+
+    @abstractmethod
     async def du(self) -> Usage:
         """Return what the content store is used for: by ref and by image, what is in use, and what is avoided."""
-        self._raise_if_closed()
-        return await self._collection.usage()
 
+    @abstractmethod
     async def prune(
         self,
         *,
@@ -602,16 +431,8 @@ class Farm:
         Raises:
             InvalidArgumentError: a filter can't be read, or a number is below 0.
         """
-        self._raise_if_closed()
-        return await self._collection.prune(
-            everything=everything,
-            keep_bytes=keep_bytes,
-            keep_duration_s=keep_duration_s,
-            filters=filters,
-            dry_run=dry_run,
-            on_removed=on_removed,
-        )
 
+    @abstractmethod
     async def node_usage(self, node: str | None = None) -> list[NodeUsageResult]:
         """Return what lies on nodes' disks, and what holds it: snapshots, cached blobs, cache mounts of commands.
 
@@ -622,9 +443,8 @@ class Farm:
             NodeNotFoundError: there is no such live node.
             SnapshotError, ContainerError: a node's disk refused.
         """
-        request = NodeUsageRequest()
-        return await self._on_nodes(node, lambda worker: worker.node_usage(request, timeout_s=_NODE_USAGE_S))
 
+    @abstractmethod
     async def prune_nodes(
         self,
         node: str | None = None,
@@ -652,11 +472,8 @@ class Farm:
             NodeNotFoundError: there is no such live node.
             SnapshotError, ContainerError: a node's disk refused.
         """
-        policy = keep_policy(everything=True, keep_bytes=keep_bytes, keep_duration_s=keep_duration_s, filters=filters)
-        request = NodePruneRequest(policy=policy, is_dry_run=dry_run)
-        timeout_s = self._config.flight.deadline_s
-        return await self._on_nodes(node, lambda worker: worker.prune_node(request, timeout_s=timeout_s))
 
+    @abstractmethod
     async def verify(
         self,
         *refs: str,
@@ -679,9 +496,8 @@ class Farm:
             RefNotFoundError, AmbiguousRefError: a ref names none, or several.
             InvalidArgumentError: the rate is below 0.
         """
-        self._raise_if_closed()
-        return await self._verify.verify(refs, repair=repair, bytes_per_s=bytes_per_s, on_verified=on_verified)
 
+    @abstractmethod
     async def kept(self, ref: str) -> Kept:
         """Return why a ref is kept: leases on it and on what stands on it, and which refs do.
 
@@ -691,9 +507,8 @@ class Farm:
         Raises:
             RefNotFoundError, AmbiguousRefError: it names none, or several.
         """
-        self._raise_if_closed()
-        return await self._collection.kept(ref)
 
+    @abstractmethod
     async def audit(
         self, *, last_s: float | None = None, job: str = "", digest: str = "", operation: str = ""
     ) -> list[AuditEntry]:
@@ -708,15 +523,8 @@ class Farm:
         Raises:
             UnavailableError: Redis doesn't answer.
         """
-        self._raise_if_closed()
-        wanted = AuditFilter(job=job, digest=digest, operation=operation)
-        return [entry async for entry in self._audit.entries(last_s=last_s) if wanted.matches(entry)]
 
-    async def leases(self) -> list[Lease]:
-        """Return the live leases."""
-        self._raise_if_closed()
-        return await self._leases.leases()
-
+    @abstractmethod
     async def drain(
         self, node: str, *, timeout_s: float = DRAIN_S, on_left: Callable[[UnderWay], object] = lambda _: None
     ) -> UnderWay:
@@ -736,188 +544,94 @@ class Farm:
         Raises:
             NodeNotFoundError: there is no such node. InvalidArgumentError: *timeout_s* is below 0.
         """
-        self._raise_if_closed()
-        return await self._drain.drain(node, timeout_s=timeout_s, on_left=on_left)
 
+    @abstractmethod
     async def undrain(self, node: str) -> None:
         """Have a node take work again; NodeNotFoundError where there is no such node."""
-        self._raise_if_closed()
-        await self._drain.undrain(node)
 
+    @abstractmethod
     async def nodes(self) -> list[NodeRecord]:
         """Return the cluster's nodes."""
-        self._raise_if_closed()
-        return await self._presence.nodes()
 
+    @abstractmethod
     async def page(self) -> str:
         """Return the address that opens the farm's page, with the token in it: a secret.
 
         Raises:
             PageNotRunningError: there is none; or it is on another machine, that of the state directory.
         """
-        self._raise_if_closed()
-        if link := page_link(self._state_dir):
-            return link
-        raise PageNotRunningError(str(self._state_dir))
 
-    # -- for Ref and Operation ---------------------------------------------------------------------------------
+    # -- for what is built upon a farm -------------------------------------------------------------------------
 
-    @tracing.begins("unlazy")
-    async def unlazy_chain(self, ref: Ref, stream: str | None) -> UnlazyResult:
-        """Unlazy a ref's whole chain at one worker."""
-        request = UnlazyRequest(
-            session=await self._info(_registries(ref), stream),
-            ref_id=ref.id,
-            handlers=ref.handlers,
-            lease_id=self._lease(),
-        )
-        result: UnlazyResult = await self._on_worker(
-            None, lambda worker: worker.unlazy(request, timeout_s=self._config.flight.deadline_s)
-        )
-        return result
+    @abstractmethod
+    async def pull_told(self, image: str, platform: str | None, stream: str | None, *, plain_http: bool) -> Ref:
+        """Resolve an image, and tell a progress stream of it."""
 
-    @tracing.begins("extract")
-    async def extract_chain(self, ref: Ref, node: str | None, stream: str | None) -> ExtractResult:
-        """Extract a ref's chain on a node; NodeDrainingError where that takes nothing new."""
-        if node in {record.id for record in await self.nodes() if record.draining}:
-            raise NodeDrainingError(str(node))
-        request = ExtractRequest(
-            session=await self._info(_registries(ref), stream),
-            ref_id=ref.id,
-            handlers=ref.handlers,
-            lease_id=self._lease(),
-        )
-        result: ExtractResult = await self._on_worker(
-            node, lambda worker: worker.extract(request, timeout_s=self._config.flight.deadline_s)
-        )
-        return result
+    @abstractmethod
+    async def push_told(self, found: Ref, target: str, stream: str | None, *, plain_http: bool) -> PushResult:
+        """Push a ref's image, and tell a progress stream of it."""
 
-    # -- for Builds ------------------------------------------------------------------------------------------------
+    @abstractmethod
+    async def get_by_blob_under(
+        self,
+        lease_id: LeaseId,
+        descriptor: Descriptor,
+        parent: Ref | None,
+        handlers: Sequence[DescHandler],
+        image_ref: str | None,
+    ) -> Ref:
+        """Make or find the ref of one layer, held by a lease."""
 
-    async def info(self, registries: Iterable[str]) -> SessionInfo:
-        """Return what a call says of its caller."""
-        return await self._info(set(registries), None)
+    @abstractmethod
+    async def states(self, ref_ids: Sequence[RefId]) -> list[RefState | None]:
+        """Return the records of refs, in bulk."""
 
-    def lease_id(self) -> LeaseId:
-        """Return the lease of this driver, if it is live."""
-        return self._lease()
-
-    async def on_worker(self, call: Callable[[FetchWorkerHandle], Awaitable[T]]) -> T:
-        """Make an idempotent call at any node's worker."""
-        return await self._on_worker(None, call)
-
+    @abstractmethod
     async def chain(self, ref_id: RefId) -> list[RefState]:
         """Return a ref and all below it, lowest first."""
-        return await self._refs.chain(ref_id)
 
-    @property
-    def builds(self) -> Builds:
-        """Return this driver's jobs."""
-        return self._builds
-
-    @property
-    def link(self) -> RedisLink:
-        """Return the connection to Redis."""
-        return self._link
-
-    @property
-    def lease_store(self) -> LeaseStore:
-        """Return where leases are kept."""
-        return self._leases
-
-    @property
-    def ref_store(self) -> RedisRefStore:
-        """Return where refs are recorded."""
-        return self._refs
-
-    @property
-    def audit_reader(self) -> AuditReader:
-        """Return the audit stream."""
-        return self._audit
-
+    @abstractmethod
     async def hold(self, ref_ids: Sequence[RefId]) -> None:
         """Attach refs to this driver's lease."""
-        await self._refs.use(ref_ids, lease_id=self._lease())
 
-    async def hold_resources(self, resources: Sequence[str]) -> None:
-        """Attach what is no ref to this driver's lease."""
-        await self._leases.attach(self._lease(), resources)
+    @abstractmethod
+    async def unlazy_chain(self, ref: Ref, stream: str | None) -> UnlazyResult:
+        """Unlazy a ref's whole chain at one worker."""
 
+    @abstractmethod
+    async def extract_chain(self, ref: Ref, node: str | None, stream: str | None) -> ExtractResult:
+        """Extract a ref's chain on a node; NodeDrainingError where that takes nothing new."""
+
+    @abstractmethod
     def follow(self, stream: str) -> AsyncIterator[ProgressItem]:
         """Yield a progress stream's items from its start to its end."""
-        return self._progress.follow(stream)
 
+    @abstractmethod
     def end_stream(self, stream: str) -> None:
         """End a progress stream: whoever follows it stops."""
-        task = asyncio.ensure_future(self._progress.publish([stream], ProgressItem(item="", phase=LayerPhase.DONE)))
-        self._ends.add(task)
-        task.add_done_callback(self._ends.discard)
+
+    @abstractmethod
+    def lease_id(self) -> LeaseId:
+        """Return the lease of this driver, if it is live."""
+
+    @property
+    @abstractmethod
+    def builds(self) -> Builds:
+        """Return this driver's jobs."""
+
+    @property
+    @abstractmethod
+    def lease_store(self) -> LeaseStore:
+        """Return where leases are kept."""
+
+    @property
+    @abstractmethod
+    def audit_reader(self) -> AuditReader:
+        """Return the audit stream."""
 
     def _raise_if_closed(self) -> None:
         if self._is_closed:
-            raise FarmClosedError(self._config.farm.name)
-
-    def _lease(self) -> LeaseId:
-        self._raise_if_closed()
-        self._session.raise_if_lost()
-        return self._session.lease_id
-
-    async def _info(self, registries: Sequence[str] | set[str], stream: str | None) -> SessionInfo:
-        # A credential helper may have to be run to know who we are.
-        return await asyncio.to_thread(
-            self._session.info, registries, progress=stream, deadline_s=self._config.flight.deadline_s
-        )
-
-    async def _on_worker(self, node: str | None, call: Callable[[FetchWorkerHandle], Awaitable[T]]) -> T:
-        """Make an idempotent call at a node's worker, again while that is being restarted."""
-
-        async def once() -> T:
-            worker = await self._worker(node)
-            return await self._attended(worker, call(worker))
-
-        return await self._made(once)
-
-    async def _on_nodes(self, node: str | None, call: Callable[[FetchWorkerHandle], Awaitable[T]]) -> list[T]:
-        """Make an idempotent call at one node, or every live one at once; answers are in the nodes' order."""
-        nodes = [record.id for record in await self.nodes() if record.alive] if node is None else [node]
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._on_worker(each, call)) for each in nodes]
-        except BaseExceptionGroup as errors:
-            raise first_error(errors) from errors
-        return [task.result() for task in tasks]
-
-    async def _on_shard(self, key: Digest | str, call: Callable[[CacheShardHandle], Awaitable[T]]) -> T:
-        """Make an idempotent call at the shard of a key, likewise."""
-        shard = CacheShardHandle.of_index(self._ring.shard_of(key), farm=self._config.farm.name, version=VERSION)
-        return await self._made(lambda: self._attended(shard, call(shard)))
-
-    async def _made(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Make a call, and again where it was lost, for as long as an actor may need to come back."""
-        give_up_s: float | None = None
-        while True:
-            try:
-                return await call()
-            except ActorLostError:
-                give_up_s = give_up_s or time.monotonic() + _RETRY_S
-                if time.monotonic() > give_up_s:
-                    raise
-                await asyncio.sleep(_RETRY_PAUSE_S)
-
-    async def _attended(self, server: SessionServerHandle, call: Awaitable[T]) -> T:
-        attending: AbstractAsyncContextManager[None] = self._session.attending(server)
-        async with attending:
-            return await call
-
-    async def _worker(self, node: str | None) -> FetchWorkerHandle:
-        nodes = await self.nodes()
-        if node is None:
-            node = random.choice(taking_work(nodes))  # noqa: S311  # spreads load, keeps no secret
-        elif node not in {record.id for record in nodes if record.alive}:
-            raise NodeNotFoundError(node)
-        if node not in self._handles:
-            self._handles[node] = FetchWorkerHandle.of_node(node, farm=self._config.farm.name, version=VERSION)
-        return self._handles[node]
+            raise FarmClosedError(self._name)
 
 
 def source_of(credentials: CredentialSource | Mapping[str, tuple[str, str]] | None) -> CredentialSource:
@@ -927,9 +641,3 @@ def source_of(credentials: CredentialSource | Mapping[str, tuple[str, str]] | No
     if credentials is None:
         return CredentialSource.from_environment(os.environ)
     return CredentialSource(credentials)
-
-
-def _registries(ref: Ref) -> set[str]:
-    """Return the registries that may be asked for a ref's blobs."""
-    stored = registries_of(h for state in ref.layers for h in state.may_be_asked)
-    return stored | registries_of(h.provider for h in ref.handlers)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 from cluster import tracing
 from cluster.errors import FarmNotRunningError, NotThroughGatewayError
@@ -235,10 +235,14 @@ def quarantined(settings: FarmSettings) -> list[ObjectInfo]:
 
 def _over_gateway(url: str, act: Callable[[GatewayFarm], Coroutine[None, None, T]]) -> T:
     from lazyfarm.cli.driving import run_to_end  # noqa: PLC0415 - as below
+    from lazyfarm.farm import source_of  # noqa: PLC0415 - see the module
+    from lazyfarm.gateway.access import Access  # noqa: PLC0415 - as above
+    from lazyfarm.gateway.farm import GatewayFarm  # noqa: PLC0415 - as above
 
     async def connected() -> T:
-        async with await connect(url, keep=False) as farm:
-            return await act(cast("GatewayFarm", farm))
+        access = Access.of(url, os.environ)
+        async with await GatewayFarm.open(access, credentials=source_of(None), keep=False) as farm:
+            return await act(farm)
 
     return run_to_end(connected)
 

@@ -26,7 +26,7 @@ from lazyfarm.gateway.access import Access
 from lazyfarm.gateway.downloads import Downloads
 from lazyfarm.gateway.link import GatewayLink
 from lazyfarm.gateway.views import view_of
-from lazyfarm.job import Job, Result
+from lazyfarm.job import Result
 from lazyfarm.ref import Ref
 from storage.local_trees import SEND_TRIES, LocalFile, packs, part_bytes_of
 
@@ -49,17 +49,9 @@ class GatewayBuilds(Builds):
     """The jobs of one driver; what is done before one is submitted is done here as everywhere."""
 
     def __init__(self, farm: GatewayFarm, link: GatewayLink, access: Access) -> None:
-        # Not the base's: this driver has no Redis and no actors.
-        self._farm = farm
+        super().__init__(farm)
         self._gateway = link
         self._access = access
-        self._secrets: dict[JobId, Mapping[str, bytes]] = {}
-        self._configs: dict[JobId, bytes] = {}
-
-    async def find(self, job: str) -> Job:
-        """Return the job of an ID, or of the start of one; see the base."""
-        record = await self.find_job(job)
-        return Job(self, record.id, submit=None, is_detached=record.spec.is_detached)
 
     async def find_job(self, job: str) -> JobRecord:
         """Return the record of the job of an ID, or of the start of one."""

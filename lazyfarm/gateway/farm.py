@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Self, TypeVar
 
 from cluster import gateway as calls
@@ -14,10 +13,9 @@ from cluster.collect.runner import Pruned
 from cluster.collect.stock import Kept, Usage
 from cluster.collect.values import Item
 from cluster.collect.verify import Verified
-from cluster.config import Config
 from cluster.descriptor import Descriptor
 from cluster.drain import UnderWay
-from cluster.errors import ClusterError, InternalError, NotAnImageError, NotThroughGatewayError, UnavailableError
+from cluster.errors import ClusterError, InternalError, NotAnImageError, UnavailableError
 from cluster.gateway import Answered, Asked, Nothing, RefView, Stream, Welcome
 from cluster.lease import Lease, LeaseId
 from cluster.messages import (
@@ -26,7 +24,6 @@ from cluster.messages import (
     NodeRecord,
     NodeUsageResult,
     PushResult,
-    SessionInfo,
     UnlazyResult,
 )
 from cluster.ports import AuditReader, LeaseStore, ObjectInfo
@@ -62,13 +59,7 @@ class GatewayFarm(Farm):
     """
 
     def __init__(self, link: GatewayLink, access: Access, welcome: Welcome) -> None:
-        # Not the base's: this driver has no Redis and no actors.
-        config = Config()
-        self._config = replace(
-            config,
-            farm=replace(config.farm, name=welcome.farm),
-            cache=replace(config.cache, lease_ttl_s=welcome.lease_ttl_s),
-        )
+        super().__init__(welcome.farm, lease_ttl_s=welcome.lease_ttl_s)
         self._gateway = link
         self._access = access
         self._session_id = welcome.session_id
@@ -77,10 +68,9 @@ class GatewayFarm(Farm):
         self._leases: LeaseStore = GatewayLeases(link)
         self._builds = GatewayBuilds(self, link, access)
         self._ends: set[asyncio.Task[None]] = set()
-        self._is_closed = False
 
     def __repr__(self) -> str:
-        return f"<Farm {self._config.farm.name} at {self._access.url}{', closed' if self._is_closed else ''}>"
+        return f"<Farm {self._name} at {self._access.url}{', closed' if self._is_closed else ''}>"
 
     @classmethod
     async def open(cls, access: Access, *, credentials: CredentialSource, keep: bool) -> Self:
@@ -143,7 +133,7 @@ class GatewayFarm(Farm):
             descriptor=descriptor,
             parent=None if parent is None else view_of(parent),
             handlers=tuple(handlers),
-            lease_id=None if lease_id == self._lease() else lease_id,
+            lease_id=None if lease_id == self.lease_id() else lease_id,
             image_ref=image_ref,
         )
         return self._ref(await self._gateway.call(calls.GET_BY_BLOB, call))
@@ -352,6 +342,11 @@ class GatewayFarm(Farm):
     # -- for what is built upon a farm -------------------------------------------------------------------------
 
     @property
+    def builds(self) -> GatewayBuilds:
+        """Return this driver's jobs."""
+        return self._builds
+
+    @property
     def audit_reader(self) -> AuditReader:
         """Return the audit stream."""
         return GatewayAudit(self._gateway)
@@ -361,17 +356,10 @@ class GatewayFarm(Farm):
         """Return where leases are kept."""
         return self._leases
 
-    async def info(self, registries: Iterable[str]) -> SessionInfo:
-        """Not from here: the gateway says it of this driver."""
-        raise NotThroughGatewayError(f"a call for {', '.join(registries)}")
-
-    async def on_worker(self, call: Callable[..., Awaitable[T]]) -> T:
-        """Not from here: this driver has no actors."""
-        raise NotThroughGatewayError(f"a call of a worker ({call})")
-
-    async def hold_resources(self, resources: Sequence[str]) -> None:
-        """Not from here: the gateway holds what this driver sends."""
-        raise NotThroughGatewayError(f"a hold of {', '.join(resources)}")
+    def lease_id(self) -> LeaseId:
+        """Return the lease of this driver."""
+        self._raise_if_closed()
+        return LeaseId(f"driver-{self._session_id}")
 
     async def _to_its_end(self, stream: Stream[Q, T], call: Q, tell: Callable[[T], R | None]) -> R:
         """Tell of each item of a call; return what *tell* makes of the last one."""
@@ -381,10 +369,6 @@ class GatewayFarm(Farm):
         if result is None:
             raise InternalError(f"the gateway told no end of {stream.name}")
         return result
-
-    def _lease(self) -> LeaseId:
-        self._raise_if_closed()
-        return LeaseId(f"driver-{self._session_id}")
 
     def _ref(self, view: RefView) -> Ref:
         return Ref(self, view.layers, view.image, view.handlers)

@@ -27,10 +27,10 @@ from cluster.gateway import (
     session_of,
 )
 from cluster.wire import decode, decode_error, encode, encode_error
-from lazyfarm.farm import Farm
 from lazyfarm.gateway.lookups import Lookups
 from lazyfarm.gateway.surface import Exports, Surface, Uploads
-from lazyfarm.session import Session
+from lazyfarm.joined.farm import JoinedFarm
+from lazyfarm.joined.session import Session
 from storage.blobs import S3ContentStore
 from storage.keys import Keys
 from storage.local_trees import LocalTrees
@@ -359,7 +359,7 @@ class Drivers:
         except BaseException:
             await asyncio.to_thread(session.close, discard=True)
             raise
-        farm = Farm(self._config, self._state_dir, session)
+        farm = JoinedFarm(self._config, self._state_dir, session)
         threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="uploads")
         trees = LocalTrees(
             farm.link, Keys(self._config.farm.name), self._store, threads=threads, hold=farm.hold_resources

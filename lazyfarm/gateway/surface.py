@@ -26,11 +26,11 @@ from cluster.ports import Part
 from cluster.ref import BlobRecord, RefId
 from cluster.tree import decode_tree
 from lazyfarm.builds import BuildOptions
-from lazyfarm.farm import Farm
 from lazyfarm.gateway import reads
 from lazyfarm.gateway.lookups import Lookups
 from lazyfarm.gateway.views import view_of
 from lazyfarm.job import Result
+from lazyfarm.joined.farm import JoinedFarm
 from lazyfarm.records import FarmRecords
 from lazyfarm.ref import Ref
 from storage.blobs import S3ContentStore
@@ -135,7 +135,7 @@ class Exports:
         outside: The same, as drivers do.
     """
 
-    def __init__(self, farm: Farm, store: S3ContentStore, outside: S3ContentStore) -> None:
+    def __init__(self, farm: JoinedFarm, store: S3ContentStore, outside: S3ContentStore) -> None:
         self._farm = farm
         self._store = store
         self._outside = outside
@@ -193,7 +193,7 @@ class Surface:
 
     def __init__(
         self,
-        farm: Farm,
+        farm: JoinedFarm,
         uploads: Uploads,
         exports: Exports,
         lookups: Lookups,

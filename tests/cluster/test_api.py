@@ -240,7 +240,7 @@ async def test_an_image_is_resolved_without_refs_and_one_is_assembled_of_its_lay
     registry.push("api/base", "1", image := fresh_image(layers=2))
     name = f"{registry.host}/api/base:1"
     async with await farm.connect() as driver:
-        session, lease = await driver._info([registry.host], None), driver._lease()
+        session, lease = await driver._info([registry.host], None), driver.lease_id()
         known = {state.record.id for state in await driver.refs()}
         resolved = await driver._on_worker(
             None,

@@ -38,7 +38,7 @@ async def test_a_cache_is_exported_and_imported(farm, registry, kind):
                     target=parse_cache_target(where),
                     candidates=(ExportCandidate(keys=(KEY,), ref=ref.id, is_target=True),),
                     handlers=(),
-                    lease_id=driver._lease(),
+                    lease_id=driver.lease_id(),
                 ),
                 timeout_s=60.0,
             ),

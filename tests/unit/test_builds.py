@@ -25,10 +25,11 @@ from cluster.provider import FARM
 from cluster.ref import ImageRecord, RefRecord, RefState
 from cluster.reference import parse_reference
 from cluster.remote_cache import CacheEntry, extract
-from lazyfarm import builds as builds_module
-from lazyfarm.builds import BuildOptions, Builds
+from lazyfarm.builds import BuildOptions
 from lazyfarm.graph import image, scratch
 from lazyfarm.jobs import FarmJobs
+from lazyfarm.joined import builds as builds_module
+from lazyfarm.joined.builds import JoinedBuilds
 from storage.memory_solver import MemoryJobEvents, MemoryJobStore, SolverMemory
 from tests.doubles.fetch import handle, layer_of
 from tests.doubles.stores import FakeClock, eventually
@@ -136,7 +137,7 @@ class Bench:
     def __init__(self, schedulers):
         memory = SolverMemory(FakeClock())
         self.farm, self.session, self.schedulers = Farm(), Session(), schedulers
-        self.builds = Builds(self.farm, Config(build=BuildConfig(schedulers=3)), self.session, None)
+        self.builds = JoinedBuilds(self.farm, Config(build=BuildConfig(schedulers=3)), self.session, None)
         self.builds._store = self.jobs = MemoryJobStore(memory)
         self.builds._jobs = FarmJobs(self.jobs, MemoryJobEvents(memory))
 

@@ -22,9 +22,9 @@ from lazyfarm.ref import Ref
 ONLY_ASYNCHRONOUS = {
     # For what is built upon a farm within this package: a script has no use for these.
     lazyfarm.farm.Farm: {
-        *("chain", "end_stream", "extract_chain", "follow", "hold", "hold_resources", "info", "lease_id"),
-        *("audit_reader", "on_worker", "ref_store", "states", "unlazy_chain"),
-        *("builds", "get_by_blob_under", "lease_store", "link", "pull_told", "push_told"),
+        *("chain", "end_stream", "extract_chain", "follow", "hold", "lease_id"),
+        *("audit_reader", "builds", "get_by_blob_under", "lease_store", "pull_told", "push_told"),
+        *("states", "unlazy_chain"),
     },
     lazyfarm.lease.FarmLease: {"held"},
     lazyfarm.ref.Ref: {"handlers", "raise_if_released"},

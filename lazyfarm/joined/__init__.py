@@ -1,0 +1,1 @@
+"""A driver that has joined the cluster: over Ray's actors, and Redis."""
