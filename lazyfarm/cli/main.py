@@ -73,6 +73,8 @@ def lazyfarm(
 
 def run() -> None:
     """Run the command line and exit."""
+    # Ray imports it where it is installed, and a first call waits for that, 0.25 s. No command has a table to send.
+    sys.modules.setdefault("pyarrow", None)  # type: ignore[arg-type]  # by this an import finds nothing
     try:
         with words_of_bash():
             app(prog_name="lazyfarm")

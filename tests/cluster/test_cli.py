@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,23 @@ def test_without_a_terminal_people_get_plain_lines(farm, registry, program):
     for layer in image.layers:
         assert re.search(rf"fetch {layer.digest[:19]} +done", said[1])
     assert re.search(r"^n[012] .* /", said[1], re.MULTILINE)
+
+
+def test_a_command_that_joins_the_farm_imports_no_tables(farm, registry):
+    """Ray would, where pyarrow is there, and as it is for the examples: the first call of a process waits for it."""
+    assert find_spec("pyarrow") is not None
+    registry.push("cli/lean", "1", fresh_image(layers=1))
+    told = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "lazyfarm", "pull", f"{registry.host}/cli/lean:1"],
+        env={**os.environ, **farm.environ, "LAZYFARM_STATE_DIR": str(farm.state_dir)},
+        capture_output=True,
+        text=True,
+        timeout=SOON_S,
+        check=True,
+    ).stderr
+    imported = {line.rpartition("|")[2].strip() for line in told.splitlines()}
+    assert "ray._raylet" in imported
+    assert imported & {"numpy", "pandas", "pyarrow.lib"} == set()
 
 
 def test_on_a_terminal_layers_have_live_bars(farm, registry):

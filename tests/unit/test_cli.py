@@ -1054,7 +1054,7 @@ def test_a_driver_imports_ray_and_little_else():
     """What the actors are made of is imported where they run: a driver only looks them up and calls them."""
     code = (
         "import sys\n"
-        "import lazyfarm.farm, lazyfarm.blocking, actors.remote\n"
+        "import lazyfarm.blocking, lazyfarm.joined.farm, actors.remote\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))\n"
     )
     told = python("-c", code)
