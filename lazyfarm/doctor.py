@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from cluster.config import Config
 from cluster.errors import ClusterError, UnavailableError
-from lazyfarm.cli.human import size
+from lazyfarm.cli.human import duration, size
 from lazyfarm.cli.reach import accepts, ray_address, url_address
 from lazyfarm.settings import FarmSettings, default_state_dir, load_settings
 from storage.farm_file import farm_file
@@ -57,6 +58,8 @@ _NO_DISK_BYTES = 1024**3
 #: S3 refuses signatures that are 15 minutes off; leases go by Redis's clock alone.
 _SKEW_WARN_S = 5.0
 _SKEW_FAIL_S = 900.0
+#: Certificates of 90 days are renewed when 30 are left: with this much, nobody does.
+_CERTIFICATE_WARN_S = 14 * 86400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -469,10 +472,38 @@ def _gateway(settings: FarmSettings) -> Iterator[Finding]:
     if gateway.is_alive():
         detail = f"{gateway.url} lets in who has the token in {gateway.token_file}"
         yield Finding(check="gateway", ok="ok", detail=detail)
+        if certificate := running.config.gateway.cert_file:
+            yield certificate_finding(gateway.url, certificate)
     else:
         said = f"{gateway.url or 'the gateway'} doesn't answer"
         advice = f"lazyfarm up; {gateway.process.log} says why"
         yield Finding(check="gateway", ok="fail", detail=said, advice=advice)
+
+
+def certificate_finding(url: str, cert_file: str) -> Finding:
+    """Look how long the certificate lasts that is shown at *url*, and read from *cert_file*."""
+    check = "gateway certificate"
+    advice = "write a new one and its key to gateway.cert_file and gateway.key_file: it is shown within half a minute"
+    address = url_address(url)
+    try:
+        trust = ssl.create_default_context(cafile=cert_file)
+        # Whose it is, those judge who come: how long it lasts is told of one that is trusted alone.
+        trust.check_hostname = False
+        trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        with (
+            socket.create_connection(address or ("", 0), timeout=_CONNECT_S) as plain,
+            trust.wrap_socket(plain) as connection,
+        ):
+            shown = connection.getpeercert() or {}
+    except ssl.SSLCertVerificationError as exc:
+        return Finding(check=check, ok="fail", detail=f"of {url}: {exc.verify_message}", advice=advice)
+    except OSError as exc:
+        return Finding(check=check, ok="warn", detail=f"of {url}, read from {cert_file}, can't be looked at: {exc}")
+    ends = str(shown["notAfter"])
+    left_s = ssl.cert_time_to_seconds(ends) - time.time()
+    is_enough = left_s > _CERTIFICATE_WARN_S
+    detail = f"of {url}: ends in {duration(left_s)}, {ends}"
+    return Finding(check=check, ok="ok" if is_enough else "warn", detail=detail, advice="" if is_enough else advice)
 
 
 def _recorded(settings: FarmSettings, read: Callable[[FarmRecords], Awaitable[T]]) -> T | None:

@@ -208,9 +208,9 @@ def outside(farm, tmp_path):
     assert (told["started"], told["stopped"], told["gateway"]) == ([], ["gateway"], None)
 
 
-def doctor_on_the_gateway(farm):
+def doctor_on_the_gateway(farm, about="gateway"):
     found = json.loads(farm.cli("doctor", "--json", check=False).stdout)["findings"]
-    return next(finding for finding in found if finding["check"] == "gateway")
+    return next(finding for finding in found if finding["check"] == about)
 
 
 def test_the_gateway_is_a_part_of_the_farm(farm, registry, outside):
@@ -227,6 +227,8 @@ def test_the_gateway_is_a_part_of_the_farm(farm, registry, outside):
     with opened:
         assert (opened.status, opened.url, b"fetch-worker" in opened.read()) == (200, f"{outside.url}/", True)
     assert (farm.cli_json("status")["gateway"], doctor_on_the_gateway(farm)["ok"]) == (outside.url, "ok")
+    certificate = doctor_on_the_gateway(farm, "gateway certificate")
+    assert (certificate["ok"], re.search(r"ends in 2[34] h", certificate["detail"]) is not None) == ("warn", True)
     assert farm.cli_json("up")["changed"] is False
 
     (pid,) = by_name("gateway")(farm)

@@ -285,8 +285,8 @@ class Authority:
         return {"http": {"tls": {"certificate": str(self.certificate), "key": str(self.key)}}}
 
 
-def make_authority(directory: Path) -> Authority:
-    """Make an authority and a server certificate."""
+def make_authority(directory: Path, *, lasts: dt.timedelta = dt.timedelta(days=1)) -> Authority:
+    """Make an authority and a server certificate, which end when *lasts* is over."""
     import ipaddress  # noqa: PLC0415 -- with cryptography: half a second that most tests don't need
 
     from cryptography import x509  # noqa: PLC0415
@@ -302,8 +302,8 @@ def make_authority(directory: Path) -> Authority:
             .issuer_name(issuer)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - dt.timedelta(hours=1))
-            .not_valid_after(now + dt.timedelta(days=1))
+            .not_valid_before(min(now, now + lasts) - dt.timedelta(hours=1))
+            .not_valid_after(now + lasts)
         )
         for extension, critical in extensions:
             builder = builder.add_extension(extension, critical=critical)

@@ -1,12 +1,14 @@
 """What the doctor says of what it finds; against a real farm it is tried in tests/cluster."""
 
+import datetime as dt
 import json
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import PackageNotFoundError
@@ -19,6 +21,7 @@ from lazyfarm import doctor
 from lazyfarm.doctor import examine
 from lazyfarm.settings import Running
 from storage.farm_file import write_running
+from tests.doubles.registry import make_authority
 
 
 @pytest.fixture
@@ -156,6 +159,53 @@ def test_a_gateway_is_looked_for_where_up_starts_it(environ, running, tmp_path):
     found = by_check(examine(None, environ))["gateway"]
     assert (found.ok, found.detail) == ("fail", "the gateway doesn't answer")
     assert found.advice == f"lazyfarm up; {tmp_path / 'state' / 'logs' / 'gateway.log'} says why"
+
+
+@contextmanager
+def tls_server(authority):
+    """A server that shows a certificate, and says nothing."""
+    shown = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    shown.load_cert_chain(authority.certificate, authority.key)
+
+    def serve():
+        with suppress(OSError):  # it is closed; a client goes away when it has seen enough
+            while True:
+                connection, _ = server.accept()
+                with suppress(OSError), shown.wrap_socket(connection, server_side=True) as opened:
+                    opened.recv(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"https://127.0.0.1:{server.getsockname()[1]}"
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("lasts", "verdict", "said"),
+    [(90, "ok", "ends in 90 d"), (3, "warn", "ends in 3 d"), (-1, "fail", "certificate has expired")],
+)
+def test_a_gateways_certificate_is_missed_before_its_drivers_do(tmp_path, lasts, verdict, said):
+    """The one that is shown."""
+    authority = make_authority(tmp_path, lasts=dt.timedelta(days=lasts, hours=1))
+    with tls_server(authority) as url:
+        found = doctor.certificate_finding(url, str(authority.certificate))
+    assert (found.ok, said in found.detail, url in found.detail) == (verdict, True, True)
+    assert ("gateway.cert_file" in found.advice) == (verdict != "ok")
+
+
+def test_another_certificate_than_the_files_is_shown(tmp_path):
+    """As for half a minute after an exchange; or the address is another server's."""
+    for each in ("shown", "file"):
+        (tmp_path / each).mkdir()
+    with tls_server(make_authority(tmp_path / "shown")) as url:
+        found = doctor.certificate_finding(url, str(make_authority(tmp_path / "file").certificate))
+    assert (found.ok, "unable to get local issuer" in found.detail) == ("fail", True)
+    found = doctor.certificate_finding(url, str(tmp_path / "none"))
+    assert (found.ok, f"{tmp_path / 'none'}, can't be looked at" in found.detail) == ("warn", True)
 
 
 def test_runc_is_named_as_what_run_ops_need(environ, monkeypatch):
