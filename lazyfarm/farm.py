@@ -64,14 +64,12 @@ class Farm(ABC):
         async with await Farm.connect() as farm:
             ref = await farm.pull("debian:12")
             print((await ref.extract()).path)
-
-    Args:
-        name: The farm's, for messages.
-        lease_ttl_s: Seconds that a lease lives without renewal, if nobody says otherwise.
     """
 
     def __init__(self, name: str, *, lease_ttl_s: float) -> None:
+        #: For messages.
         self._name = name
+        #: Seconds that a lease lives without renewal, if nobody says otherwise.
         self._lease_ttl_s = lease_ttl_s
         self._is_closed = False
 
