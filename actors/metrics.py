@@ -22,11 +22,11 @@ from cluster.metrics import (
     Counter,
     Gauge,
     Histogram,
+    Keeper,
     Metric,
     install,
 )
 from cluster.ref import RefState
-from cluster.topology import Kind
 from cluster.traffic import blob_sizes
 from storage.circuits import Circuits
 
@@ -54,10 +54,10 @@ class RayMetrics:
         # Not `inc`, which refuses the 0 that a counter has to start with.
         self._instruments[metric.name]._record(value, {**self._own, **told})  # noqa: SLF001
 
-    def start(self, kind: Kind) -> None:
-        """Show every counter that an actor of *kind* keeps as 0."""
+    def start(self, keeper: Keeper) -> None:
+        """Show every counter that *keeper* keeps as 0."""
         for metric in METRICS:
-            if isinstance(metric, Counter) and kind in metric.by:
+            if isinstance(metric, Counter) and keeper in metric.by:
                 for labels in metric.combinations():
                     self.record(metric, 0, labels)
 
@@ -93,10 +93,10 @@ def _instrument(metric: Metric) -> ray.util.metrics.Metric:
             raise TypeError(f"{metric.name}: {type(metric).__name__}")
 
 
-def export_metrics(kind: Kind, *, farm: str, node: str, actor: str) -> RayMetrics:
-    """Have this process's metrics shown at its node's endpoint."""
+def export_metrics(keeper: Keeper, *, farm: str, node: str, actor: str) -> RayMetrics:
+    """Have the metrics of this process, which has joined the cluster, shown at its node's endpoint."""
     sink = RayMetrics(farm=farm, node=node, actor=actor)
-    sink.start(kind)
+    sink.start(keeper)
     install(sink)
     return sink
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Protocol
+from typing import Final, Literal, Protocol
 
 from cluster.topology import Kind
 
@@ -21,14 +21,20 @@ from cluster.topology import Kind
 OTHER = "other"
 MOST_OPEN = 20
 
-_EVERYBODY = frozenset(Kind)
-_STORES = frozenset({Kind.CACHE_SHARD, Kind.FETCH_WORKER, Kind.OP_WORKER})
-_FLIERS = frozenset({Kind.FETCH_WORKER, Kind.OP_WORKER})
-_FETCH = frozenset({Kind.FETCH_WORKER})
-_OPS = frozenset({Kind.OP_WORKER})
-_SHARD = frozenset({Kind.CACHE_SHARD})
-_SCHEDULER = frozenset({Kind.SCHEDULER})
-_SUPERVISOR = frozenset({Kind.SUPERVISOR})
+#: Who keeps a metric and is no actor.
+GATEWAY: Final = "gateway"
+#: Kind of actor, or that.
+Keeper = Kind | Literal["gateway"]
+
+_EVERYBODY: frozenset[Keeper] = frozenset(Kind)
+_STORES: frozenset[Keeper] = frozenset({Kind.CACHE_SHARD, Kind.FETCH_WORKER, Kind.OP_WORKER})
+_FLIERS: frozenset[Keeper] = frozenset({Kind.FETCH_WORKER, Kind.OP_WORKER})
+_FETCH: frozenset[Keeper] = frozenset({Kind.FETCH_WORKER})
+_OPS: frozenset[Keeper] = frozenset({Kind.OP_WORKER})
+_SHARD: frozenset[Keeper] = frozenset({Kind.CACHE_SHARD})
+_SCHEDULER: frozenset[Keeper] = frozenset({Kind.SCHEDULER})
+_SUPERVISOR: frozenset[Keeper] = frozenset({Kind.SUPERVISOR})
+_GATEWAY: frozenset[Keeper] = frozenset({GATEWAY})
 
 
 class MetricSink(Protocol):
@@ -48,7 +54,7 @@ class Metric:
     #: One sentence, without its full stop.
     help: str
     #: Who keeps it.
-    by: frozenset[Kind]
+    by: frozenset[Keeper]
     #: Labels to the values that they may have; one without any is open: the first :data:`MOST_OPEN` that are seen.
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -338,6 +344,22 @@ OP_SECONDS = Histogram(
     help="Seconds of ops, their wait for a place among them",
     by=_OPS,
     labels={"op": (), "outcome": ("ok", "failed")},
+    buckets=_WORK_S,
+)
+
+# -- drivers outside the cluster ---------------------------------------------------------------------------------------
+
+GATEWAY_DRIVERS = Gauge(
+    name="lazyfarm_gateway_drivers",
+    help="Drivers that a gateway has: connected, or gone, for `gateway.grace_s` at most",
+    by=_GATEWAY,
+    labels={"state": ("connected", "gone")},
+)
+GATEWAY_CALL_SECONDS = Histogram(
+    name="lazyfarm_gateway_call_seconds",
+    help="Seconds of drivers' calls at a gateway, to their last word",
+    by=_GATEWAY,
+    labels={"call": (), "outcome": ("ok", "failed", "cancelled")},
     buckets=_WORK_S,
 )
 

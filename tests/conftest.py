@@ -9,4 +9,5 @@ pytest_plugins = [
     "tests.doubles.registry",
     "tests.doubles.registry_faults",
     "tests.doubles.token_server",
+    "tests.doubles.told",
 ]

@@ -26,6 +26,7 @@ from cluster.gateway import (
     Welcome,
     session_of,
 )
+from cluster.metrics import GATEWAY_CALL_SECONDS, GATEWAY_DRIVERS, OTHER
 from cluster.wire import decode, decode_error, encode, encode_error
 from lazyfarm.gateway.lookups import Lookups
 from lazyfarm.gateway.surface import Exports, Surface, Uploads
@@ -118,13 +119,18 @@ class Driver:
         self._log = structlog.get_logger().bind(session=session_id)
 
     def __repr__(self) -> str:
-        connected = "gone" if self._outbox is None else "connected"
-        return f"<Driver {self.session_id}: {len(self._calls)} calls, {connected}>"
+        state = "connected" if self.is_connected else "gone"
+        return f"<Driver {self.session_id}: {len(self._calls)} calls, {state}>"
 
     @property
     def is_closed(self) -> bool:
         """Tell whether its session has ended."""
         return self._is_closed
+
+    @property
+    def is_connected(self) -> bool:
+        """Tell whether it has a connection."""
+        return self._outbox is not None
 
     def serve(self, surface: Surface, stop: Callable[[bool], Awaitable[None]]) -> None:
         """Serve its calls by *surface*; *stop* ends its session."""
@@ -219,17 +225,29 @@ class Driver:
             call.task.cancel()
 
     async def _run(self, call: _Call, frame: Frame) -> None:
+        began_s, outcome = self._loop.time(), "failed"
         try:
             end = replace(frame, verb=Verb.END, number=0, body=await self._result(call, frame))
+            outcome = "ok"
         except ClusterError as exc:
             end = replace(frame, verb=Verb.FAILED, number=0, body=encode_error(exc))
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
         except Exception as exc:  # noqa: BLE001 - a bug in one call is told to who made it, and ends no other
             # By its type alone: what it says may hold what the driver sent.
             self._log.error("gateway.bug", method=frame.method, error_type=type(exc).__name__)
             error = InternalError(f"{frame.method} at the gateway: {type(exc).__name__}")
             end = replace(frame, verb=Verb.FAILED, number=0, body=encode_error(error))
+        finally:
+            GATEWAY_CALL_SECONDS.observe(self._loop.time() - began_s, call=self._known(frame.method), outcome=outcome)
         call.end = end
         self._tell(end)
+
+    def _known(self, method: str) -> str:
+        """Return the name of a method that there is, of any other that it is another: drivers may say anything."""
+        surface = self._surface
+        return method if surface and (method in surface.methods or method in surface.streams) else OTHER
 
     async def _result(self, call: _Call, frame: Frame) -> bytes:
         if self._surface is None or self._is_closed:
@@ -378,14 +396,22 @@ class Drivers:
             finally:
                 if self._known.get(session_id) is driver:
                     del self._known[session_id]
+            self.show()
             self._log.info("gateway.left", session=session_id, drivers=len(self._known))
 
         exports = Exports(farm, self._store, self._outside)
         driver.serve(Surface(farm, uploads, exports, lookups, driver.close), stop)
         return driver
 
+    def show(self) -> None:
+        """Show how many drivers there are."""
+        connected = sum(driver.is_connected for driver in self._known.values())
+        GATEWAY_DRIVERS.set(connected, state="connected")
+        GATEWAY_DRIVERS.set(len(self._known) - connected, state="gone")
+
     def dropped(self, driver: Driver) -> None:
         """Give a driver whose connection dropped its time to come back."""
+        self.show()
         if not driver.is_closed:
             self._log.info("gateway.dropped", session=driver.session_id)
             loop = asyncio.get_running_loop()

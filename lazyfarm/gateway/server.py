@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from socket import gethostname
 
 import structlog
 from aiohttp import WSMsgType, web
@@ -28,6 +29,7 @@ from cluster.gateway import (
     decode_frame,
     encode_frame,
 )
+from cluster.metrics import GATEWAY
 from cluster.settings import FarmSettings
 from cluster.wire import decode, encode, encode_error
 from lazyfarm.gateway.hosted import Drivers
@@ -134,6 +136,7 @@ class GatewayServer:
         hello = await _hello(socket)
         driver, welcome = await self._drivers.welcome(hello)
         outbox = driver.attach(hello)
+        self._drivers.show()
         try:
             await socket.send_bytes(encode_frame(Frame(verb=Verb.WELCOME, body=encode("welcome", welcome))))
             writing = asyncio.create_task(_write(socket, outbox))
@@ -223,17 +226,25 @@ async def open_gateway(settings: FarmSettings) -> AsyncIterator[tuple[GatewaySer
         ConfigError, StartError: it can't listen. FarmNotRunningError: there is no farm.
     """
     from actors.join import join_in_time  # noqa: PLC0415 - Ray, once all else is known to be right
+    from actors.metrics import export_metrics  # noqa: PLC0415 - likewise
 
     config = settings.config
     trust = tls(config.gateway)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="gateway"))
     await join_in_time(config, state_dir=str(settings.state_dir))
+    shown = export_metrics(GATEWAY, farm=config.farm.name, node=gethostname(), actor=GATEWAY)
+    drivers = Drivers(config, settings.state_dir)
+    drivers.show()
     server = GatewayServer(
-        Drivers(config, settings.state_dir),
+        drivers,
         token=token_file(settings.state_dir).read_text().strip(),
         farm_id=StateDir(settings.state_dir).farm_id(),
         find_page=partial(find_page, settings.state_dir),
     )
-    async with server.listening(config.gateway, trust) as port:
-        host = f"[{config.gateway.host}]" if ":" in config.gateway.host else config.gateway.host
-        yield server, f"{'https' if trust else 'http'}://{host}:{port}"
+    showing = asyncio.create_task(shown.refresh_forever())
+    try:
+        async with server.listening(config.gateway, trust) as port:
+            host = f"[{config.gateway.host}]" if ":" in config.gateway.host else config.gateway.host
+            yield server, f"{'https' if trust else 'http'}://{host}:{port}"
+    finally:
+        showing.cancel()

@@ -22,7 +22,8 @@ from cluster.errors import CircuitOpenError, ClusterError, ManifestNotFoundError
 from cluster.metrics import METRICS
 from lazyfarm.graph import image, scratch
 from storage.services.loopback import choose_ports
-from tests.doubles.registry import docker_registry, random_image
+from tests.doubles.gateway import Gateway
+from tests.doubles.registry import docker_registry, make_authority, random_image
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CONFIGS = _ROOT / "configs"
@@ -183,11 +184,38 @@ def test_an_alert_that_would_not_fire_is_noticed(tmp_path):
     assert "LazyfarmDiskFull" in tested.stdout + tested.stderr
 
 
-async def test_all_that_alerts_and_dashboard_name_is_there(farm, registry, prometheus):
+async def _outside(gateway: Gateway) -> None:
+    """Pull what is nowhere, over a gateway, and stay there."""
+    async with await gateway.connect() as driver:
+        with pytest.raises(ClusterError):
+            await driver.pull("127.0.0.1:1/nothing:1", plain_http=True)
+        await asyncio.Event().wait()
+
+
+@pytest.fixture
+def gateway(farm, tmp_path) -> Iterator[Gateway]:
+    """A gateway of the farm."""
+    made = Gateway(farm, make_authority(tmp_path))
+    made.start()
+    yield made
+    made.end()
+
+
+async def test_all_that_alerts_and_dashboard_name_is_there(farm, registry, gateway, prometheus):
     """After some work Prometheus has every metric that a rule or a panel names; each panel shows something.
 
     A rule that names what nobody exports would never fire, and nobody would notice.
     """
+    outside = asyncio.create_task(_outside(gateway))
+    try:
+        await _is_all_there(farm, registry, prometheus)
+        assert not outside.done(), outside
+    finally:
+        outside.cancel()
+        await asyncio.wait([outside])
+
+
+async def _is_all_there(farm, registry, prometheus: _Prometheus) -> None:
     made = random_image(4711, layers=2)
     registry.push("metrics/app", "1", made)
     name = f"{registry.host}/metrics/app:1"
@@ -214,6 +242,12 @@ async def test_all_that_alerts_and_dashboard_name_is_there(farm, registry, prome
     assert {re.sub("_(bucket|count|sum)$", "", name) for name in names if name.startswith("ray_lazyfarm")} == shown
     left = prometheus.query(f'ray_lazyfarm_registry_quota_remaining{{registry="{telling.host}", kind="manifest"}}')
     assert [one["value"][1] for one in left] == ["976"]
+    assert [
+        (one["metric"]["call"], one["metric"]["outcome"], one["value"][1])
+        for one in prometheus.query('ray_lazyfarm_gateway_call_seconds_count{actor="gateway"}')
+    ] == [("pull", "failed", "1")]
+    drivers = prometheus.query('ray_lazyfarm_gateway_drivers{actor="gateway"}')
+    assert {one["metric"]["state"]: one["value"][1] for one in drivers} == {"connected": "1", "gone": "0"}
     read = prometheus.query('sum(ray_lazyfarm_read_bytes_total{source="registry"})')
     assert float(read[0]["value"][1]) >= sum(len(layer.data) for layer in made.layers)
     rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]

@@ -50,6 +50,7 @@ from cluster.graph import encode_definition
 from cluster.job import JobId, JobSpec, JobState, LogStream, VertexEvent, VertexLog, VertexState
 from cluster.lease import LeaseId, ref_resource
 from cluster.messages import NodeRecord, SessionInfo, UnlazyResult
+from cluster.metrics import OTHER
 from cluster.progress import LayerPhase, ProgressItem
 from cluster.ref import BlobRecord, ImageRecord, RefRecord
 from lazyfarm import blocking
@@ -260,6 +261,42 @@ async def test_errors_cross_as_they_are(gateway):
         assert unknown.value.hint == RefNotFoundError(*unknown.value.args).hint != ""
         with pytest.raises(LeaseNotFoundError):
             await farm.unpin(LeaseId("pin-none"))
+
+
+async def test_a_gateway_tells_of_its_drivers_and_their_calls(gateway, told):
+    """How many there are, and how each call ended; a driver that makes names up makes no series."""
+
+    def of_gateway(name):
+        return {key[1:]: value for key, value in told.items() if key[0] == f"gateway_{name}"}
+
+    async def is_missed():
+        return told["gateway_drivers", "gone"] == 1
+
+    async with await gateway.connect() as farm:
+        assert await farm.images() == []
+        with pytest.raises(RefNotFoundError):
+            await farm.get("debian:12")
+        for name in ("one", "another"):
+            with pytest.raises(InvalidArgumentError):
+                await farm.gateway.call(calls.Method(name, calls.Nothing, calls.Nothing), calls.Nothing())
+        following = asyncio.create_task(anext(farm.follow(f"{farm.session_id}-1")))
+        await asyncio.sleep(0)
+        await farm.images()  # said after it, so that it is under way by now
+        following.cancel()
+        await asyncio.wait([following])
+        assert of_gateway("drivers") == {("connected",): 1, ("gone",): 0}
+        await gateway.server.drop()
+        await until(is_missed)
+        await farm.images()
+        assert of_gateway("drivers") == {("connected",): 1, ("gone",): 0}
+    assert of_gateway("drivers") == {("connected",): 0, ("gone",): 0}
+    assert of_gateway("call_seconds") == {
+        ("images", "ok"): 3,
+        ("get", "failed"): 1,
+        (OTHER, "failed"): 2,
+        ("follow", "cancelled"): 1,
+        ("close", "ok"): 1,
+    }
 
 
 async def test_the_audit_stream_is_read_from_outside(gateway, redis_farm):

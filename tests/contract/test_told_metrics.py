@@ -27,28 +27,6 @@ KEY = blob_resource(DIGEST)
 TTL_S = 6.0
 
 
-class _Told:
-    """A sink that keeps sums, how often histograms were told, and what gauges stand at."""
-
-    def __init__(self):
-        self.sums = {}
-
-    def record(self, metric, value, labels):
-        key = (metric.name.removeprefix("lazyfarm_"), *labels.values())
-        if isinstance(metric, metrics.Gauge):
-            self.sums[key] = value
-        else:
-            self.sums[key] = self.sums.get(key, 0) + (1 if isinstance(metric, metrics.Histogram) else value)
-
-
-@pytest.fixture
-def told():
-    sink = _Told()
-    metrics.install(sink)
-    yield sink.sums
-    metrics.install(None)
-
-
 @pytest.fixture
 async def redis_stores(redis_any):
     farm = RedisFarm(redis_any.farm_config, redis_any.config)
