@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -20,7 +21,7 @@ from cluster.ports import AuditLog, FlightStore, RefStore
 from cluster.settings import FarmSettings
 from cluster.solver_ports import JobEvents, JobStore
 from cluster.tree import Tree
-from lazyfarm.jobs import FarmJobs
+from lazyfarm.jobs import RedisJobs
 from lazyfarm.miss import Miss, OpenTree, explain_miss
 from lazyfarm.redis_only import connection
 from storage.audit import RedisAudit
@@ -113,8 +114,53 @@ class PullStory:
     layers: tuple[LayerStory, ...]
 
 
-class FarmExplain:
-    """Explains one farm. Every method may raise UnavailableError: Redis doesn't answer."""
+class FarmExplain(ABC):
+    """Explains one farm. Every method may raise UnavailableError: Redis, or the gateway, doesn't answer."""
+
+    @abstractmethod
+    async def miss(self, step: str, *, job: str = "", against: str = "") -> Miss:
+        """Tell why a step of a job was not found in the cache; see :func:`lazyfarm.miss.explain_miss`.
+
+        Args:
+            step: A part of its name, or of its digest from the start.
+            job: Whose: its ID, or how that begins; "" for the newest.
+            against: The earlier job that it is compared with; "" for the nearest.
+
+        Raises:
+            JobNotFoundError, AmbiguousJobError: a job's name names none, or several.
+            InvalidArgumentError: *step* does.
+        """
+
+    @abstractmethod
+    async def wait(self, name: str, *, watch_s: float = 1.0) -> list[LayerWait]:
+        """Tell for each layer of a ref or an image, lowest first, or for one blob, what it waits for.
+
+        Args:
+            name: A blob's digest, a ref's ID, the first digits of that, or an image.
+            watch_s: Seconds, above 0, between two looks at what moves, of which its rate is told.
+
+        Raises:
+            RefNotFoundError, AmbiguousRefError: it names none, or several.
+            NoLayersError: it names an image without layers.
+        """
+
+    @abstractmethod
+    async def pull(self, name: str, *, watch_s: float = 1.0) -> PullStory:
+        """Tell for each layer of a ref or an image, lowest first, or for one blob, how it came here, or why not.
+
+        That is told of what the audit stream has, as far back as it goes, and of the flight where there is one.
+
+        Args:
+            name: As of :meth:`wait`; also a blob's that was collected since.
+            watch_s: As of :meth:`wait`.
+
+        Raises:
+            RefNotFoundError, AmbiguousRefError, NoLayersError: as :meth:`wait`.
+        """
+
+
+class RedisExplain(FarmExplain):
+    """That of a farm whose Redis is at hand."""
 
     def __init__(
         self,
@@ -146,18 +192,8 @@ class FarmExplain:
         )
 
     async def miss(self, step: str, *, job: str = "", against: str = "") -> Miss:
-        """Tell why a step of a job was not found in the cache; see :func:`lazyfarm.miss.explain_miss`.
-
-        Args:
-            step: A part of its name, or of its digest from the start.
-            job: Whose: its ID, or how that begins; "" for the newest.
-            against: The earlier job that it is compared with; "" for the nearest.
-
-        Raises:
-            JobNotFoundError, AmbiguousJobError: a job's name names none, or several.
-            InvalidArgumentError: *step* does.
-        """
-        known = FarmJobs(self._jobs, self._events)
+        """Tell why a step of a job was not found in the cache; see the base."""
+        known = RedisJobs(self._jobs, self._events)
         newest = [] if job else await self._jobs.jobs(most=1)
         if not job and not newest:
             raise JobNotFoundError("")
@@ -166,16 +202,7 @@ class FarmExplain:
         return await explain_miss(known, self._open_tree, step, job=wanted, against=other)
 
     async def wait(self, name: str, *, watch_s: float = 1.0) -> list[LayerWait]:
-        """Tell for each layer of a ref or an image, lowest first, or for one blob, what it waits for.
-
-        Args:
-            name: A blob's digest, a ref's ID, the first digits of that, or an image.
-            watch_s: Seconds, above 0, between two looks at what moves, of which its rate is told.
-
-        Raises:
-            RefNotFoundError, AmbiguousRefError: it names none, or several.
-            NoLayersError: it names an image without layers.
-        """
+        """Tell for each layer of a ref or an image, lowest first, or for one blob, what it waits for; see the base."""
         return await self._waits((await self._named(name)).digests, watch_s)
 
     async def _waits(self, digests: Sequence[Digest], watch_s: float) -> list[LayerWait]:
@@ -198,17 +225,7 @@ class FarmExplain:
         return found
 
     async def pull(self, name: str, *, watch_s: float = 1.0) -> PullStory:
-        """Tell for each layer of a ref or an image, lowest first, or for one blob, how it came here, or why not.
-
-        That is told of what the audit stream has, as far back as it goes, and of the flight where there is one.
-
-        Args:
-            name: As of :meth:`wait`; also a blob's that was collected since.
-            watch_s: As of :meth:`wait`.
-
-        Raises:
-            RefNotFoundError, AmbiguousRefError, NoLayersError: as :meth:`wait`.
-        """
+        """Tell for each layer how it came here, or why not; see the base."""
         try:
             named = await self._named(name)
             waits = await self._waits(named.digests, watch_s)
@@ -334,4 +351,4 @@ async def open_explain(settings: FarmSettings) -> AsyncIterator[FarmExplain]:
             finally:
                 store.close()
 
-        yield FarmExplain.over(link, keys, settings.config.audit, open_tree)
+        yield RedisExplain.over(link, keys, settings.config.audit, open_tree)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Self
@@ -32,66 +33,40 @@ ATTEND_EVERY_S = 10.0
 _FOLLOW_S = 7 * 86400.0
 
 
-class FarmJobs:
-    """Jobs of one farm. Every method may raise UnavailableError: Redis doesn't answer."""
+class FarmJobs(ABC):
+    """Jobs of one farm. Every method may raise UnavailableError: Redis, or the gateway, doesn't answer."""
 
-    def __init__(self, store: JobStore, events: JobEvents) -> None:
-        self._store = store
-        self._events = events
-
-    @classmethod
-    def over(cls, link: RedisLink, keys: Keys, audit: RedisAudit | None = None) -> Self:
-        """Return those of a farm whose Redis a client is connected to; *audit* notes what is done to them."""
-        return cls(RedisJobStore(link, keys, audit), RedisJobEvents(link, keys))
-
+    @abstractmethod
     async def newest(self) -> list[JobRecord]:
         """Return the last jobs submitted, newest first."""
-        return await self._store.jobs()
 
+    @abstractmethod
     async def find(self, name: str) -> JobRecord:
         """Return the job that has that ID, or the only one whose ID begins so.
 
         Raises:
             JobNotFoundError, AmbiguousJobError: it names none, or several.
         """
-        if not name:
-            raise JobNotFoundError(name)
-        try:
-            return await self._store.get(JobId(name))  # whatever else begins so
-        except JobNotFoundError:
-            found = await self._store.find(name)
-        if len(found) > 1:
-            raise AmbiguousJobError(name, len(found))
-        if not found:
-            raise JobNotFoundError(name)
-        return await self._store.get(found[0])
 
+    @abstractmethod
     async def targets(self, job: JobId) -> tuple[str, ...]:
         """Return what people call a job's targets; by digest where they have no name, empty where that is unknown."""
-        try:
-            named = decode_targets(await self._store.definition(job))
-        except (JobNotFoundError, WireError):
-            return ()  # forgotten meanwhile, or of another release
-        return tuple(name or target for target, name in named.items())
 
+    @abstractmethod
     async def definition(self, job: JobId) -> Definition | None:
         """Return what a job is to build; None where that is unknown."""
-        try:
-            return decode_definition(await self._store.definition(job))
-        except (JobNotFoundError, WireError, GraphError):
-            return None  # as above
 
+    @abstractmethod
     async def told(self, job: JobId) -> list[JobEvent]:
         """Return a job's events so far; JobNotFoundError if it is unknown."""
-        return await self._events.told(job)
 
+    @abstractmethod
     async def cancel(self, job: JobId) -> JobState:
         """Ask for a job to be cancelled; return its state after that. JobNotFoundError if it is unknown."""
-        return await self._store.request_cancel(job)
 
+    @abstractmethod
     def events(self, job: JobId) -> AsyncIterator[JobEvent]:
         """Yield a job's events from the first one to its end; raises as :meth:`follow`."""
-        return self._events.follow(job, deadline_s=_FOLLOW_S)
 
     async def follow(self, job: JobId, on_event: Callable[[JobEvent], object]) -> JobEnded:
         """Tell *on_event* of each of a job's events from the first one on; return the last one.
@@ -109,6 +84,7 @@ class FarmJobs:
             raise InternalError(f"the events of job {job} ended before the job did")
         return end
 
+    @abstractmethod
     async def attend(
         self, job: JobId, on_event: Callable[[JobEvent], object], *, every_s: float = ATTEND_EVERY_S
     ) -> JobEnded:
@@ -117,6 +93,69 @@ class FarmJobs:
         Raises:
             JobNotFoundError, DeadlineExceededError: as :meth:`follow`.
         """
+
+
+class RedisJobs(FarmJobs):
+    """Those of a farm whose Redis is at hand."""
+
+    def __init__(self, store: JobStore, events: JobEvents) -> None:
+        self._store = store
+        self._events = events
+
+    @classmethod
+    def over(cls, link: RedisLink, keys: Keys, audit: RedisAudit | None = None) -> Self:
+        """Return those of a farm whose Redis a client is connected to; *audit* notes what is done to them."""
+        return cls(RedisJobStore(link, keys, audit), RedisJobEvents(link, keys))
+
+    async def newest(self) -> list[JobRecord]:
+        """Return the last jobs submitted, newest first."""
+        return await self._store.jobs()
+
+    async def find(self, name: str) -> JobRecord:
+        """Return the job that has that ID, or the only one whose ID begins so; see the base."""
+        if not name:
+            raise JobNotFoundError(name)
+        try:
+            return await self._store.get(JobId(name))  # whatever else begins so
+        except JobNotFoundError:
+            found = await self._store.find(name)
+        if len(found) > 1:
+            raise AmbiguousJobError(name, len(found))
+        if not found:
+            raise JobNotFoundError(name)
+        return await self._store.get(found[0])
+
+    async def targets(self, job: JobId) -> tuple[str, ...]:
+        """Return what people call a job's targets; see the base."""
+        try:
+            named = decode_targets(await self._store.definition(job))
+        except (JobNotFoundError, WireError):
+            return ()  # forgotten meanwhile, or of another release
+        return tuple(name or target for target, name in named.items())
+
+    async def definition(self, job: JobId) -> Definition | None:
+        """Return what a job is to build; see the base."""
+        try:
+            return decode_definition(await self._store.definition(job))
+        except (JobNotFoundError, WireError, GraphError):
+            return None  # as above
+
+    async def told(self, job: JobId) -> list[JobEvent]:
+        """Return a job's events so far; see the base."""
+        return await self._events.told(job)
+
+    async def cancel(self, job: JobId) -> JobState:
+        """Ask for a job to be cancelled; see the base."""
+        return await self._store.request_cancel(job)
+
+    def events(self, job: JobId) -> AsyncIterator[JobEvent]:
+        """Yield a job's events from the first one to its end; see the base."""
+        return self._events.follow(job, deadline_s=_FOLLOW_S)
+
+    async def attend(
+        self, job: JobId, on_event: Callable[[JobEvent], object], *, every_s: float = ATTEND_EVERY_S
+    ) -> JobEnded:
+        """Follow a job, and keep one that is attached going meanwhile; see the base."""
         attending = asyncio.create_task(self._keep(job, every_s))
         try:
             return await self.follow(job, on_event)
@@ -143,4 +182,4 @@ async def open_jobs(settings: FarmSettings) -> AsyncIterator[FarmJobs]:
         FarmNotRunningError: the settings name no Redis.
     """
     async with connection(settings) as (link, keys):
-        yield FarmJobs.over(link, keys, own_audit(link, keys, settings.config.audit))
+        yield RedisJobs.over(link, keys, own_audit(link, keys, settings.config.audit))

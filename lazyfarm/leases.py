@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Self
@@ -29,8 +30,36 @@ from storage.link import RedisLink
 from storage.refs import RedisRefStore
 
 
-class FarmLeases:
-    """Leases of one farm. Every method may raise UnavailableError: Redis doesn't answer."""
+class FarmLeases(ABC):
+    """Leases of one farm. Every method may raise UnavailableError: Redis, or the gateway, doesn't answer."""
+
+    @abstractmethod
+    async def get(self, lease_id: LeaseId) -> Lease:
+        """Return a live lease; LeaseNotFoundError where there is none of that ID."""
+
+    @abstractmethod
+    async def pin_named(
+        self, name: str, *, ttl_s: float | None = None, labels: Mapping[str, str] | None = None
+    ) -> Lease:
+        """Pin a ref by its ID, the first digits of that, or the image that it is the top of.
+
+        Raises:
+            RefNotFoundError, AmbiguousRefError: it names none, or several.
+            NoLayersError: it names an image without layers.
+            InvalidArgumentError: *ttl_s* is not above 0.
+        """
+
+    @abstractmethod
+    async def release(self, lease_id: LeaseId) -> None:
+        """Delete a lease: what it alone held may be collected. LeaseNotFoundError where there is none of that ID."""
+
+    @abstractmethod
+    async def leaks(self) -> list[Leak]:
+        """Return the leases that should not be there any more."""
+
+
+class RedisLeases(FarmLeases):
+    """Those of a farm whose Redis is at hand."""
 
     def __init__(self, leases: LeaseStore, refs: RefStore, jobs: JobStore, config: CacheConfig) -> None:
         self._leases = leases
@@ -44,7 +73,7 @@ class FarmLeases:
         return cls(RedisLeaseStore(link, keys), RedisRefStore(link, keys), RedisJobStore(link, keys), config)
 
     async def get(self, lease_id: LeaseId) -> Lease:
-        """Return a live lease; LeaseNotFoundError where there is none of that ID."""
+        """Return a live lease; see the base."""
         lease = await self._leases.get(lease_id)
         if lease is None:
             raise LeaseNotFoundError(lease_id)
@@ -76,20 +105,14 @@ class FarmLeases:
     async def pin_named(
         self, name: str, *, ttl_s: float | None = None, labels: Mapping[str, str] | None = None
     ) -> Lease:
-        """Pin a ref by its ID, the first digits of that, or the image that it is the top of.
-
-        Raises:
-            RefNotFoundError, AmbiguousRefError: it names none, or several.
-            NoLayersError: it names an image without layers.
-            InvalidArgumentError: as :meth:`pin`.
-        """
+        """Pin a ref by its ID, the first digits of that, or the image that it is the top of; see the base."""
         image, ref_id = await find_ref(self._refs, name)
         if ref_id is None:
             raise NoLayersError(image.name if image is not None else name)
         return await self.pin([ref_id], ttl_s=ttl_s, labels=labels)
 
     async def release(self, lease_id: LeaseId) -> None:
-        """Delete a lease: what it alone held may be collected. LeaseNotFoundError where there is none of that ID."""
+        """Delete a lease: what it alone held may be collected; see the base."""
         if not await self._leases.delete(lease_id):
             raise LeaseNotFoundError(lease_id)
 
@@ -137,4 +160,4 @@ async def open_leases(settings: FarmSettings) -> AsyncIterator[FarmLeases]:
         FarmNotRunningError: the settings name no Redis.
     """
     async with connection(settings) as (link, keys):
-        yield FarmLeases.over(link, keys, settings.config.cache)
+        yield RedisLeases.over(link, keys, settings.config.cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from cluster.messages import ActorRecord, NodeRecord
 from cluster.ports import LeaseStore, RefStore
 from cluster.ref import ImageRecord, RefState, RefUsage
 from cluster.settings import FarmSettings
-from lazyfarm.jobs import FarmJobs
+from lazyfarm.jobs import FarmJobs, RedisJobs
 from lazyfarm.redis_only import connection
 from storage.circuits import Circuits
 from storage.keys import Keys
@@ -51,11 +52,64 @@ class JobDetails:
     targets: tuple[str, ...]
 
 
-class FarmRecords:
+class FarmRecords(ABC):
     """Read-only face of a farm's Redis; moves nothing and marks nothing used.
 
-    Every method may raise UnavailableError: Redis doesn't answer.
+    Every method may raise UnavailableError: Redis, or the gateway, doesn't answer.
     """
+
+    @abstractmethod
+    async def nodes(self) -> list[NodeRecord]:
+        """Return the nodes as the supervisor last saw them."""
+
+    @abstractmethod
+    async def actors(self) -> list[ActorRecord]:
+        """Return the actors, ``lost`` where one has been silent for too long."""
+
+    @abstractmethod
+    async def given_up(self) -> list[GivenUp]:
+        """Return the registry hosts that the cluster doesn't ask for now, longest ago first."""
+
+    @abstractmethod
+    async def refs(self) -> list[RefState]:
+        """Return every ref, most recently used first."""
+
+    @abstractmethod
+    async def ref(self, name: str) -> RefDetails:
+        """Return what is known of a ref, by ID, first digits, or image.
+
+        Raises:
+            RefNotFoundError, AmbiguousRefError: it names none, or several.
+            NoLayersError: it names an image without layers.
+        """
+
+    @abstractmethod
+    async def leases(self) -> list[Lease]:
+        """Return the live leases."""
+
+    @abstractmethod
+    async def jobs(self) -> list[JobDetails]:
+        """Return the last jobs submitted, newest first."""
+
+    @abstractmethod
+    async def job(self, name: str) -> JobDetails:
+        """Return a job, by its ID or how that begins.
+
+        Raises:
+            JobNotFoundError, AmbiguousJobError: it names none, or several.
+        """
+
+    @abstractmethod
+    async def definition(self, job: JobId) -> Definition | None:
+        """Return what a job is to build; None where that is unknown."""
+
+    @abstractmethod
+    async def events(self, job: JobId) -> list[JobEvent]:
+        """Return what a job's driver was told so far; JobNotFoundError if it is unknown."""
+
+
+class RedisRecords(FarmRecords):
+    """Those of a farm whose Redis is at hand."""
 
     def __init__(
         self, refs: RefStore, leases: LeaseStore, presence: Presence, circuits: Circuits, jobs: FarmJobs
@@ -74,7 +128,7 @@ class FarmRecords:
             RedisLeaseStore(link, keys),
             Presence(link, keys),
             Circuits(link, keys),
-            FarmJobs.over(link, keys),
+            RedisJobs.over(link, keys),
         )
 
     async def nodes(self) -> list[NodeRecord]:
@@ -95,12 +149,7 @@ class FarmRecords:
         return [state for state in states if state is not None]
 
     async def ref(self, name: str) -> RefDetails:
-        """Return what is known of a ref, by ID, first digits, or image.
-
-        Raises:
-            RefNotFoundError, AmbiguousRefError: it names none, or several.
-            NoLayersError: it names an image without layers.
-        """
+        """Return what is known of a ref, by ID, first digits, or image; see the base."""
         image, ref_id = await find_ref(self._refs, name)
         if ref_id is None:
             raise NoLayersError(image.name if image is not None else name)
@@ -125,20 +174,16 @@ class FarmRecords:
         return [JobDetails(record=job, targets=named) for job, named in zip(jobs, targets, strict=True)]
 
     async def job(self, name: str) -> JobDetails:
-        """Return a job, by its ID or how that begins.
-
-        Raises:
-            JobNotFoundError, AmbiguousJobError: it names none, or several.
-        """
+        """Return a job, by its ID or how that begins; see the base."""
         record = await self._jobs.find(name)
         return JobDetails(record=record, targets=await self._jobs.targets(record.id))
 
     async def definition(self, job: JobId) -> Definition | None:
-        """Return what a job is to build; None where that is unknown."""
+        """Return what a job is to build; see the base."""
         return await self._jobs.definition(job)
 
     async def events(self, job: JobId) -> list[JobEvent]:
-        """Return what a job's driver was told so far; JobNotFoundError if it is unknown."""
+        """Return what a job's driver was told so far; see the base."""
         return await self._jobs.told(job)
 
 
@@ -150,4 +195,4 @@ async def open_records(settings: FarmSettings) -> AsyncIterator[FarmRecords]:
         FarmNotRunningError: the settings name no Redis.
     """
     async with connection(settings) as (link, keys):
-        yield FarmRecords.over(link, keys)
+        yield RedisRecords.over(link, keys)

@@ -39,9 +39,9 @@ def jobs(ctx: typer.Context, incomplete: str) -> list[Offer]:
     """Offer the last jobs, newest first."""
 
     async def offered(link: RedisLink, keys: Keys) -> Iterable[Offer]:
-        from lazyfarm.jobs import FarmJobs  # noqa: PLC0415 - only a tab needs it, as all below
+        from lazyfarm.jobs import RedisJobs  # noqa: PLC0415 - only a tab needs it, as all below
 
-        return [(job.id, job.state.value) for job in await FarmJobs.over(link, keys).newest()]
+        return [(job.id, job.state.value) for job in await RedisJobs.over(link, keys).newest()]
 
     return _of_farm(ctx, incomplete, offered)
 

@@ -12,7 +12,6 @@ class GatewayExplain(FarmExplain):
     """Explains a farm over its gateway, which does all the reading; each method is as the base's."""
 
     def __init__(self, link: GatewayLink) -> None:
-        # Not the base's: there is no Redis here.
         self._link = link
 
     async def miss(self, step: str, *, job: str = "", against: str = "") -> Miss:

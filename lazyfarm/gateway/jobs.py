@@ -15,7 +15,6 @@ class GatewayJobs(FarmJobs):
     """Jobs of one farm, over its gateway."""
 
     def __init__(self, builds: Builds, records: GatewayRecords) -> None:
-        # Not the base's: there is no Redis here.
         self._builds = builds
         self._records = records
 

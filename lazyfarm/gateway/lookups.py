@@ -9,11 +9,11 @@ from pathlib import Path
 from cluster.config import Config
 from cluster.ports import ObjectInfo
 from cluster.settings import FarmSettings
-from lazyfarm.explain import FarmExplain
-from lazyfarm.leases import FarmLeases
+from lazyfarm.explain import RedisExplain
+from lazyfarm.leases import RedisLeases
 from lazyfarm.miss import OpenTree
 from lazyfarm.now import Now, look
-from lazyfarm.records import FarmRecords
+from lazyfarm.records import RedisRecords
 from lazyfarm.status import FarmStatus, status_of
 from lazyfarm.verify import quarantined
 from lazyfarm.web.reading import FarmReader
@@ -35,9 +35,9 @@ class Lookups:
     def __init__(self, config: Config, state_dir: Path, link: RedisLink, open_tree: OpenTree) -> None:
         keys = Keys(config.farm.name)
         self._settings = FarmSettings(state_dir=state_dir, wanted=config)
-        self.records = FarmRecords.over(link, keys)
-        self.leases = FarmLeases.over(link, keys, config.cache)
-        self.explain = FarmExplain.over(link, keys, config.audit, open_tree)
+        self.records = RedisRecords.over(link, keys)
+        self.leases = RedisLeases.over(link, keys, config.cache)
+        self.explain = RedisExplain.over(link, keys, config.audit, open_tree)
         #: Made when it is looked through first: it remembers what it saw, which is what a rate is told of.
         self._reader: FarmReader | None = None
 

@@ -17,7 +17,6 @@ class GatewayPins(FarmLeases):
     """Leases of one farm, over its gateway: shown, pinned by name, released, looked through; as the base's."""
 
     def __init__(self, link: GatewayLink) -> None:
-        # Not the base's: there is no Redis here.
         self._link = link
 
     async def get(self, lease_id: LeaseId) -> Lease:

@@ -18,7 +18,6 @@ class GatewayRecords(FarmRecords):
     """A farm's records, over its gateway; each method is as the base's."""
 
     def __init__(self, farm: GatewayFarm) -> None:
-        # Not the base's: there is no Redis here.
         self._farm = farm
         self._link = farm.gateway
 

@@ -27,7 +27,7 @@ from cluster.reference import parse_reference
 from cluster.remote_cache import CacheEntry, embed
 from lazyfarm.builds import BuildingFarm, BuildOptions, Builds, ResolvedImage
 from lazyfarm.job import Result
-from lazyfarm.jobs import FarmJobs
+from lazyfarm.jobs import RedisJobs
 from lazyfarm.ref import Ref
 from storage.audit import RedisAudit
 from storage.job_events import RedisJobEvents
@@ -87,7 +87,7 @@ class JoinedBuilds(Builds):
         self._link = link
         self._keys = Keys(config.farm.name)
         self._store = RedisJobStore(link, self._keys, audit)
-        self._jobs = FarmJobs(self._store, RedisJobEvents(link, self._keys))
+        self._jobs = RedisJobs(self._store, RedisJobEvents(link, self._keys))
         self._pokes: set[asyncio.Task[None]] = set()
 
     # -- before --------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ from lazyfarm.drain import DRAIN_S, FarmDrain
 from lazyfarm.farm import VERIFY_BYTES_PER_S, Farm
 from lazyfarm.joined.builds import JoinedBuilds
 from lazyfarm.joined.session import Session
-from lazyfarm.leases import FarmLeases
+from lazyfarm.leases import RedisLeases
 from lazyfarm.ref import Ref
 from lazyfarm.verify import FarmVerify
 from storage.audit import RedisAudit
@@ -102,7 +102,7 @@ class JoinedFarm(Farm):
         self._audit = RedisAudit(self._link, keys, config.audit, by=session.session_id)
         self._refs = RedisRefStore(self._link, keys, self._audit)
         self._leases: LeaseStore = RedisLeaseStore(self._link, keys)
-        self._pins = FarmLeases.over(self._link, keys, config.cache)
+        self._pins = RedisLeases.over(self._link, keys, config.cache)
         self._collection = FarmCollection.over(self._link, keys, config.collect, self._audit)
         self._presence = Presence(self._link, keys)
         self._drain = FarmDrain.over(self._link, keys)

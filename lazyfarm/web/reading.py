@@ -23,7 +23,7 @@ from cluster.messages import ActorRecord, NodeRecord
 from cluster.ref import RefId, RefState
 from cluster.settings import FarmSettings
 from cluster.traffic import Traffic
-from lazyfarm.jobs import FarmJobs
+from lazyfarm.jobs import RedisJobs
 from lazyfarm.redis_only import connected
 from lazyfarm.status import look_at
 from lazyfarm.web.blobs import BlobUse, blobs_of
@@ -193,7 +193,7 @@ class FarmReader:
         self._circuits = Circuits(self._link, keys)
         self._traffic = RedisTraffic(self._link, keys)
         self._whereabouts = RedisWhereabouts(self._link, keys)
-        self.jobs = FarmJobs.over(self._link, keys)
+        self.jobs = RedisJobs.over(self._link, keys)
         self._audit = RedisAudit(self._link, keys, settings.config.audit)
         self._entries: deque[AuditEntry] = deque(maxlen=TRAIL)
         self._last_entry = ""

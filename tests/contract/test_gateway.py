@@ -64,7 +64,7 @@ from lazyfarm.gateway.views import view_of
 from lazyfarm.graph import resolve, scratch
 from lazyfarm.joined.builds import JoinedBuilds
 from lazyfarm.joined.farm import JoinedFarm
-from lazyfarm.leases import FarmLeases
+from lazyfarm.leases import RedisLeases
 from lazyfarm.ref import Ref
 from lazyfarm.settings import load_settings
 from storage.blobs import S3ContentStore
@@ -620,7 +620,7 @@ async def test_what_may_not_be_done_twice_is_not(gateway, redis_farm, monkeypatc
     ref_id = await a_ref(redis_farm)
     async with await gateway.connect() as farm:
         (state,) = await farm.states([ref_id])
-        monkeypatch.setattr(FarmLeases, "pin", pin)
+        monkeypatch.setattr(RedisLeases, "pin", pin)
         pinning = asyncio.ensure_future(farm.pin(Ref(farm, [state], None)))
         await begun.wait()
         before = gateway.drivers

@@ -27,7 +27,7 @@ from cluster.reference import parse_reference
 from cluster.remote_cache import CacheEntry, extract
 from lazyfarm.builds import BuildOptions
 from lazyfarm.graph import image, scratch
-from lazyfarm.jobs import FarmJobs
+from lazyfarm.jobs import RedisJobs
 from lazyfarm.joined import builds as builds_module
 from lazyfarm.joined.builds import JoinedBuilds
 from storage.memory_solver import MemoryJobEvents, MemoryJobStore, SolverMemory
@@ -139,7 +139,7 @@ class Bench:
         self.farm, self.session, self.schedulers = Farm(), Session(), schedulers
         self.builds = JoinedBuilds(self.farm, Config(build=BuildConfig(schedulers=3)), self.session, None)
         self.builds._store = self.jobs = MemoryJobStore(memory)
-        self.builds._jobs = FarmJobs(self.jobs, MemoryJobEvents(memory))
+        self.builds._jobs = RedisJobs(self.jobs, MemoryJobEvents(memory))
 
     def solve(self, graph, *, secrets=None, **options):
         return self.builds.solve(graph, BuildOptions(**options), secrets=secrets or {}, on_event=None)

@@ -23,8 +23,8 @@ from lazyfarm.cli.jobs import JobLogs
 from lazyfarm.cli.main import app
 from lazyfarm.cli.output import Output
 from lazyfarm.graph import image
-from lazyfarm.jobs import FarmJobs
-from lazyfarm.records import FarmRecords
+from lazyfarm.jobs import RedisJobs
+from lazyfarm.records import RedisRecords
 from storage.memory_solver import MemoryJobEvents, MemoryJobStore, SolverMemory
 from tests.doubles.documents import read_document, read_progress
 from tests.doubles.stores import FakeClock
@@ -49,7 +49,7 @@ class Farm:
         self.memory = SolverMemory(self.clock)
         self.store = MemoryJobStore(self.memory)
         self.stream = MemoryJobEvents(self.memory)
-        self.jobs = FarmJobs(self.store, self.stream)
+        self.jobs = RedisJobs(self.store, self.stream)
         self.attended = []
         self.attend = self.store.attend
         self.store.attend = self._attend
@@ -97,7 +97,7 @@ def farm(monkeypatch):
 
     @asynccontextmanager
     async def open_records(settings):
-        yield FarmRecords(None, None, None, None, made.jobs)
+        yield RedisRecords(None, None, None, None, made.jobs)
 
     monkeypatch.setattr(parts, "_running_settings", lambda state_dir: SimpleNamespace(gateway=""))
     monkeypatch.setattr(parts, "_raise_if_redis_is_gone", lambda settings: None)

@@ -19,7 +19,7 @@ from cluster.messages import SessionInfo
 from cluster.tree import EntryKind, Tree, TreeEntry
 from lazyfarm.cli import parts
 from lazyfarm.cli.main import app
-from lazyfarm.explain import FarmExplain
+from lazyfarm.explain import RedisExplain
 from lazyfarm.graph import image, scratch
 from storage.memory_solver import MemoryJobEvents, MemoryJobStore, SolverMemory
 from tests.doubles.stores import FakeClock
@@ -111,7 +111,7 @@ class Farm:
         memory = SolverMemory(self.clock)
         self.store, self.events = MemoryJobStore(memory), MemoryJobEvents(memory)
         self.trees = dict(TREES)
-        self.explain = FarmExplain(None, None, self.store, self.events, audit=None, open_tree=self.open_tree)
+        self.explain = RedisExplain(None, None, self.store, self.events, audit=None, open_tree=self.open_tree)
 
     async def open_tree(self, digest):
         if digest not in self.trees:
