@@ -20,7 +20,7 @@ from cluster.graph import Definition, encode_definition
 from cluster.job import JobEvent, JobId, JobRecord, JobState, decode_event
 from cluster.reference import parse_reference
 from cluster.tree import encode_tree
-from lazyfarm.builds import BuildOptions, Builds, ResolvedImage
+from lazyfarm.builds import BuildingFarm, BuildOptions, Builds, ResolvedImage
 from lazyfarm.context import ScannedTree
 from lazyfarm.gateway.access import Access
 from lazyfarm.gateway.downloads import Downloads
@@ -32,7 +32,6 @@ from storage.local_trees import SEND_TRIES, LocalFile, packs, part_bytes_of
 
 if TYPE_CHECKING:
     from lazyfarm.export import Exporter
-    from lazyfarm.gateway.farm import GatewayFarm
 
 #: Objects on their way at once: what sending takes of memory is this many times a part.
 _TRANSFERS = 4
@@ -48,7 +47,7 @@ _SERVER_ERROR = 500
 class GatewayBuilds(Builds):
     """The jobs of one driver; what is done before one is submitted is done here as everywhere."""
 
-    def __init__(self, farm: GatewayFarm, link: GatewayLink, access: Access) -> None:
+    def __init__(self, farm: BuildingFarm, link: GatewayLink, access: Access) -> None:
         super().__init__(farm)
         self._gateway = link
         self._access = access
