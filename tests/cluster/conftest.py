@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,8 @@ from actors.join import leave
 from storage.blobs import S3ContentStore
 from tests.doubles.checker import CheckedFarm
 from tests.doubles.farm import RunningFarm
+from tests.doubles.gateway import Gateway
+from tests.doubles.registry import make_authority
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +31,15 @@ def _whole(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if farm is not None:
         asyncio.run(_check(farm))
+
+
+@pytest.fixture
+def gateway(farm: RunningFarm, tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway of the farm that all share."""
+    made = Gateway(farm, make_authority(tmp_path))
+    made.start()
+    yield made
+    made.end()
 
 
 async def _check(farm: RunningFarm) -> None:

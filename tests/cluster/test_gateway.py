@@ -22,13 +22,11 @@ from cluster.progress import LayerPhase
 from lazyfarm.graph import image, local, secret
 from storage.connect import connect
 from tests.doubles import at_rest
-from tests.doubles.gateway import Gateway
 from tests.doubles.registry import (
     HTPASSWD_PASSWORD,
     HTPASSWD_USER,
     docker_registry,
     htpasswd_config,
-    make_authority,
     random_image,
 )
 from tests.doubles.shell_image import shell_image
@@ -41,14 +39,6 @@ pytestmark = [
 ]
 
 BASIC = "Basic YWxpY2U6d29uZGVybGFuZA=="
-
-
-@pytest.fixture
-def gateway(farm, tmp_path):
-    made = Gateway(farm, make_authority(tmp_path))
-    made.start()
-    yield made
-    made.end()
 
 
 async def test_a_private_image_is_pulled_moved_and_pushed_from_outside(farm, gateway, tmp_path):
