@@ -6,6 +6,7 @@ A driver of the cluster has a :class:`lazyfarm.joined.farm.JoinedFarm`, one outs
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import secrets
@@ -72,6 +73,8 @@ class Farm(ABC):
         #: Seconds that a lease lives without renewal, if nobody says otherwise.
         self._lease_ttl_s = lease_ttl_s
         self._is_closed = False
+        #: Under way: ends of progress streams that are being told.
+        self._ends: set[asyncio.Task[None]] = set()
 
     # -- joining and leaving -------------------------------------------------------------------------------
 
@@ -604,9 +607,20 @@ class Farm(ABC):
     def follow(self, stream: str) -> AsyncIterator[ProgressItem]:
         """Yield a progress stream's items from its start to its end."""
 
-    @abstractmethod
     def end_stream(self, stream: str) -> None:
         """End a progress stream: whoever follows it stops."""
+        task = asyncio.create_task(self._tell_end(stream))
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+
+    @abstractmethod
+    async def _tell_end(self, stream: str) -> None:
+        """Tell who follows a progress stream that it is over."""
+
+    async def _ends_told(self) -> None:
+        """Wait a little for what :meth:`end_stream` began."""
+        if self._ends:
+            await asyncio.wait(self._ends, timeout=1.0)
 
     @abstractmethod
     def lease_id(self) -> LeaseId:

@@ -53,7 +53,7 @@ class JobDetails:
 
 
 class FarmRecords(ABC):
-    """Read-only face of a farm's Redis; moves nothing and marks nothing used.
+    """What a farm has recorded; moves nothing and marks nothing used.
 
     Every method may raise UnavailableError: Redis, or the gateway, doesn't answer.
     """

@@ -269,14 +269,11 @@ def _raise_if_redis_is_gone(settings: FarmSettings) -> None:
         raise FarmNotRunningError(str(settings.state_dir), f"its Redis at {address.host}:{address.port} is gone")
 
 
-async def connect(place: Path | str, *, keep: bool = True) -> Farm:
-    """Join the farm of a state directory or a gateway as a driver; what is made stays held after the command's end.
-
-    Unless *keep* is False: then nothing of the driver is left.
-    """
+async def connect(place: Path | str) -> Farm:
+    """Join the farm of a state directory or a gateway as a driver; what is made stays held after the command's end."""
     from lazyfarm.farm import Farm  # noqa: PLC0415 - see the module
 
-    return await Farm.connect(place, keep=keep)
+    return await Farm.connect(place, keep=True)
 
 
 def acting(settings: FarmSettings, out: Output, command: str, act: Callable[[Farm], Awaitable[T]]) -> T:

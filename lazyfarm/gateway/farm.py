@@ -67,7 +67,6 @@ class GatewayFarm(Farm):
         self.release = welcome.release
         self._leases: LeaseStore = GatewayLeases(link)
         self._builds = GatewayBuilds(self, link, access)
-        self._ends: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
         return f"<Farm {self._name} at {self._access.url}{', closed' if self._is_closed else ''}>"
@@ -88,8 +87,7 @@ class GatewayFarm(Farm):
             return
         self._is_closed = True
         try:
-            if self._ends:
-                await asyncio.wait(self._ends, timeout=1.0)
+            await self._ends_told()
             async with asyncio.timeout(_CLOSE_S):
                 await self._gateway.call(calls.CLOSE, calls.CloseCall(discard=discard))
         except (UnavailableError, TimeoutError):
@@ -181,16 +179,9 @@ class GatewayFarm(Farm):
         """Yield a progress stream's items from its start to its end."""
         return self._gateway.stream(calls.FOLLOW, calls.Named(name=stream))
 
-    def end_stream(self, stream: str) -> None:
-        """End a progress stream: whoever follows it stops."""
-
-        async def end() -> None:
-            with contextlib.suppress(ClusterError):  # the gateway is away, and who follows hears of that
-                await self._gateway.call(calls.END_STREAM, calls.Named(name=stream))
-
-        task = asyncio.ensure_future(end())
-        self._ends.add(task)
-        task.add_done_callback(self._ends.discard)
+    async def _tell_end(self, stream: str) -> None:
+        with contextlib.suppress(ClusterError):  # the gateway is away, and who follows hears of that
+            await self._gateway.call(calls.END_STREAM, calls.Named(name=stream))
 
     # -- leases and nodes --------------------------------------------------------------------------------------
 

@@ -240,11 +240,11 @@ class Driver:
             error = InternalError(f"{frame.method} at the gateway: {type(exc).__name__}")
             end = replace(frame, verb=Verb.FAILED, number=0, body=encode_error(error))
         finally:
-            GATEWAY_CALL_SECONDS.observe(self._loop.time() - began_s, call=self._known(frame.method), outcome=outcome)
+            GATEWAY_CALL_SECONDS.observe(self._loop.time() - began_s, call=self._shown(frame.method), outcome=outcome)
         call.end = end
         self._tell(end)
 
-    def _known(self, method: str) -> str:
+    def _shown(self, method: str) -> str:
         """Return the name of a method that there is, of any other that it is another: drivers may say anything."""
         surface = self._surface
         return method if surface and (method in surface.methods or method in surface.streams) else OTHER

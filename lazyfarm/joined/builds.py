@@ -77,11 +77,12 @@ class CallingFarm(BuildingFarm, Protocol):
 class JoinedBuilds(Builds):
     """The jobs of one driver."""
 
+    _farm: CallingFarm
+
     def __init__(
         self, farm: CallingFarm, config: Config, session: Session, link: RedisLink, audit: RedisAudit | None = None
     ) -> None:
         super().__init__(farm)
-        self._caller = farm
         self._config = config
         self._session = session
         self._link = link
@@ -97,13 +98,13 @@ class JoinedBuilds(Builds):
         """Read an image's manifest and config; no ref is made."""
         reference = parse_reference(image)
         request = ResolveRequest(
-            session=await self._caller.info([reference.host]),
+            session=await self._farm.info([reference.host]),
             image=reference.name,
             platform=platform,
             plain_http=plain_http,
-            lease_id=self._caller.lease_id(),
+            lease_id=self._farm.lease_id(),
         )
-        found: ResolveResult = await self._caller.on_worker(
+        found: ResolveResult = await self._farm.on_worker(
             lambda worker: worker.resolve_image(request, timeout_s=self._config.flight.deadline_s)
         )
         digest = found.image.manifest.digest
@@ -164,7 +165,7 @@ class JoinedBuilds(Builds):
         store = S3ContentStore(self._config.s3)
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="local") as threads:
             # Held as long as this driver is there: a job of it, once submitted, keeps them by itself.
-            sender = LocalTrees(self._link, self._keys, store, threads=threads, hold=self._caller.hold_resources)
+            sender = LocalTrees(self._link, self._keys, store, threads=threads, hold=self._farm.hold_resources)
             try:
                 for tree in found:
                     await sender.send(tree.tree, tree.paths)
@@ -218,15 +219,15 @@ class JoinedBuilds(Builds):
             config = embed(config or b"{}", layers, entries)
         registries = provider_registries(handle for state in ref.layers for handle in state.may_be_asked)
         request = AssembleRequest(
-            session=await self._caller.info(registries),
+            session=await self._farm.info(registries),
             name=parse_reference(name).name,
             ref_id=ref.id if ref.layers else None,
             config=config,
             handlers=ref.handlers,
-            lease_id=self._caller.lease_id(),
+            lease_id=self._farm.lease_id(),
             created_s=created_s,
         )
-        record: ImageRecord = await self._caller.on_worker(
+        record: ImageRecord = await self._farm.on_worker(
             lambda worker: worker.assemble(request, timeout_s=self._config.flight.deadline_s)
         )
         return Ref(self._farm, ref.layers, record, ref.handlers)
@@ -240,6 +241,6 @@ class JoinedBuilds(Builds):
 
         store = S3ContentStore(self._config.s3)
         try:
-            yield Exporter(store, self._caller.ref_store, LayerLimits.of(self._config.node))
+            yield Exporter(store, self._farm.ref_store, LayerLimits.of(self._config.node))
         finally:
             await asyncio.to_thread(store.close)

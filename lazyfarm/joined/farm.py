@@ -117,7 +117,6 @@ class JoinedFarm(Farm):
         self._ring = ShardRing(config.cache.shards)
         self._handles: dict[str, FetchWorkerHandle] = {}
         self._builds = JoinedBuilds(self, config, session, self._link, self._audit)
-        self._ends: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
         return f"<Farm {self._name} in {self._state_dir}{', closed' if self._is_closed else ''}>"
@@ -148,8 +147,7 @@ class JoinedFarm(Farm):
         if self._is_closed:
             return
         self._is_closed = True
-        if self._ends:
-            await asyncio.wait(self._ends, timeout=1.0)
+        await self._ends_told()
         await asyncio.to_thread(self._session.close, discard=discard)
         await self._link.close()
 
@@ -299,11 +297,8 @@ class JoinedFarm(Farm):
         """Yield a progress stream's items from its start to its end."""
         return self._progress.follow(stream)
 
-    def end_stream(self, stream: str) -> None:
-        """End a progress stream: whoever follows it stops."""
-        task = asyncio.ensure_future(self._progress.publish([stream], ProgressItem(item="", phase=LayerPhase.DONE)))
-        self._ends.add(task)
-        task.add_done_callback(self._ends.discard)
+    async def _tell_end(self, stream: str) -> None:
+        await self._progress.publish([stream], ProgressItem(item="", phase=LayerPhase.DONE))
 
     # -- leases and nodes --------------------------------------------------------------------------------------
 
